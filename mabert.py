@@ -1,0 +1,723 @@
+"""MaBERT in one file: a BERT-sized masked-language-model encoder that interleaves Mamba and Transformer layers.
+
+Paper: "MaBERT: A Padding-Safe Interleaved Transformer–Mamba Hybrid Encoder for Efficient Extended-Context Masked
+Language Modeling", Kim and Park, 2026, arXiv:2603.03001. Equation and table numbers below are the paper's.
+
+What is particular about it:
+- the layer pattern is a string, MMT four times: M is a Mamba layer (a selective state-space scan, linear in length),
+  T is a Transformer layer (bidirectional attention);
+- padding-safe masking (PSM): the number of pads in a batch never changes what the model says about real tokens;
+- mask-aware attention pooling (MAP) feeds the classifier.
+
+Letters in the shape comments, and their names in the config:
+    b  batch                        d  inner width of the Mamba core, expand * h
+    l  sequence length              n  state size per channel, d_state (16)
+    h  hidden size (768)            r  rank of Δ, dt_rank (⌈h / 16⌉)
+    c  chunks of the scan           k  width of the convolution, d_conv (4)
+Capitals A, B, C, D are the state-space matrices; Δ is `delta`. Masks are True at real tokens and False at pads.
+
+Map of the file:
+    Part I, the model     MaBERTConfig · MambaMixer, MambaLayer · SelfAttention, TransformerLayer · MaBERT · Pooling
+                          · MaBERTForMaskedLM, MaBERTForSequenceClassification (with save_pretrained, from_pretrained)
+    Part II, the scan     selective_scan: the masked selective scan, its definition as a loop, its backward pass
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "MaBERT",
+    "MaBERTConfig",
+    "MaBERTForMaskedLM",
+    "MaBERTForSequenceClassification",
+    "MambaLayer",
+    "MambaMixer",
+    "Output",
+    "Pooling",
+    "SelfAttention",
+    "TransformerLayer",
+    "selective_scan",
+]
+
+logger = logging.getLogger("mabert")
+
+# ======================================================================================================================
+# Part I: the model
+# ======================================================================================================================
+
+PSM_STAGES = ("pre", "scan", "post")
+POOLINGS = ("map", "attn", "cls", "mean")
+SCAN_BACKENDS = (None, "loop", "triton")
+
+
+@dataclass
+class MaBERTConfig:
+    """Sizes and variants of a MaBERT model. The defaults are the paper's, where it gives them, else BERT's and Mamba's.
+
+    pattern: one letter per layer, M or T.
+    dt_rank: rank of Δ; None means ⌈hidden_size / 16⌉.
+    causal_conv: False centres the core's convolution, so that it also looks at the tokens to the right.
+    max_position: the most real tokens that a row may have (`MaBERT.resize_positions` changes it).
+    psm: which stages of padding-safe masking are on. The paper's form is ("pre", "post"); "scan" makes it exact.
+    pooling: what the classifier reads: "map", "attn", "cls" or "mean" (see `Pooling`).
+    num_labels: classes of the classifier; 1 means regression.
+    scan_backend: passed to `selective_scan`.
+
+    Raises ValueError that names the field, its value and what is allowed.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    pattern: str = "MMTMMTMMTMMT"
+    num_heads: int = 12
+    intermediate_size: int = 3072
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    dt_rank: int | None = None
+    causal_conv: bool = True
+    max_position: int = 512
+    type_vocab_size: int = 2
+    dropout: float = 0.1
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    psm: tuple[str, ...] = PSM_STAGES
+    pooling: str = "map"
+    num_labels: int = 2
+    scan_backend: str | None = None
+
+    def __post_init__(self):
+        def require(field, ok, allowed):
+            if not ok:
+                raise ValueError(f"MaBERTConfig.{field} is {getattr(self, field)!r}; it must be {allowed}")
+
+        def is_int(value):
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        for field in (
+            *("vocab_size", "hidden_size", "num_heads", "intermediate_size", "d_state", "d_conv", "expand"),
+            *("max_position", "type_vocab_size", "num_labels"),
+        ):
+            require(field, is_int(getattr(self, field)) and getattr(self, field) > 0, "a positive integer")
+        require("hidden_size", self.hidden_size % self.num_heads == 0, f"a multiple of num_heads ({self.num_heads})")
+        letters = isinstance(self.pattern, str) and set(self.pattern)
+        require("pattern", letters and letters <= set("MT"), "a string of the letters M (Mamba) and T (Transformer)")
+        require("dt_rank", self.dt_rank is None or is_int(self.dt_rank) and self.dt_rank > 0, "a positive integer or None")
+        require("causal_conv", isinstance(self.causal_conv, bool), "True or False")
+        require("dropout", isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1, "in [0, 1)")
+        require("layer_norm_eps", isinstance(self.layer_norm_eps, float) and self.layer_norm_eps > 0, "a positive number")
+        in_vocab = is_int(self.pad_token_id) and 0 <= self.pad_token_id < self.vocab_size
+        require("pad_token_id", in_vocab, f"a token id below vocab_size ({self.vocab_size})")
+        stages = isinstance(self.psm, (tuple, list)) and set(self.psm) <= set(PSM_STAGES)
+        require("psm", stages, f"a tuple with any of {PSM_STAGES}")
+        self.psm = tuple(stage for stage in PSM_STAGES if stage in self.psm)  # JSON brings it as a list
+        require("pooling", self.pooling in POOLINGS, f"one of {POOLINGS}")
+        require("scan_backend", self.scan_backend in SCAN_BACKENDS, f"one of {SCAN_BACKENDS}")
+
+
+class MambaMixer(nn.Module):
+    """The core of a Mamba layer (Eqs. 4–9): projections, a short convolution and the selective scan.
+
+    forward(x, mask=None): x (b, l, h) -> (b, l, h). With a mask (b, l), pads pass the scan's state through.
+    """
+
+    def __init__(self, config: MaBERTConfig):
+        super().__init__()
+        h, n, k = config.hidden_size, config.d_state, config.d_conv
+        d, r = config.expand * h, config.dt_rank or math.ceil(h / 16)
+        self.sizes = (r, n, n)
+        self.conv_padding = (k - 1, 0) if config.causal_conv else ((k - 1) // 2, k // 2)  # (left, right)
+        self.scan_backend = config.scan_backend
+        self.in_proj = nn.Linear(h, 2 * d, bias=False)
+        self.conv1d = nn.Conv1d(d, d, k, groups=d)
+        self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(r, d)
+        self.A_log = nn.Parameter(torch.empty(d, n))
+        self.D = nn.Parameter(torch.empty(d))
+        self.out_proj = nn.Linear(d, h, bias=False)
+        init_weights(self)
+
+    @torch.no_grad()
+    def init_core(self):
+        """Mamba's own initialisation of A, D and Δ; `init_weights` leaves it in place."""
+        d, n = self.A_log.shape
+        self.A_log.copy_(torch.arange(1, n + 1).log().expand(d, n))
+        self.D.fill_(1)
+        bound = self.dt_proj.in_features**-0.5
+        self.dt_proj.weight.uniform_(-bound, bound)
+        delta = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(0.1)))
+        self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # Eq. 4: both (b, l, d)
+        x = F.pad(x.transpose(1, 2), self.conv_padding)  # (b, d, k - 1 + l)
+        x = F.silu(self.conv1d(x)).transpose(1, 2)  # Eq. 5: (b, l, d)
+        rho, B, C = self.x_proj(x).split(self.sizes, dim=-1)  # Eq. 6: (b, l, r), (b, l, n), (b, l, n)
+        delta = F.linear(rho, self.dt_proj.weight)  # Eq. 7: (b, l, d); bias and softplus join in the scan
+        A = -torch.exp(self.A_log)  # (d, n)
+        y = selective_scan(  # Eqs. 8–9, with D and the gate SiLU(z)
+            *(x, delta, A, B, C, self.D, z),
+            delta_bias=self.dt_proj.bias,
+            delta_softplus=True,
+            mask=mask,
+            backend=self.scan_backend,
+        )
+        return self.out_proj(y)
+
+
+def feed_forward(config: MaBERTConfig) -> nn.Sequential:
+    h, inner = config.hidden_size, config.intermediate_size
+    return nn.Sequential(nn.Linear(h, inner), nn.GELU(), nn.Linear(inner, h))
+
+
+class MambaLayer(nn.Module):
+    """A pre-LN Mamba layer with padding-safe masking (Eqs. 2–3, 10).
+
+    The three stages, any of which config.psm selects:
+    - pre:  the core's input is zero at pads, so the convolution sees zeros there, as it does beyond a row's ends;
+    - scan: at pads Δ = 0, so exp(Δ A) = 1 and nothing enters the state: it passes through untouched. Without this
+            stage, zeroed input is not enough: the convolution's bias makes x, B and Δ non-zero at pads;
+    - post: the block's output is zero at pads, residual path and feed-forward included.
+
+    forward(x, mask=None): x (b, l, h), mask (b, l) -> (b, l, h).
+    """
+
+    def __init__(self, config: MaBERTConfig):
+        super().__init__()
+        self.psm = config.psm
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer = MambaMixer(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ffn = feed_forward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        def masked(stage, x):
+            return x if mask is None or stage not in self.psm else x * mask[..., None]
+
+        scan_mask = mask if "scan" in self.psm else None
+        x = x + self.dropout(self.mixer(masked("pre", self.norm1(x)), scan_mask))  # Eq. 2
+        return masked("post", x + self.dropout(self.ffn(self.norm2(x))))  # Eq. 3
+
+
+class SelfAttention(nn.Module):
+    """Bidirectional multi-head self-attention in which pads get no weight as keys.
+
+    forward(x, mask=None): x (b, l, h), mask (b, l) -> (b, l, h).
+    """
+
+    def __init__(self, config: MaBERTConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        b, l, h = x.shape
+        qkv = self.qkv(x).view(b, l, 3, self.num_heads, h // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, num_heads, l, h / num_heads)
+        if mask is not None:
+            mask = mask | ~mask.any(dim=-1, keepdim=True)  # a row of pads attends to itself: a softmax over nothing is NaN
+            mask = mask[:, None, None]  # (b, 1, 1, l)
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out_proj(x.transpose(1, 2).reshape(b, l, h))
+
+
+class TransformerLayer(nn.Module):
+    """A pre-LN Transformer layer (Eq. 1). forward(x, mask=None): x (b, l, h), mask (b, l) -> (b, l, h)."""
+
+    def __init__(self, config: MaBERTConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = SelfAttention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ffn = feed_forward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), mask))
+        return x + self.dropout(self.ffn(self.norm2(x)))
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module):
+    """BERT's initialisation: weights normal(0, 0.02), biases 0; for `Module.apply`.
+
+    The core keeps its own: `apply` reaches a MambaMixer after its parts, and nothing here touches the convolution.
+    """
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        module.weight.normal_(0, 0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        module.bias.zero_()
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        module.weight[module.padding_idx].zero_()
+    if isinstance(module, MambaMixer):
+        module.init_core()
+
+
+def check_mask(mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """A (b, l) padding mask as bool; None, which means that all is real, stays None.
+
+    Values other than 0 and 1 are refused for CPU tensors in eager mode; on a GPU looking would cost a synchronisation.
+    """
+    if mask is None:
+        return None
+    if mask.shape != shape:
+        raise ValueError(f"the mask has shape {tuple(mask.shape)}; (batch, length) is {tuple(shape)}")
+    if mask.dtype != torch.bool and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError("the mask has values other than 0 (pad) and 1 (real token)")
+    return mask.bool()
+
+
+class PretrainedModel(nn.Module):
+    """What MaBERT and the models with heads share: saving and loading. A folder holds config.json and model.pt."""
+
+    config: MaBERTConfig
+
+    def save_pretrained(self, folder: str | os.PathLike):
+        """Writes config.json and model.pt; each file appears whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = json.dumps(dataclasses.asdict(self.config), indent=2) + "\n"
+        for name, write in (
+            ("model.pt", lambda path: torch.save(self.state_dict(), path)),
+            ("config.json", lambda path: path.write_text(config, encoding="utf-8")),
+        ):
+            temporary = folder / f".{name}.{os.getpid()}"
+            try:
+                write(temporary)
+                os.replace(temporary, folder / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, **overrides):
+        """Reads a folder that save_pretrained wrote, by this class or another one, into a model in eval mode on the CPU.
+
+        overrides replace config fields (num_labels, pooling, psm, dropout, ...). The encoder's weights must fit the
+        config; a head that the file lacks, or has in another shape, is new, and a warning says what was not loaded.
+        Nothing in the file is executed.
+
+        Raises FileNotFoundError, or ValueError where a file is damaged or does not fit.
+        """
+        config_file, weights_file = Path(folder) / "config.json", Path(folder) / "model.pt"
+        for file in (config_file, weights_file):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is missing: from_pretrained takes a folder written by save_pretrained")
+        try:
+            fields = json.loads(config_file.read_text(encoding="utf-8"))
+            if not isinstance(fields, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise ValueError(f"{config_file} is damaged: {error}") from error
+        unknown = (fields | overrides).keys() - {field.name for field in dataclasses.fields(MaBERTConfig)}
+        if unknown:
+            raise ValueError(f"{config_file} with the overrides has fields that no MaBERTConfig has: {sorted(unknown)}")
+        model = cls(MaBERTConfig(**fields | overrides))
+        try:
+            saved = torch.load(weights_file, map_location="cpu", weights_only=True)
+            saved_encoder, saved_head = _encoder_and_head(saved)
+        except Exception as error:  # a truncated or foreign file fails in any of a dozen ways
+            raise ValueError(f"{weights_file} is damaged or no checkpoint of save_pretrained: {error}") from error
+
+        encoder, head = _encoder_and_head(model.state_dict())
+        misfits = [
+            f"{name}: {_shape(saved_encoder, name)} in the file, {_shape(encoder, name)} in the config"
+            for name in sorted(saved_encoder.keys() | encoder.keys())
+            if _shape(saved_encoder, name) != _shape(encoder, name)
+        ]
+        if misfits:
+            more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+            raise ValueError(f"{weights_file} does not fit its config: {'; '.join(misfits[:3])}{more}")
+        prefix = "" if isinstance(model, MaBERT) else "encoder."
+        weights = {prefix + name: weight for name, weight in saved_encoder.items()}
+        weights |= {name: saved_head[name] for name in head if _shape(saved_head, name) == _shape(head, name)}
+        model.load_state_dict(weights, strict=False)
+        fresh, unused = sorted(head.keys() - weights.keys()), sorted(saved_head.keys() - weights.keys())
+        if fresh or unused:
+            said = [f"new and untrained: {', '.join(fresh)}"] * bool(fresh)
+            said += [f"in the file but not used: {', '.join(unused)}"] * bool(unused)
+            logger.warning("%s: encoder loaded; %s", folder, "; ".join(said))
+        return model.eval()
+
+
+def _encoder_and_head(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A state dict's encoder parameters, without their prefix, and the rest; a bare encoder's have no prefix."""
+    encoder = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    return (encoder, {name: state[name] for name in state if not name.startswith("encoder.")}) if encoder else (state, {})
+
+
+def _shape(state: dict[str, Tensor], name: str) -> str:
+    return str(tuple(state[name].shape)) if name in state else "nothing"
+
+
+class MaBERT(PretrainedModel):
+    """The encoder: embeddings, the layers that config.pattern spells, a final LayerNorm.
+
+    forward(input_ids, attention_mask=None, token_type_ids=None) -> hidden states (b, l, h)
+    - input_ids, token_type_ids: integer (b, l); types default to 0
+    - attention_mask: (b, l), bool or 0/1 of any dtype, 1 at real tokens; None means that all are real
+
+    Positions count real tokens only, so padding on either side changes nothing; hidden states at pads mean nothing.
+    Raises ValueError for wrong shapes, a mask or ids with wrong values (CPU, eager mode), or more than max_position
+    real tokens in a row; the padded length may be larger.
+    """
+
+    def __init__(self, config: MaBERTConfig):
+        super().__init__()
+        self.config = config = dataclasses.replace(config)  # our own copy: resize_positions changes it
+        h = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, h, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position, h)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, h)
+        self.embedding_norm = nn.LayerNorm(h, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        kinds = {"M": MambaLayer, "T": TransformerLayer}
+        self.layers = nn.ModuleList(kinds[letter](config) for letter in config.pattern)
+        self.final_norm = nn.LayerNorm(h, eps=config.layer_norm_eps)
+        self.apply(init_weights)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        mask = self._check_inputs(input_ids, attention_mask, token_type_ids)
+        if mask is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, l)
+        else:
+            positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)  # (b, l)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        x = self.word_embeddings(input_ids) + self.position_embeddings(positions)
+        x = self.dropout(self.embedding_norm(x + self.token_type_embeddings(token_type_ids)))  # (b, l, h)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.final_norm(x)
+
+    def _check_inputs(self, input_ids, attention_mask, token_type_ids) -> Tensor | None:
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, length)")
+        if token_type_ids is not None and token_type_ids.shape != input_ids.shape:
+            raise ValueError(f"token_type_ids has shape {tuple(token_type_ids.shape)}, input_ids {tuple(input_ids.shape)}")
+        mask = check_mask(attention_mask, input_ids.shape)
+        limit, eager = self.config.max_position, not torch.compiler.is_compiling()
+        if input_ids.shape[1] > limit and (mask is None or eager):
+            longest = input_ids.shape[1] if mask is None else int(mask.sum(dim=-1).max())
+            if longest > limit:
+                raise ValueError(f"a row has {longest} real tokens; max_position is {limit} (see resize_positions)")
+        if eager and input_ids.device.type == "cpu" and input_ids.numel():
+            low, high = input_ids.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"input_ids reach from {low} to {high}; vocab_size is {self.config.vocab_size}")
+        return mask
+
+    @torch.no_grad()
+    def resize_positions(self, max_position: int):
+        """Stretches the position table to max_position rows by 1-D linear interpolation; the two ends stay the same.
+
+        Raises ValueError where max_position is not a positive integer.
+        """
+        config = dataclasses.replace(self.config, max_position=max_position)  # checks the value
+        table = self.position_embeddings.weight  # (old, h)
+        new = F.interpolate(table.T[None], size=max_position, mode="linear", align_corners=True)  # (1, h, new)
+        self.position_embeddings = nn.Embedding.from_pretrained(new[0].T.contiguous(), freeze=not table.requires_grad)
+        self.config.max_position = config.max_position
+
+
+class Pooling(nn.Module):
+    """One vector per row from its hidden states: forward(x, mask=None), x (b, l, h), mask (b, l) -> (b, h).
+
+    - map:  mask-aware attention pooling (Eqs. 11–13): softmax over real tokens of a learned score, weighted sum
+    - attn: the same without the mask: pads get weight too (one of the paper's variants for comparison)
+    - cls:  the first real token
+    - mean: the mean of the real tokens
+    A row that is all padding pools to zero, whatever the kind.
+    """
+
+    def __init__(self, config: MaBERTConfig):
+        super().__init__()
+        self.kind = config.pooling
+        if self.kind in ("map", "attn"):
+            self.score = nn.Linear(config.hidden_size, 1, bias=False)  # Eq. 11's bias would cancel in the softmax
+            self.apply(init_weights)
+
+    def weights(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The weight of each token, (b, l)."""
+        if self.kind == "cls":
+            return F.one_hot(mask.int().argmax(dim=-1), mask.shape[1]).to(x.dtype)
+        if self.kind == "mean":
+            return mask / mask.sum(dim=-1, keepdim=True).clamp(min=1).to(x.dtype)
+        scores = self.score(x).squeeze(-1)  # Eq. 11
+        if self.kind == "map":
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # Eq. 12: + (m − 1)·c
+        return scores.softmax(dim=-1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = check_mask(mask, x.shape[:2])
+        if mask is None:
+            mask = x.new_ones(x.shape[:2], dtype=torch.bool)
+        weights = self.weights(x, mask) * mask.any(dim=-1, keepdim=True)  # (b, l)
+        return (weights[..., None] * x).sum(dim=1)  # Eq. 13
+
+
+class Output(NamedTuple):
+    loss: Tensor | None
+    logits: Tensor
+
+
+class MaBERTForMaskedLM(PretrainedModel):
+    """The encoder with BERT's masked-language-model head; the decoder's matrix is the word embedding's.
+
+    forward(input_ids, attention_mask=None, token_type_ids=None, labels=None, reduction="mean") -> Output(loss, logits)
+    - without labels: loss None, logits (b, l, vocab)
+    - with labels, integer (b, l), -100 where there is nothing to predict: the vocabulary projection runs on the
+      labelled positions alone, and logits are (number labelled, vocab) in row-major order. The loss is the mean
+      cross-entropy in nats over them (0 where there are none), or their sum with reduction="sum".
+    """
+
+    def __init__(self, config: MaBERTConfig):
+        super().__init__()
+        self.encoder = MaBERT(config)
+        self.config = self.encoder.config
+        h = config.hidden_size
+        self.transform = nn.Sequential(nn.Linear(h, h), nn.GELU(), nn.LayerNorm(h, eps=config.layer_norm_eps))
+        self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.transform.apply(init_weights)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Output:
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'")
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}")
+        x = self.encoder(input_ids, attention_mask, token_type_ids)  # (b, l, h)
+        if labels is not None:
+            labelled = labels != -100
+            x, labels = x[labelled], labels[labelled]  # (number labelled, h), (number labelled,)
+        logits = F.linear(self.transform(x), self.encoder.word_embeddings.weight, self.decoder_bias)
+        if labels is None:
+            return Output(None, logits)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        return Output(loss / max(1, labels.numel()) if reduction == "mean" else loss, logits)
+
+
+class MaBERTForSequenceClassification(PretrainedModel):
+    """The encoder with pooling and a linear classifier (Eq. 14).
+
+    forward(input_ids, attention_mask=None, token_type_ids=None, labels=None) -> Output(loss, logits (b, num_labels))
+    - labels: class indices (b,) for cross-entropy; with num_labels=1, floats (b,) for squared error
+    """
+
+    def __init__(self, config: MaBERTConfig):
+        super().__init__()
+        self.encoder = MaBERT(config)
+        self.config = self.encoder.config
+        self.pooling = Pooling(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier.apply(init_weights)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Output:
+        x = self.encoder(input_ids, attention_mask, token_type_ids)  # (b, l, h)
+        logits = self.classifier(self.dropout(self.pooling(x, attention_mask)))  # (b, num_labels)
+        if labels is None:
+            return Output(None, logits)
+        if labels.shape != logits.shape[:1]:
+            raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be (batch,), here {tuple(logits.shape[:1])}")
+        if self.config.num_labels == 1:
+            return Output(F.mse_loss(logits.squeeze(-1).float(), labels.float()), logits)
+        return Output(F.cross_entropy(logits.float(), labels), logits)
+
+
+# ======================================================================================================================
+# Part II: the masked selective scan
+# ======================================================================================================================
+#
+# Per row, channel and state n, with m = 1 at real tokens and 0 at pads:
+#
+#     Δ_t = m_t · softplus(delta_t + delta_bias)       so that a pad passes the state through: exp(0 · A) = 1
+#     h_t = exp(Δ_t A) h_{t−1} + Δ_t u_t B_t           Eq. 8
+#     y_t = m_t · SiLU(z_t) · (Σ_n C_t h_t + D u_t)    Eq. 9
+#
+# The loop below is the definition, on any device and in float64 too, and what trains where there is no GPU. A Triton
+# backend belongs between it and `selective_scan`, which picks; there is none yet.
+
+
+def _chunks(*tensors):
+    """Chunks of √l steps: their slices, and the tensors cut to them, time first.
+
+    The states at all chunk starts and those replayed inside one chunk take O(√l) memory, where all would take O(l).
+    """
+    l = tensors[0].shape[1]
+    for t in range(0, l, math.isqrt(l)):
+        s = slice(t, t + math.isqrt(l))
+        yield s, *(tensor[:, s].transpose(0, 1) for tensor in tensors)  # each (steps, b, ...)
+
+
+def _replay(delta, x, A, B, h):
+    """A chunk's decays a_t = exp(Δ_t A), (steps, b, n, d), and the states from h before it to its last, one more.
+
+    Time comes first and channels last, so that a step is one multiply-add over contiguous memory.
+    """
+    a = (delta[:, :, None] * A).exp_()
+    states = h.new_empty(len(x) + 1, *h.shape)
+    states[0] = h
+    torch.mul(x[:, :, None], B[..., None], out=states[1:])
+    for a_t, before, state in zip(a, states[:-1], states[1:]):
+        state.addcmul_(a_t, before)
+    return a, states
+
+
+@torch.library.custom_op("mabert::scan_loop", mutates_args=())
+def _scan_loop(delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """h_t = exp(Δ_t A) h_{t−1} + x_t B_t and y_t = Σ_n C_t h_t, where x = Δ u.
+
+    delta, x (b, l, d), A (d, n), B, C (b, l, n), all of one dtype -> y (b, l, d) and the chunks' start states, for the
+    backward pass, (c, b, n, d). A custom op, so that torch.compile takes it as it is instead of unrolling the loop.
+    """
+    A = A.T.contiguous()  # (n, d)
+    y, starts = _empty_like(x), []
+    h = x.new_zeros(x.shape[0], *A.shape)  # (b, n, d)
+    with torch.autocast(x.device.type, enabled=False):
+        for s, delta_s, x_s, B_s, C_s in _chunks(delta, x, B, C):
+            starts.append(h)
+            _, states = _replay(delta_s, x_s, A, B_s, h)
+            y[:, s] = (C_s[:, :, None] @ states[1:]).squeeze(2).transpose(0, 1)
+            h = states[-1].clone()
+    return y, torch.stack(starts)
+
+
+@torch.library.custom_op("mabert::scan_loop_backward", mutates_args=())
+def _scan_loop_backward(
+    dy: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of delta, x, A, B and C; the states inside a chunk are replayed from its start.
+
+    With g_t the loss's gradient by h_t:  g_t = dy_t C_t + a_{t+1} g_{t+1},  dx_t = Σ_n g_t B_t,  dB_t = Σ_d g_t x_t,
+    dC_t = Σ_d dy_t h_t,  dΔ_t = Σ_n A w_t and dA = Σ_{b,t} Δ_t w_t, where w_t = g_t a_t h_{t−1}.
+    """
+    A = A.T.contiguous()  # (n, d)
+    ddelta, dx, dB, dC, dA = _empty_like(delta), _empty_like(x), _empty_like(B), _empty_like(C), torch.zeros_like(A)
+    carry = torch.zeros_like(starts[0])  # a_{t+1} g_{t+1}, (b, n, d)
+    with torch.autocast(x.device.type, enabled=False):
+        for (s, dy_s, delta_s, x_s, B_s, C_s), h in reversed(list(zip(_chunks(dy, delta, x, B, C), starts))):
+            a, states = _replay(delta_s, x_s, A, B_s, h)
+            dC[:, s] = (dy_s[:, :, None] @ states[1:].mT).squeeze(2).transpose(0, 1)
+            g = dy_s[:, :, None] * C_s[..., None]  # (steps, b, n, d)
+            g[-1] += carry
+            for t in range(len(g) - 2, -1, -1):
+                g[t].addcmul_(a[t + 1], g[t + 1])
+            carry = a[0] * g[0]
+            dB[:, s] = (x_s[:, :, None] @ g.mT).squeeze(2).transpose(0, 1)
+            dx[:, s] = (B_s[:, :, None] @ g).squeeze(2).transpose(0, 1)
+            w = g.mul_(a).mul_(states[:-1])
+            ddelta[:, s] = (w * A).sum(dim=2).transpose(0, 1)
+            dA += w.mul_(delta_s[:, :, None]).sum(dim=(0, 1))
+    return ddelta, dx, dA.T.contiguous(), dB, dC
+
+
+def _empty_like(tensor):
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+@_scan_loop.register_fake
+def _(delta, x, A, B, C):
+    (b, l, d), n = x.shape, A.shape[1]
+    return _empty_like(x), x.new_empty(-(-l // math.isqrt(l)), b, n, d)
+
+
+@_scan_loop_backward.register_fake
+def _(dy, delta, x, A, B, C, starts):
+    return tuple(_empty_like(tensor) for tensor in (delta, x, A, B, C))
+
+
+_scan_loop.register_autograd(
+    lambda ctx, dy, _: _scan_loop_backward(dy, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1]),
+)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    mask: Tensor | None = None,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """The masked selective scan (Eqs. 8–9; the formula above): u, delta, A, B, C, ... -> y (b, l, d) of u's dtype.
+
+    u, delta, z: (b, l, d); A: (d, n), negative; B, C: (b, l, n); D, delta_bias: (d,). Names as in mamba-ssm, layout
+    channel-last. Floating-point of any kind; the arithmetic is in float32, or in float64 where u is float64.
+    mask: (b, l), bool or 0/1. At a pad (0) the state passes through, y is 0, and so are the gradients of the inputs.
+    reverse: the recurrence runs from the right end.
+    backend: "loop", or None for the fastest that can run here.
+
+    Raises ValueError for shapes or a mask that do not fit, RuntimeError for a backend that cannot run here.
+    """
+    (b, l, d), n = u.shape, A.shape[-1]
+    expected = {"delta": (b, l, d), "A": (d, n), "B": (b, l, n), "C": (b, l, n), "D": (d,), "z": (b, l, d)}
+    expected["delta_bias"] = (d,)
+    given = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    for name, tensor in given.items():
+        if tensor is not None and tensor.shape != expected[name]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with u {(b, l, d)} it must be {expected[name]}")
+    if l == 0:
+        raise ValueError("u has length 0; a scan needs at least one step")
+    if backend not in SCAN_BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of {SCAN_BACKENDS}")
+    if backend == "triton":
+        raise RuntimeError("the Triton backend of selective_scan is not written yet; use backend='loop' or None")
+
+    mask = check_mask(mask, (b, l))
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    u_, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
+    if delta_bias is not None:
+        delta = delta + delta_bias
+    if delta_softplus:
+        delta = F.softplus(delta)
+    if mask is not None:
+        delta = delta * mask[..., None]
+    inputs = delta, delta * u_, A, B, C
+    if reverse:
+        inputs = [tensor if tensor is A else tensor.flip(1) for tensor in inputs]
+    y, _ = _scan_loop(*inputs)
+    if reverse:
+        y = y.flip(1)
+    if D is not None:
+        y = y + D * u_
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    if mask is not None:
+        y = y * mask[..., None]
+    return y.to(u.dtype)
