@@ -112,10 +112,14 @@ class MaBERTConfig:
         require("hidden_size", self.hidden_size % self.num_heads == 0, f"a multiple of num_heads ({self.num_heads})")
         letters = isinstance(self.pattern, str) and set(self.pattern)
         require("pattern", letters and letters <= set("MT"), "a string of the letters M (Mamba) and T (Transformer)")
-        require("dt_rank", self.dt_rank is None or is_int(self.dt_rank) and self.dt_rank > 0, "a positive integer or None")
+        require(
+            "dt_rank", self.dt_rank is None or is_int(self.dt_rank) and self.dt_rank > 0, "a positive integer or None"
+        )
         require("causal_conv", isinstance(self.causal_conv, bool), "True or False")
         require("dropout", isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1, "in [0, 1)")
-        require("layer_norm_eps", isinstance(self.layer_norm_eps, float) and self.layer_norm_eps > 0, "a positive number")
+        require(
+            "layer_norm_eps", isinstance(self.layer_norm_eps, float) and self.layer_norm_eps > 0, "a positive number"
+        )
         in_vocab = is_int(self.pad_token_id) and 0 <= self.pad_token_id < self.vocab_size
         require("pad_token_id", in_vocab, f"a token id below vocab_size ({self.vocab_size})")
         stages = isinstance(self.psm, (tuple, list)) and set(self.psm) <= set(PSM_STAGES)
@@ -228,7 +232,9 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x).view(b, l, 3, self.num_heads, h // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, num_heads, l, h / num_heads)
         if mask is not None:
-            mask = mask | ~mask.any(dim=-1, keepdim=True)  # a row of pads attends to itself: a softmax over nothing is NaN
+            mask = mask | ~mask.any(
+                dim=-1, keepdim=True
+            )  # a row of pads attends to itself: a softmax over nothing is NaN
             mask = mask[:, None, None]  # (b, 1, 1, l)
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
@@ -357,7 +363,9 @@ class PretrainedModel(nn.Module):
 def _encoder_and_head(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A state dict's encoder parameters, without their prefix, and the rest; a bare encoder's have no prefix."""
     encoder = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
-    return (encoder, {name: state[name] for name in state if not name.startswith("encoder.")}) if encoder else (state, {})
+    return (
+        (encoder, {name: state[name] for name in state if not name.startswith("encoder.")}) if encoder else (state, {})
+    )
 
 
 def _shape(state: dict[str, Tensor], name: str) -> str:
@@ -410,7 +418,9 @@ class MaBERT(PretrainedModel):
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, length)")
         if token_type_ids is not None and token_type_ids.shape != input_ids.shape:
-            raise ValueError(f"token_type_ids has shape {tuple(token_type_ids.shape)}, input_ids {tuple(input_ids.shape)}")
+            raise ValueError(
+                f"token_type_ids has shape {tuple(token_type_ids.shape)}, input_ids {tuple(input_ids.shape)}"
+            )
         mask = check_mask(attention_mask, input_ids.shape)
         limit, eager = self.config.max_position, not torch.compiler.is_compiling()
         if input_ids.shape[1] > limit and (mask is None or eager):
@@ -547,7 +557,9 @@ class MaBERTForSequenceClassification(PretrainedModel):
         if labels is None:
             return Output(None, logits)
         if labels.shape != logits.shape[:1]:
-            raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be (batch,), here {tuple(logits.shape[:1])}")
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}; it must be (batch,), here {tuple(logits.shape[:1])}"
+            )
         if self.config.num_labels == 1:
             return Output(F.mse_loss(logits.squeeze(-1).float(), labels.float()), logits)
         return Output(F.cross_entropy(logits.float(), labels), logits)

@@ -1,0 +1,665 @@
+"""Pretrains MaBERT with masked language modelling.
+
+    python train_mlm.py --demo                          # minutes on a laptop: no network, no GPU
+    python train_mlm.py --steps 100000                  # the paper's 10 % budget: Wikipedia + BookCorpus from the hub
+    python train_mlm.py --data texts/ --vocab-size 8192 --steps 5000 --hidden-size 256 --num-heads 4 ...
+
+In order: arguments · text · tokenizer · tokens on disk · rows and masking · evaluation · the training loop.
+
+Everything random is a function of the seed and the step: which rows a step reads, where they are masked, dropout.
+The run's folder (--out) ends with config.json, model.pt and tokenizer.json, which `from_pretrained(out)` reads, beside
+log.csv, args.json and one folder per checkpoint (step-0050000/), which `from_pretrained` reads too.
+"""
+
+import argparse
+import ast
+import csv
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import sysconfig
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+# Idle OpenMP threads spin by default; beside any other busy process that slows both down many times over. Read by the
+# OpenMP runtime when torch is loaded, hence up here.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from mabert import PSM_STAGES, MaBERTConfig, MaBERTForMaskedLM
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments: the defaults are the paper's protocol, where it gives one, else BERT's
+# ----------------------------------------------------------------------------------------------------------------------
+
+HUB_CORPUS = (("wikimedia/wikipedia", "20231101.en"), ("lucadiliello/bookcorpusopen", "default"))
+HUB_TOKENIZER = "google-bert/bert-base-uncased"
+DEMO = dict(
+    **dict(out="out/demo", overwrite=True, steps=1500, batch_size=32, micro_batch_size=32, lr=2e-3, mask_rate=0.3),
+    **dict(length_schedule=[(64, 1.0)], vocab_size=4096, pattern="MMT", hidden_size=128, num_heads=4),
+    **dict(intermediate_size=512, d_state=8, dropout=0.0, eval_every=250, log_every=25),
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    def length_share(text):
+        length, share = text.split(":")
+        return int(length), float(share)
+
+    def psm(text):
+        return () if text == "none" else tuple(text.split("+"))
+
+    base = MaBERTConfig()
+    parser = argparse.ArgumentParser(
+        description="Pretrain MaBERT with masked language modelling. Defaults are the paper's protocol.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--demo", action="store_true", help="a small model on the text that every Python carries; other flags override")
+    add("--out", default="out/mlm", help="the run's folder")
+    add("--overwrite", action="store_true", help="replace the run that --out holds")
+    group = parser.add_argument_group("text")
+    add = group.add_argument
+    add("--data", nargs="+", metavar="PATH", help=".txt, .jsonl or .parquet files, or folders of them (with a column "
+        "'text'), instead of English Wikipedia and BookCorpus from the hub")  # fmt: skip
+    add("--sample-by", choices=("document", "paragraph", "line"), default="document", help="what is one document in a "
+        ".txt file: all of it, a block between blank lines, a line")  # fmt: skip
+    add("--tokenizer", help=f"a tokenizer.json or a name on the hub (default: {HUB_TOKENIZER})")
+    add("--vocab-size", type=int, help="train a WordPiece tokenizer of this size on the corpus instead")
+    add("--cache-dir", default="out/tokens", help="where text becomes token ids, once for all runs")
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--pattern", default=base.pattern, help="one letter per layer: M (Mamba) or T (Transformer)")
+    add("--hidden-size", type=int, default=base.hidden_size)
+    add("--num-heads", type=int, default=base.num_heads, help="attention heads")
+    add("--intermediate-size", type=int, default=base.intermediate_size, help="inner width of the feed-forward")
+    add("--d-state", type=int, default=base.d_state, help="states per channel of the scan")
+    add(
+        "--psm",
+        type=psm,
+        default=base.psm,
+        metavar="STAGES",
+        help="stages of padding-safe masking joined by +, or none",
+    )
+    add("--causal-conv", action=argparse.BooleanOptionalAction, default=base.causal_conv, help="--no-causal-conv centres "
+        "the convolution")  # fmt: skip
+    add("--dropout", type=float, default=base.dropout, help="probability")
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--steps", type=int, default=1_000_000, help="optimizer steps; the paper's budgets are separate runs of 100000, "
+        "250000, 500000 and 1000000")  # fmt: skip
+    add("--length-schedule", type=length_share, nargs="+", default=[(128, 0.9), (512, 0.1)], metavar="TOKENS:SHARE",
+        help="row lengths and the share of the steps each gets, in order")  # fmt: skip
+    add("--batch-size", type=int, default=256, help="rows per optimizer step")
+    add("--micro-batch-size", type=int, default=64, help="rows that go through the model at once")
+    add("--lr", type=float, default=1e-4, help="peak learning rate")
+    add("--warmup-steps", type=int, default=10_000, help="linear warm-up, never more than a tenth of the run")
+    add("--weight-decay", type=float, default=0.01, help="on matrices; none on biases, norms, A_log and D")
+    add("--mask-rate", type=float, default=0.15, help="share of the tokens to predict")
+    add("--seed", type=int, default=0)
+    add("--save-every", type=int, default=50_000, help="steps between checkpoints")
+    add("--eval-every", type=int, default=1_000, help="steps between held-out losses")
+    add("--log-every", type=int, default=100, help="steps between lines of log.csv")
+    add("--compile", action="store_true", help="torch.compile the encoder")
+
+    if parser.parse_known_args(argv)[0].demo:
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args(argv)
+
+    def require(ok, message):
+        if not ok:
+            parser.error(message)
+
+    for name in ("steps", "batch_size", "micro_batch_size", "save_every", "eval_every", "log_every"):
+        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be positive")
+    require(args.batch_size % args.micro_batch_size == 0, "--batch-size must be a multiple of --micro-batch-size")
+    require(0 < args.mask_rate < 1, "--mask-rate must be between 0 and 1")
+    require(args.lr > 0 and args.warmup_steps >= 0 and args.weight_decay >= 0 and args.seed >= 0, "--lr must be positive; "
+            "--warmup-steps, --weight-decay and --seed must not be negative")  # fmt: skip
+    lengths, shares = zip(*args.length_schedule)
+    require(min(lengths) >= 8, f"--length-schedule: rows of {min(lengths)} tokens are too short; 8 is the least")
+    require(min(shares) > 0 and math.isclose(sum(shares), 1), f"--length-schedule: the shares {shares} must be positive "
+            "and sum to 1, as in 128:0.9 512:0.1")  # fmt: skip
+    require(not (args.tokenizer and args.vocab_size), "--tokenizer and --vocab-size exclude each other")
+    require(
+        args.vocab_size is None or 100 <= args.vocab_size <= MAX_VOCAB, f"--vocab-size must be in [100, {MAX_VOCAB}]"
+    )
+    require(not (args.demo and args.data), "--demo brings its own text; leave out --demo or --data")
+    try:
+        model_config(args, vocab_size=100, pad_token_id=0)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def model_config(args: argparse.Namespace, vocab_size: int, pad_token_id: int) -> MaBERTConfig:
+    names = "pattern", "hidden_size", "num_heads", "intermediate_size", "d_state", "psm", "causal_conv", "dropout"
+    return MaBERTConfig(
+        vocab_size=vocab_size,
+        pad_token_id=pad_token_id,
+        max_position=max(length for length, _ in args.length_schedule),
+        **{name: getattr(args, name) for name in names},
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Corpus(NamedTuple):
+    identity: str  # changes when the text does
+    num_documents: int
+    batches: Callable[[], Iterator[list[str]]]  # all documents, some at a time
+
+
+def demo_corpus() -> Corpus:
+    """The English that every Python carries: its language reference and the standard library's docstrings, unimported."""
+    from pydoc_data.topics import topics
+
+    texts = list(topics.values())
+    library = Path(sysconfig.get_path("stdlib"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of old escapes in the sources
+        for file in sorted(library.rglob("*.py")):
+            if {"site-packages", "dist-packages", "test", "tests"} & set(file.relative_to(library).parts):
+                continue
+            try:
+                tree = ast.parse(file.read_bytes())
+            except (SyntaxError, ValueError):  # the library carries a few broken files on purpose
+                continue
+            kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+            texts += [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+    texts = list(dict.fromkeys(texts))  # many docstrings stand in several places
+    identity = hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).hexdigest()
+    return Corpus(identity, len(texts), lambda: iter([texts]))
+
+
+def local_corpus(paths: list[str], sample_by: str) -> Corpus:
+    builders = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise SystemExit(f"--data: {path} does not exist")
+        found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in builders)
+        if not found or found[0].suffix not in builders:
+            raise SystemExit(f"--data: {path} is or has no {', '.join(builders)} file")
+        files += [file.resolve() for file in found]
+    calls = []
+    for builder in sorted({builders[file.suffix] for file in files}):
+        data_files = [str(file) for file in files if builders[file.suffix] == builder]
+        calls.append((builder, dict(data_files=data_files) | (dict(sample_by=sample_by) if builder == "text" else {})))
+    identity = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return dataset_corpus(calls, f"{identity} {sample_by}", "check the files that --data names")
+
+
+def hub_corpus() -> Corpus:
+    calls = [(name, dict(name=config)) for name, config in HUB_CORPUS]
+    return dataset_corpus(calls, f"{HUB_CORPUS}", "without the hub, pass --data PATH with text of your own")
+
+
+def dataset_corpus(calls: list[tuple[str, dict]], identity: str, advice: str) -> Corpus:
+    """A corpus from calls of datasets.load_dataset."""
+    import datasets
+
+    parts = []
+    for builder, options in calls:
+        try:
+            part = datasets.load_dataset(builder, split="train", **options)
+        except Exception as error:  # datasets raises many kinds, most of them with the reason one level down
+            reason = error.__cause__ or error
+            raise SystemExit(f"cannot load {builder} {options}: {type(reason).__name__}: {reason}\n{advice}") from error
+        if "text" not in part.column_names:
+            raise SystemExit(f"{builder} {options} has no column 'text', only {part.column_names}")
+        parts.append(part.select_columns("text"))
+    corpus = datasets.concatenate_datasets(parts)
+    batches = lambda: ([text or "" for text in batch["text"]] for batch in corpus.iter(batch_size=1000))  # noqa: E731
+    return Corpus(identity, len(corpus), batches)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+# ----------------------------------------------------------------------------------------------------------------------
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MAX_VOCAB = 65_535  # token ids are kept as uint16
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """BERT's uncased WordPiece tokenizer, trained on other text."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = list(SPECIAL_TOKENS)
+    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return tokenizer
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer.json, or a tokenizer of the hub."""
+    local = name.endswith(".json") or Path(name).exists()
+    try:
+        tokenizer = Tokenizer.from_file(name) if local else Tokenizer.from_pretrained(name)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        advice = "" if local else "\nwithout the hub, pass --tokenizer a tokenizer.json, or --vocab-size N to train one"
+        raise SystemExit(f"cannot load the tokenizer {name}: {error}{advice}") from error
+    missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise SystemExit(f"the tokenizer {name} has no {', '.join(missing)}; masked language modelling needs them")
+    if tokenizer.get_vocab_size() > MAX_VOCAB:
+        raise SystemExit(f"the tokenizer {name} has {tokenizer.get_vocab_size()} tokens; {MAX_VOCAB} is the most")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def trained_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: str | os.PathLike) -> Tokenizer:
+    """A tokenizer trained on the corpus, kept in the cache."""
+    identity = hashlib.sha256(f"{corpus.identity} {vocab_size}".encode()).hexdigest()[:16]
+    file = Path(cache_dir) / f"tokenizer-{identity}.json"
+    if not file.exists():
+        print(f"training a tokenizer of {vocab_size} word pieces")
+        tokenizer = train_tokenizer((text for texts in corpus.batches() for text in texts), vocab_size)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(f"{file}.partial")
+        os.replace(f"{file}.partial", file)
+    return load_tokenizer(str(file))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens on disk
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Tokens(NamedTuple):
+    ids: np.ndarray  # (tokens,) uint16, a memory map: the documents one after another, without special tokens
+    offsets: np.ndarray  # (documents + 1,) int64
+    counts: np.ndarray  # (vocabulary,) int64: how often each id occurs
+
+
+def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | os.PathLike) -> Tokens:
+    """The corpus as token ids, from the cache where the same corpus and tokenizer have been seen before.
+
+    They are written under a temporary name and renamed when whole, so that an interrupted run leaves no half cache.
+    """
+    key = hashlib.sha256(f"{corpus.identity} {tokenizer.to_str()}".encode("utf-8", "replace")).hexdigest()[:16]
+    folder, partial = Path(cache_dir) / key, Path(cache_dir) / f"{key}.partial"
+    if not folder.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        lengths, counts = [], np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
+        progress = tqdm(total=corpus.num_documents, unit="doc", desc="tokenizing")
+        with open(partial / "ids.bin", "wb") as file, progress:
+            for texts in corpus.batches():
+                for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+                    ids = np.array(encoding.ids, dtype=np.uint16)
+                    if len(ids):
+                        file.write(ids.tobytes())
+                        lengths.append(len(ids))
+                        counts += np.bincount(ids, minlength=len(counts))
+                progress.update(len(texts))
+        np.save(partial / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+        np.save(partial / "counts.npy", counts)
+        os.replace(partial, folder)
+    try:
+        offsets, counts = np.load(folder / "offsets.npy"), np.load(folder / "counts.npy")
+        size = (folder / "ids.bin").stat().st_size
+    except (OSError, ValueError, EOFError) as error:
+        raise SystemExit(f"the token cache {folder} is damaged ({error}); remove that folder and run again") from error
+    if size != 2 * offsets[-1]:
+        raise SystemExit(f"the token cache {folder} is damaged (wrong size); remove that folder and run again")
+    if size == 0:
+        raise SystemExit("the corpus is empty: no text, or nothing that the tokenizer keeps")
+    return Tokens(np.memmap(folder / "ids.bin", dtype=np.uint16, mode="r"), offsets, counts)
+
+
+def split_held_out(tokens: Tokens, stripes: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """(training, held-out) segments, each (segments, 2) of start and end in tokens.ids.
+
+    Held out are 5 % of the tokens, at most 2^18, in stripes spread over the corpus so that it is one big document or
+    many small ones alike. Segments end where a document or a stripe does.
+    """
+    total = int(tokens.offsets[-1])
+    stripe = max(1, total // stripes)
+    held = min(stripe // 20, 2**18 // stripes)
+    ends = np.arange(stripe, total + 1, stripe)
+    cuts = np.unique(np.concatenate([tokens.offsets, ends, ends - held]))
+    segments = np.stack([cuts[:-1], cuts[1:]], axis=1)
+    is_held = (segments[:, 0] < ends[-1]) & (segments[:, 0] % stripe >= stripe - held)
+    return segments[~is_held], segments[is_held]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows and masking: functions of the seed and the step
+# ----------------------------------------------------------------------------------------------------------------------
+
+IGNORED = -100  # the label of positions with nothing to predict
+
+
+def rng(*key: int) -> np.random.Generator:
+    return np.random.default_rng(key)
+
+
+class Vocabulary(NamedTuple):
+    """The tokenizer's special ids, and which ids may be predicted."""
+
+    pad: int
+    cls: int
+    sep: int
+    mask: int
+    is_special: np.ndarray  # (vocabulary,) bool
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer):
+        ids = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
+        is_special = np.zeros(tokenizer.get_vocab_size(), dtype=bool)
+        is_special[ids] = True
+        return cls(ids[0], ids[2], ids[3], ids[4], is_special)
+
+
+class Rows:
+    """The rows of one length that segments of the tokens give: [CLS], a window of one segment, [SEP].
+
+    A segment longer than a row is cut into windows of equal size, so that none is a stump.
+    """
+
+    def __init__(self, tokens: Tokens, segments: np.ndarray, length: int, vocabulary: Vocabulary):
+        self.ids, self.segments, self.vocabulary = tokens.ids, segments, vocabulary
+        self.windows = -(-(segments[:, 1] - segments[:, 0]) // (length - 2))  # of each segment
+        self.ends = np.cumsum(self.windows)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def batch(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of these numbers, padded to the longest: (ids int64, real bool), both (rows, length)."""
+        rows = []
+        for number in numbers:
+            segment = np.searchsorted(self.ends, number, side="right")
+            (start, end), windows = self.segments[segment], self.windows[segment]
+            window = number - (self.ends[segment] - windows)
+            rows.append(
+                self.ids[start + (end - start) * window // windows : start + (end - start) * (window + 1) // windows]
+            )
+        lengths = np.array([len(row) + 2 for row in rows])
+        ids = np.full((len(rows), lengths.max()), self.vocabulary.pad, dtype=np.int64)
+        ids[:, 0] = self.vocabulary.cls
+        for i, row in enumerate(rows):
+            ids[i, 1 : len(row) + 1] = row
+            ids[i, len(row) + 1] = self.vocabulary.sep
+        return ids, np.arange(ids.shape[1]) < lengths[:, None]
+
+
+def mask_tokens(
+    ids: np.ndarray, vocabulary: Vocabulary, mask_rate: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """BERT's masking: (input ids, labels), both (rows, length).
+
+    Every token that is not special is to be predicted with probability mask_rate. Of those, 80 % become [MASK], 10 % a
+    random token, 10 % stay. Labels are the original ids there and IGNORED elsewhere.
+    """
+    chosen = (rng.random(ids.shape) < mask_rate) & ~vocabulary.is_special[ids]
+    labels = np.where(chosen, ids, IGNORED)
+    fate = rng.random(ids.shape)
+    random_ids = rng.choice(np.flatnonzero(~vocabulary.is_special), ids.shape)
+    inputs = np.where(chosen & (fate < 0.8), vocabulary.mask, ids)
+    return np.where(chosen & (fate >= 0.9), random_ids, inputs), labels
+
+
+def batch_of_step(
+    step: int, phases: list[tuple[int, Rows]], vocabulary: Vocabulary, args: argparse.Namespace
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(input ids, real, labels) of a step, (batch, length) each. phases: the first step and the rows of each length."""
+    first, rows = [phase for phase in phases if phase[0] <= step][-1]
+    epoch, place = np.divmod((step - first) * args.batch_size + np.arange(args.batch_size), len(rows))
+    numbers = np.concatenate([_shuffled(args.seed, first, e, len(rows))[place[epoch == e]] for e in np.unique(epoch)])
+    ids, real = rows.batch(numbers)
+    inputs, labels = mask_tokens(ids, vocabulary, args.mask_rate, rng(args.seed, 1, step))
+    return inputs, real, labels
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(seed: int, phase: int, epoch: int, n: int) -> np.ndarray:
+    return rng(seed, 2, phase, epoch).permutation(n)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class HeldOut(NamedTuple):
+    """Rows that training never sees, masked once and for all: the same for every seed."""
+
+    inputs: np.ndarray
+    real: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Rows, mask_rate: float, most: int = 512):
+        ids, real = rows.batch(np.unique(np.linspace(0, len(rows) - 1, most).astype(int)))
+        inputs, labels = mask_tokens(ids, rows.vocabulary, mask_rate, rng(0))
+        return cls(inputs, real, labels)
+
+    @torch.no_grad()
+    def loss(self, model: MaBERTForMaskedLM, micro_batch_size: int) -> float:
+        """The mean masked-token loss in nats."""
+        model.eval()
+        total = 0.0
+        for micro in micro_batches((self.inputs, self.real, self.labels), micro_batch_size, model.decoder_bias.device):
+            with autocast(model):
+                total += model(micro[0], micro[1], labels=micro[2], reduction="sum").loss.item()
+        model.train()
+        return total / (self.labels != IGNORED).sum()
+
+    def baselines(self, tokens: Tokens, held: np.ndarray, vocabulary: Vocabulary) -> tuple[float, float]:
+        """(unigram, uniform): the loss of guessing by the training text's frequencies, plus one, and by chance."""
+        counts = tokens.counts + 1
+        for start, end in held:
+            counts -= np.bincount(tokens.ids[start:end], minlength=len(counts))
+        counts[vocabulary.is_special] = 0
+        labels = self.labels[self.labels != IGNORED]
+        return float(np.log(counts.sum()) - np.log(counts[labels]).mean()), math.log((~vocabulary.is_special).sum())
+
+
+def autocast(model: torch.nn.Module):
+    """bf16 on a GPU, nothing elsewhere."""
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
+
+
+def micro_batches(batch: tuple[np.ndarray, ...], size: int, device: torch.device) -> Iterator[list[torch.Tensor]]:
+    """(inputs, real, labels) on the device, `size` rows at a time, cut to the longest row rounded up to 32 tokens."""
+    for i in range(0, len(batch[0]), size):
+        longest = 32 * -(-int(batch[1][i : i + size].sum(axis=1).max()) // 32)
+        yield [torch.from_numpy(part[i : i + size, :longest]).to(device) for part in batch]
+
+
+@torch.no_grad()
+def show_guesses(model: MaBERTForMaskedLM, tokenizer: Tokenizer, rows: Rows, count: int = 5):
+    """Prints held-out sentences with one word masked, and the model's five best guesses for it."""
+    model.eval()
+    for number in np.linspace(0, len(rows) - 1, count + 2).astype(int)[1:-1]:
+        ids, _ = rows.batch(np.array([number]))
+        words = [tokenizer.id_to_token(token) for token in ids[0]]
+        whole = [i for i in range(1, len(words) - 1) if words[i].isalpha() and len(words[i]) > 3]
+        whole = [i for i in whole if not words[i + 1].startswith("##")]
+        if not whole:
+            continue
+        place = whole[len(whole) // 2]
+        ids[0, place] = rows.vocabulary.mask
+        logits = model(torch.from_numpy(ids).to(model.decoder_bias.device)).logits[0, place]
+        best = logits.softmax(dim=-1).topk(5)
+        left, right = (
+            tokenizer.decode(part) for part in (ids[0, max(1, place - 12) : place], ids[0, place + 1 : place + 9])
+        )
+        guesses = ", ".join(
+            f"{tokenizer.id_to_token(i)} {p:.2f}" for p, i in zip(best.values.tolist(), best.indices.tolist())
+        )
+        print(f"  ... {left} [MASK] {right} ...\n      it was: {words[place]}; guesses: {guesses}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up from 0, then linear decay to 0; steps count from 0."""
+    return peak * min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
+
+
+def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    decays = {name: p.dim() >= 2 and not name.endswith("A_log") for name, p in model.named_parameters()}
+    groups = [
+        dict(params=[p for name, p in model.named_parameters() if decays[name] == flag], weight_decay=decay)
+        for flag, decay in ((True, weight_decay), (False, 0.0))
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6, fused=True)
+
+
+def save(folder: Path, model: MaBERTForMaskedLM, tokenizer: Tokenizer):
+    """Writes a folder for from_pretrained."""
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save(str(folder / "tokenizer.json"))
+    except Exception as error:  # a full disk: OSError, RuntimeError from torch, or Exception from tokenizers
+        raise SystemExit(f"cannot write {folder}: {error}\nearlier checkpoints are untouched") from error
+
+
+def main(argv: list[str] | None = None):
+    args = parse_args(argv)
+    out = Path(args.out)
+    if (out / "log.csv").exists() and not args.overwrite:
+        raise SystemExit(f"{out} holds a run already; choose another --out, or --overwrite it")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    # Text, tokenizer, rows
+    tokenizer = None if args.vocab_size else load_tokenizer(args.tokenizer or HUB_TOKENIZER)
+    corpus = demo_corpus() if args.demo else local_corpus(args.data, args.sample_by) if args.data else hub_corpus()
+    tokenizer = tokenizer or trained_tokenizer(corpus, args.vocab_size, args.cache_dir)
+    tokens = tokenize(corpus, tokenizer, args.cache_dir)
+    vocabulary = Vocabulary.of(tokenizer)
+    train, held = split_held_out(tokens)
+    firsts = np.cumsum([0.0] + [share for _, share in args.length_schedule]) * args.steps
+    phases = [
+        (round(first), Rows(tokens, train, length, vocabulary))
+        for first, (length, _) in zip(firsts, args.length_schedule)
+    ]
+    held_rows = Rows(tokens, held, args.length_schedule[0][0], vocabulary)
+    for (_, rows), (length, _) in zip(phases, args.length_schedule):
+        if len(rows) < args.batch_size or not len(held_rows):
+            raise SystemExit(
+                f"the corpus is too short: {tokens.offsets[-1]} tokens give {len(rows)} training rows of {length} and "
+                f"{len(held_rows)} held-out rows; a batch is {args.batch_size} rows. Add text or lower --batch-size"
+            )
+    held_out = HeldOut.of(held_rows, args.mask_rate)
+    unigram, uniform = held_out.baselines(tokens, held, vocabulary)
+
+    # Model, optimizer, schedule
+    torch.manual_seed(args.seed)
+    model = MaBERTForMaskedLM(model_config(args, tokenizer.get_vocab_size(), vocabulary.pad)).to(device)
+    if args.compile:
+        model.encoder.compile()
+    optimizer = make_optimizer(model, args.weight_decay)
+    warmup = min(args.warmup_steps, args.steps // 10)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{args.pattern}, {size:.1f} M parameters on {device}; {tokens.offsets[-1] / 1e6:.1f} M tokens of text")
+    print(f"{args.steps} steps of {args.batch_size} rows, lengths and shares {args.length_schedule}")
+    if warmup < args.warmup_steps:
+        print(f"warm-up shortened from {args.warmup_steps} to {warmup} steps, a tenth of the run")
+
+    # The run's folder
+    for old in out.glob("step-*"):
+        shutil.rmtree(old)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n", encoding="utf-8")
+    with open(out / "log.csv", "w", newline="", encoding="utf-8") as log_file:
+        log = csv.writer(log_file)
+        log.writerow(["step", "loss", "held_out_loss", "lr", "tokens_per_s"])
+        held_out_loss = held_out.loss(model, args.micro_batch_size)
+        log.writerow([0, "", f"{held_out_loss:.4f}", "", ""])
+        losses, real_tokens, since = torch.zeros((), device=device), 0, (0, time.perf_counter())
+        progress = tqdm(range(args.steps), unit="step", desc="training")
+        for step in progress:
+            batch = batch_of_step(step, phases, vocabulary, args)
+            labelled = max(1, int((batch[2] != IGNORED).sum()))
+            lr = learning_rate(step, args.steps, args.lr, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            try:
+                for i, micro in enumerate(micro_batches(batch, args.micro_batch_size, device)):
+                    torch.manual_seed(int(rng(args.seed, 3, step, i).integers(2**63)))  # for dropout
+                    with autocast(model):
+                        loss = model(micro[0], micro[1], labels=micro[2], reduction="sum").loss / labelled
+                    loss.backward()
+                    losses += loss.detach()
+            except RuntimeError as error:
+                if "out of memory" in str(error) or "can't allocate memory" in str(error):
+                    raise SystemExit(
+                        f"out of memory at step {step} with rows of {batch[0].shape[1]} tokens: lower --micro-batch-size "
+                        f"(now {args.micro_batch_size}; the result stays the same) or the lengths"
+                    ) from error
+                raise
+            clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            real_tokens += int(batch[1].sum())
+
+            done = step + 1
+            evaluates = done % args.eval_every == 0 or done == args.steps
+            if evaluates or done % args.log_every == 0:
+                loss = losses.item() / (done - since[0])
+                if not math.isfinite(loss):
+                    raise SystemExit(
+                        f"the loss is {loss} around step {done}; a lower --lr or longer --warmup-steps helps"
+                    )
+                speed = real_tokens / (time.perf_counter() - since[1])
+                if evaluates:
+                    held_out_loss = held_out.loss(model, args.micro_batch_size)
+                log.writerow(
+                    [done, f"{loss:.4f}", f"{held_out_loss:.4f}" if evaluates else "", f"{lr:.3e}", f"{speed:.0f}"]
+                )
+                log_file.flush()
+                progress.set_postfix(
+                    loss=f"{loss:.3f}", held_out=f"{held_out_loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{speed:.0f}"
+                )
+                losses.zero_()
+                real_tokens, since = 0, (done, time.perf_counter())
+            if done % args.save_every == 0 and done < args.steps:
+                partial = out / f"step-{done:07d}.partial"
+                save(partial, model, tokenizer)
+                os.replace(partial, out / f"step-{done:07d}")
+    save(out, model, tokenizer)
+
+    print(
+        f"\nheld-out masked-token loss {held_out_loss:.3f} nats over {(held_out.labels != IGNORED).sum()} positions; ",
+        end="",
+    )
+    print(f"the training text's word frequencies give {unigram:.3f}, chance {uniform:.3f}")
+    print(f"{unigram - held_out_loss:.2f} nats below the word frequencies. Held-out text with one word masked:")
+    show_guesses(model, tokenizer, held_rows)
+    print(f"\nThe model is in {out}, its curve in {out / 'log.csv'}. In Python:")
+    print(f"  model = MaBERTForMaskedLM.from_pretrained({str(out)!r})  # from mabert import MaBERTForMaskedLM")
+    print(f"  tokenizer = Tokenizer.from_file({str(out / 'tokenizer.json')!r})  # from tokenizers import Tokenizer")
+
+
+if __name__ == "__main__":
+    main()
