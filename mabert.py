@@ -113,7 +113,7 @@ class MaBERTConfig:
         letters = isinstance(self.pattern, str) and set(self.pattern)
         require("pattern", letters and letters <= set("MT"), "a string of the letters M (Mamba) and T (Transformer)")
         require(
-            "dt_rank", self.dt_rank is None or is_int(self.dt_rank) and self.dt_rank > 0, "a positive integer or None"
+            "dt_rank", self.dt_rank is None or (is_int(self.dt_rank) and self.dt_rank > 0), "a positive integer or None"
         )
         require("causal_conv", isinstance(self.causal_conv, bool), "True or False")
         require("dropout", isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1, "in [0, 1)")
@@ -311,7 +311,7 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **overrides):
-        """Reads a folder that save_pretrained wrote, by this class or another one, into a model in eval mode on the CPU.
+        """Reads a folder that save_pretrained wrote, of this class or another, into a model on the CPU in eval mode.
 
         overrides replace config fields (num_labels, pooling, psm, dropout, ...). The encoder's weights must fit the
         config; a head that the file lacks, or has in another shape, is new, and a warning says what was not loaded.
@@ -667,10 +667,16 @@ def _(dy, delta, x, A, B, C, starts):
     return tuple(_empty_like(tensor) for tensor in (delta, x, A, B, C))
 
 
-_scan_loop.register_autograd(
-    lambda ctx, dy, _: _scan_loop_backward(dy, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1]),
-)
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)  # the chunk states need no gradient: do not make one of zeros
+
+
+def _backward(ctx, dy, _):
+    return (None,) * 5 if dy is None else _scan_loop_backward(dy, *ctx.saved_tensors)
+
+
+_scan_loop.register_autograd(_backward, setup_context=_setup_context)
 
 
 def selective_scan(

@@ -27,9 +27,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# Idle OpenMP threads spin by default; beside any other busy process that slows both down many times over. Read by the
-# OpenMP runtime when torch is loaded, hence up here.
+# Idle OpenMP threads spin for milliseconds by default: beside any other busy process that slows a run down many times
+# over. Without any spinning a small model's many short operations wait for threads to wake up. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from mabert import PSM_STAGES, MaBERTConfig, MaBERTForMaskedLM
+from mabert import MaBERTConfig, MaBERTForMaskedLM
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's protocol, where it gives one, else BERT's
@@ -92,13 +93,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="STAGES",
         help="stages of padding-safe masking joined by +, or none",
     )
-    add("--causal-conv", action=argparse.BooleanOptionalAction, default=base.causal_conv, help="--no-causal-conv centres "
-        "the convolution")  # fmt: skip
+    add("--causal-conv", action=argparse.BooleanOptionalAction, default=base.causal_conv, help="--no-causal-conv "
+        "centres the convolution")  # fmt: skip
     add("--dropout", type=float, default=base.dropout, help="probability")
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--steps", type=int, default=1_000_000, help="optimizer steps; the paper's budgets are separate runs of 100000, "
-        "250000, 500000 and 1000000")  # fmt: skip
+    add("--steps", type=int, default=1_000_000, help="optimizer steps; the paper's budgets are separate runs of "
+        "100000, 250000, 500000 and 1000000")  # fmt: skip
     add("--length-schedule", type=length_share, nargs="+", default=[(128, 0.9), (512, 0.1)], metavar="TOKENS:SHARE",
         help="row lengths and the share of the steps each gets, in order")  # fmt: skip
     add("--batch-size", type=int, default=256, help="rows per optimizer step")
@@ -125,12 +126,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be positive")
     require(args.batch_size % args.micro_batch_size == 0, "--batch-size must be a multiple of --micro-batch-size")
     require(0 < args.mask_rate < 1, "--mask-rate must be between 0 and 1")
-    require(args.lr > 0 and args.warmup_steps >= 0 and args.weight_decay >= 0 and args.seed >= 0, "--lr must be positive; "
-            "--warmup-steps, --weight-decay and --seed must not be negative")  # fmt: skip
+    require(args.lr > 0, "--lr must be positive")
+    for name in ("warmup_steps", "weight_decay", "seed"):
+        require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
     lengths, shares = zip(*args.length_schedule)
     require(min(lengths) >= 8, f"--length-schedule: rows of {min(lengths)} tokens are too short; 8 is the least")
-    require(min(shares) > 0 and math.isclose(sum(shares), 1), f"--length-schedule: the shares {shares} must be positive "
-            "and sum to 1, as in 128:0.9 512:0.1")  # fmt: skip
+    shares_fit = min(shares) > 0 and math.isclose(sum(shares), 1)
+    require(shares_fit, f"--length-schedule: the shares {shares} must be positive and sum to 1, as in 128:0.9 512:0.1")
     require(not (args.tokenizer and args.vocab_size), "--tokenizer and --vocab-size exclude each other")
     require(
         args.vocab_size is None or 100 <= args.vocab_size <= MAX_VOCAB, f"--vocab-size must be in [100, {MAX_VOCAB}]"
@@ -165,7 +167,7 @@ class Corpus(NamedTuple):
 
 
 def demo_corpus() -> Corpus:
-    """The English that every Python carries: its language reference and the standard library's docstrings, unimported."""
+    """English that every Python carries: its language reference, and docstrings of modules that are not imported."""
     from pydoc_data.topics import topics
 
     texts = list(topics.values())
@@ -463,9 +465,9 @@ class HeldOut(NamedTuple):
         """The mean masked-token loss in nats."""
         model.eval()
         total = 0.0
-        for micro in micro_batches((self.inputs, self.real, self.labels), micro_batch_size, model.decoder_bias.device):
+        for inputs, real, labels in micro_batches(self, micro_batch_size, model.decoder_bias.device):
             with autocast(model):
-                total += model(micro[0], micro[1], labels=micro[2], reduction="sum").loss.item()
+                total += model(inputs, real, labels=labels, reduction="sum").loss.item()
         model.train()
         return total / (self.labels != IGNORED).sum()
 
@@ -535,6 +537,24 @@ def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.A
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6, fused=True)
 
 
+def train_step(
+    model: MaBERTForMaskedLM, optimizer: torch.optim.Optimizer, batch: tuple, step: int, args: argparse.Namespace
+) -> torch.Tensor:
+    """One optimizer step over all micro-batches; returns the mean loss over the batch's labelled tokens, unread."""
+    labelled = max(1, int((batch[2] != IGNORED).sum()))
+    total = torch.zeros((), device=model.decoder_bias.device)
+    for i, (inputs, real, labels) in enumerate(micro_batches(batch, args.micro_batch_size, total.device)):
+        torch.manual_seed(int(rng(args.seed, 3, step, i).integers(2**63)))  # for dropout
+        with autocast(model):
+            loss = model(inputs, real, labels=labels, reduction="sum").loss / labelled
+        loss.backward()
+        total += loss.detach()
+    clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
 def save(folder: Path, model: MaBERTForMaskedLM, tokenizer: Tokenizer):
     """Writes a folder for from_pretrained."""
     try:
@@ -599,28 +619,19 @@ def main(argv: list[str] | None = None):
         losses, real_tokens, since = torch.zeros((), device=device), 0, (0, time.perf_counter())
         progress = tqdm(range(args.steps), unit="step", desc="training")
         for step in progress:
-            batch = batch_of_step(step, phases, vocabulary, args)
-            labelled = max(1, int((batch[2] != IGNORED).sum()))
             lr = learning_rate(step, args.steps, args.lr, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            batch = batch_of_step(step, phases, vocabulary, args)
             try:
-                for i, micro in enumerate(micro_batches(batch, args.micro_batch_size, device)):
-                    torch.manual_seed(int(rng(args.seed, 3, step, i).integers(2**63)))  # for dropout
-                    with autocast(model):
-                        loss = model(micro[0], micro[1], labels=micro[2], reduction="sum").loss / labelled
-                    loss.backward()
-                    losses += loss.detach()
+                losses += train_step(model, optimizer, batch, step, args)
             except RuntimeError as error:
-                if "out of memory" in str(error) or "can't allocate memory" in str(error):
-                    raise SystemExit(
-                        f"out of memory at step {step} with rows of {batch[0].shape[1]} tokens: lower --micro-batch-size "
-                        f"(now {args.micro_batch_size}; the result stays the same) or the lengths"
-                    ) from error
-                raise
-            clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+                if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+                    raise
+                raise SystemExit(
+                    f"out of memory at step {step} with rows of {batch[0].shape[1]} tokens: lower --micro-batch-size "
+                    f"(now {args.micro_batch_size}; the result stays the same) or the lengths"
+                ) from error
             real_tokens += int(batch[1].sum())
 
             done = step + 1

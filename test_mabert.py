@@ -1,0 +1,898 @@
+"""Tests of MaBERT, padding invariance first. `pytest` runs all of them on a CPU; those marked gpu need CUDA."""
+
+import csv
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mabert
+import train_mlm
+from mabert import (
+    MaBERT,
+    MaBERTConfig,
+    MaBERTForMaskedLM,
+    MaBERTForSequenceClassification,
+    MambaMixer,
+    Pooling,
+    selective_scan,
+)
+
+PATTERNS = (  # the paper's Table 1
+    *("MMMMMMMMMMMM", "TTTTTTTTTTTT", "MTTMTTMTTMTT", "TMTMTMTMTMTM"),
+    *("MTMTMTMTMTMT", "TMMTMMTMMTMM", "MMTMMTMMTMMT", "TTMTTMTTMTTM"),
+)
+ROOT = Path(__file__).parent
+
+
+def tiny(pattern="MMT", **changes) -> MaBERTConfig:
+    sizes = dict(vocab_size=60, hidden_size=16, num_heads=2, intermediate_size=32, d_state=4, max_position=32)
+    return MaBERTConfig(pattern=pattern, dropout=0.0, **sizes | changes)
+
+
+def build(model_class, config, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return model_class(config).to(dtype)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Padding changes nothing
+# ----------------------------------------------------------------------------------------------------------------------
+
+PADDINGS = {"left": [(1, 0), (9, 0)], "right": [(0, 1), (0, 9)], "both": [(3, 5)]}  # (pads before, pads after)
+
+
+def pad(x, before, after, value=0):
+    return F.pad(x, (before, after), value=value)
+
+
+def drift(config, before, after, dtype=torch.float64) -> float:
+    """The largest relative change that padding makes to anything the models compute about real tokens."""
+    torch.manual_seed(1)
+    b, l = 3, 11
+    ids, labels, classes = torch.randint(1, 60, (b, l)), torch.randint(0, 60, (b, l)), torch.tensor([0, 1, 1])
+    labels[torch.rand(b, l) < 0.5] = -100
+    padded, mask = pad(ids, before, after), pad(torch.ones(b, l), before, after)
+    real = slice(before, before + l)
+
+    mlm = build(MaBERTForMaskedLM, config, dtype)
+    changes = [relative(mlm.encoder(padded, mask)[:, real], mlm.encoder(ids))]
+    changes += [relative(mlm(padded, mask).logits[:, real], mlm(ids).logits)]
+    runs = [(mlm, mlm(padded, mask, labels=pad(labels, before, after, -100)), mlm(ids, labels=labels))]
+    for pooling in ("map", "mean", "cls"):
+        model = build(MaBERTForSequenceClassification, MaBERTConfig(**vars(config) | dict(pooling=pooling)), dtype)
+        runs.append((model, model(padded, mask, labels=classes), model(ids, labels=classes)))
+    for model, with_pads, without in runs:
+        changes += [relative(with_pads.logits, without.logits), relative(with_pads.loss, without.loss)]
+        parameters = list(model.parameters())
+        gradients = [torch.autograd.grad(run.loss, parameters) for run in (with_pads, without)]
+        changes.append(relative(*(torch.cat([g.flatten() for g in gradient]) for gradient in gradients)))
+    return max(changes)
+
+
+@pytest.mark.parametrize("side", PADDINGS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_padding_changes_nothing(pattern, side):
+    for before, after in PADDINGS[side]:
+        assert drift(tiny(pattern), before, after) < 1e-12
+        assert drift(tiny(pattern), before, after, torch.float32) < 1e-5
+
+
+@pytest.mark.parametrize("side", PADDINGS)
+def test_padding_changes_nothing_with_a_centred_convolution(side):
+    for before, after in PADDINGS[side]:
+        assert drift(tiny("MMT", causal_conv=False), before, after) < 1e-12
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    model = build(MaBERTForMaskedLM, tiny("MMTMMT"))
+    rows = [torch.randint(1, 60, (1, length)) for length in (3, 14, 1, 8)]
+    ids = torch.cat([pad(row, 0, 14 - row.shape[1]) for row in rows])
+    mask = torch.cat([pad(torch.ones_like(row), 0, 14 - row.shape[1]) for row in rows])
+    batch = model(ids, mask).logits
+    for row, logits in zip(rows, batch):
+        assert relative(logits[: row.shape[1]], model(row).logits[0]) < 1e-12
+
+
+@pytest.mark.parametrize("pattern", [pattern for pattern in PATTERNS if "M" in pattern])
+def test_padding_leaks_where_masking_is_incomplete(pattern):
+    """The checks above can fail: each of these is known to leak."""
+    assert drift(tiny(pattern, psm=()), 9, 0) > 1e-6
+    assert drift(tiny(pattern, psm=(), causal_conv=False), 0, 9) > 1e-6
+    assert drift(tiny(pattern, psm=("pre", "post")), 9, 0) > 1e-9  # the paper's two stages: the convolution's bias
+
+
+@pytest.mark.parametrize("psm", [(), ("pre",), ("post",), ("pre", "post"), ("scan",)])
+def test_where_padding_cannot_leak_masking_changes_nothing(psm):
+    """Right padding with a causal convolution: no pad comes before a real token. Attention masks its pads anyway."""
+    assert drift(tiny("MMT", psm=psm), 0, 9) < 1e-12
+    assert drift(tiny("TT", psm=psm), 9, 0) < 1e-12
+
+
+@pytest.mark.parametrize("causal_conv", [True, False])
+@pytest.mark.parametrize("psm", [("pre", "scan"), ("pre", "scan", "post")])
+def test_pre_and_scan_make_masking_exact(psm, causal_conv):
+    assert drift(tiny("MMT", psm=psm, causal_conv=causal_conv), 9, 4) < 1e-12
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_padding_changes_nothing_on_a_gpu():
+    with torch.device("cuda"):
+        assert drift(tiny("MMTMMT"), 9, 4, torch.float32) < 1e-5
+
+
+@pytest.mark.parametrize("pooling", mabert.POOLINGS)
+def test_rows_of_padding_stay_finite(pooling):
+    ids, mask = torch.randint(1, 60, (3, 7)), torch.tensor([[1] * 7, [0] * 7, [0] * 3 + [1] * 4])
+    for psm in ((), mabert.PSM_STAGES):
+        model = build(MaBERTForSequenceClassification, tiny("MMT", psm=psm, pooling=pooling), torch.float32)
+        hidden = model.encoder(ids, mask)
+        assert hidden.isfinite().all()
+        assert model.pooling(hidden, mask)[1].eq(0).all()
+        model(ids, mask, labels=torch.tensor([0, 1, 0])).loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The masked selective scan
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def naive_scan(u, delta, A, B, C, D, z, delta_bias, mask, reverse):
+    """The formula, a step at a time, with softplus."""
+    delta = F.softplus(delta + delta_bias) * mask[..., None]
+    h, y = u.new_zeros(u.shape[0], *A.shape), [None] * u.shape[1]
+    for t in sorted(range(u.shape[1]), reverse=reverse):
+        h = torch.exp(delta[:, t, :, None] * A) * h + (delta[:, t] * u[:, t])[..., None] * B[:, t, None]
+        y[t] = (h * C[:, t, None]).sum(-1) + D * u[:, t]
+    return torch.stack(y, 1) * F.silu(z) * mask[..., None]
+
+
+def scan_inputs(b=2, l=9, d=5, n=3, seed=0):
+    torch.manual_seed(seed)
+    shapes = ((b, l, d), (b, l, d), (d, n), (b, l, n), (b, l, n), (d,), (b, l, d), (d,))
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    tensors[2] = -tensors[2].abs()
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def scan(*inputs, **options):
+    return selective_scan(*inputs[:7], delta_bias=inputs[7], delta_softplus=True, **options)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("l", [1, 2, 3, 4, 15, 16, 17, 40])  # about the edges of chunks of √l steps
+def test_scan_equals_the_formula(l, reverse):
+    inputs = scan_inputs(l=l)
+    masks = [torch.ones(2, l), torch.rand(2, l) > 0.4, torch.zeros(2, l, dtype=torch.int64)]
+    masks += [(torch.arange(l) >= l // 3).expand(2, l), (torch.arange(l) <= l // 2).expand(2, l)]
+    for mask in masks:
+        y, expected = scan(*inputs, mask=mask, reverse=reverse), naive_scan(*inputs, mask, reverse)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        dy = torch.randn_like(y)
+        for gradient, other in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy)):
+            torch.testing.assert_close(gradient, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scan_gradcheck(reverse):
+    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 0, 1, 1, 1]])
+    assert torch.autograd.gradcheck(lambda *x: scan(*x, mask=mask, reverse=reverse), scan_inputs(l=5, d=2, n=2))
+
+
+def test_scan_without_its_options():
+    u, delta, A, B, C, D, z, _ = scan_inputs()
+    ones, zeros = torch.ones(2, 9), torch.zeros_like(D)
+    positive = F.softplus(delta)
+    plain = selective_scan(u, positive, A, B, C)
+    z_one = torch.full_like(z, 1.2784645427610738)  # SiLU(z) = 1
+    torch.testing.assert_close(plain, naive_scan(u, delta, A, B, C, zeros, z_one, zeros, ones, False))
+    torch.testing.assert_close(selective_scan(u, positive, A, B, C, D), plain + D * u)
+    torch.testing.assert_close(selective_scan(u, positive, A, B, C, z=z), plain * F.silu(z))
+    flipped = selective_scan(u.flip(1), positive.flip(1), A, B.flip(1), C.flip(1)).flip(1)
+    torch.testing.assert_close(selective_scan(u, positive, A, B, C, reverse=True), flipped)
+
+
+def test_scan_takes_strided_inputs_and_gives_zero_at_pads():
+    inputs, mask = scan_inputs(l=10), torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1, 0, 0]] * 2)
+    strided = [x.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for x in inputs]
+    y, other = scan(*strided, mask=mask), scan(*inputs, mask=mask)
+    assert torch.equal(y, other)
+    assert y[mask == 0].eq(0).all()
+    gradients = torch.autograd.grad(y.square().sum(), strided)
+    for i in (0, 1, 3, 4, 6):  # u, delta, B, C, z
+        assert gradients[i][mask == 0].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+def test_scan_in_lower_precision(dtype, tolerance):
+    inputs = [x.detach().to(dtype) for x in scan_inputs(l=50)]
+    y, exact = scan(*inputs), scan(*(x.double() for x in inputs))
+    assert y.dtype == dtype
+    assert relative(y.double(), exact) < tolerance  # the state is float32: only rounding of y
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(scan(*inputs), y)
+
+
+def test_scan_keeps_only_inputs_and_chunk_states_for_backward():
+    b, l, d, n = 2, 100, 16, 16
+    inputs, sizes = scan_inputs(b, l, d, n), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+        scan(*inputs).sum().backward()
+    assert max(sizes) == b * l * d * n // math.isqrt(l)  # the states at the starts of ten chunks
+
+
+def test_scan_op_is_registered_soundly():
+    u, delta, A, B, C, *_ = scan_inputs(l=7)
+    torch.library.opcheck(mabert._scan_loop, (delta, u, A, B, C))
+
+
+def test_scan_refuses_what_it_cannot_take():
+    inputs = scan_inputs()
+    with pytest.raises(ValueError, match=r"B has shape \(2, 8, 3\)"):
+        scan(*(x[:, :-1] if i == 3 else x for i, x in enumerate(inputs)))
+    with pytest.raises(ValueError, match="delta_bias"):
+        selective_scan(*inputs[:5], delta_bias=inputs[5][:-1])
+    with pytest.raises(ValueError, match="mask has shape"):
+        scan(*inputs, mask=torch.ones(2, 8))
+    with pytest.raises(ValueError, match="other than 0"):
+        scan(*inputs, mask=torch.full((2, 9), 0.5))
+    with pytest.raises(ValueError, match="backend is 'cuda'"):
+        scan(*inputs, backend="cuda")
+    with pytest.raises(RuntimeError, match="not written yet"):
+        scan(*inputs, backend="triton")
+    with pytest.raises(ValueError, match="length 0"):
+        scan(*scan_inputs(l=0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *[("vocab_size", 0), ("hidden_size", 100), ("hidden_size", 16.0), ("pattern", "MXT"), ("pattern", "")],
+        *[
+            ("num_heads", True),
+            ("d_state", -1),
+            ("dt_rank", 0),
+            ("causal_conv", 1),
+            ("dropout", 1.0),
+            ("num_labels", 0),
+        ],
+        *[
+            ("layer_norm_eps", 0.0),
+            ("pad_token_id", 40000),
+            ("psm", ("pre", "mid")),
+            ("psm", "pre"),
+            ("pooling", "max"),
+        ],
+        ("scan_backend", "cuda"),
+    ],
+)
+def test_config_refuses_by_name(field, value):
+    with pytest.raises(ValueError, match=rf"MaBERTConfig\.{field} is .*it must be"):
+        MaBERTConfig(**{field: value})
+
+
+def test_parameter_count_of_the_default_classifier():
+    with torch.device("meta"):
+        model = MaBERTForSequenceClassification(MaBERTConfig())
+    assert sum(p.numel() for p in model.parameters()) == 120_163_586  # README says so
+
+
+def test_initialisation():
+    model = build(MaBERTForMaskedLM, tiny("MMT", hidden_size=64, d_state=16), torch.float32)
+    mixers = [module for module in model.modules() if isinstance(module, MambaMixer)]
+    for mixer in mixers:
+        torch.testing.assert_close(mixer.A_log, torch.arange(1.0, 17).log().expand(128, 16))
+        assert mixer.D.eq(1).all()
+        delta = F.softplus(mixer.dt_proj.bias)
+        assert 0.99e-3 < delta.min() < 2e-3 and 0.07 < delta.max() < 0.101
+        bound = mixer.dt_proj.in_features**-0.5
+        assert 0.9 * bound < mixer.dt_proj.weight.abs().max() <= bound
+        assert mixer.conv1d.bias.abs().min() > 0 and mixer.conv1d.bias.abs().max() <= 0.5  # PyTorch's: uniform ±1/√k
+        assert 0.018 < mixer.in_proj.weight.std() < 0.022
+    assert len(mixers) == 2 and not torch.equal(mixers[0].dt_proj.bias, mixers[1].dt_proj.bias)
+    assert 0.018 < model.encoder.layers[2].attention.qkv.weight.std() < 0.022
+    assert model.encoder.layers[2].attention.qkv.bias.eq(0).all()
+    assert model.encoder.word_embeddings.weight[0].eq(0).all()
+
+
+def test_masks_and_ids_are_checked():
+    model, ids = build(MaBERT, tiny()), torch.randint(1, 60, (2, 6))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    outputs = [model(ids, mask.to(dtype)) for dtype in (torch.bool, torch.int64, torch.float32)]
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    assert relative(model(ids), model(ids, torch.ones(2, 6))) < 1e-14
+    with pytest.raises(ValueError, match=r"\(2, 5\).*\(2, 6\)"):
+        model(ids, mask[:, :5])
+    with pytest.raises(ValueError, match="other than 0"):
+        model(ids, mask * 2)
+    with pytest.raises(ValueError, match="vocab_size is 60"):
+        model(ids + 60, mask)
+    with pytest.raises(ValueError, match="input_ids has shape"):
+        model(ids[0])
+    with pytest.raises(ValueError, match="token_type_ids"):
+        model(ids, mask, mask[:1])
+
+
+def test_token_types_matter():
+    model, ids = build(MaBERT, tiny()), torch.randint(1, 60, (2, 6))
+    assert torch.equal(model(ids), model(ids, token_type_ids=torch.zeros_like(ids)))
+    assert relative(model(ids, token_type_ids=torch.ones_like(ids)), model(ids)) > 1e-3
+
+
+def test_max_position_counts_real_tokens():
+    model, ids = build(MaBERT, tiny(max_position=8)), torch.randint(1, 60, (2, 12))
+    mask = torch.ones(2, 12)
+    mask[:, :4] = 0
+    assert relative(model(ids, mask)[:, 4:], model(ids[:, 4:])) < 1e-12
+    mask[0, 0] = 1
+    for given in (mask, None):
+        with pytest.raises(ValueError, match="max_position is 8"):
+            model(ids, given)
+
+
+def test_resize_positions_interpolates():
+    config = tiny(max_position=5)
+    model = build(MaBERTForMaskedLM, config)
+    old = model.encoder.position_embeddings.weight.detach().clone()
+    model.encoder.resize_positions(9)
+    new = model.encoder.position_embeddings.weight
+    torch.testing.assert_close(new[::2], old)
+    torch.testing.assert_close(new[1::2], (old[1:] + old[:-1]) / 2)
+    assert model.config.max_position == 9 and config.max_position == 5 and new.requires_grad
+    model(torch.randint(1, 60, (1, 9)))
+    with pytest.raises(ValueError, match="max_position is 0"):
+        model.encoder.resize_positions(0)
+
+
+def test_map_weights():
+    pooling = build(Pooling, tiny(pooling="map"))
+    x, mask = (
+        torch.randn(3, 6, 16, dtype=torch.float64),
+        torch.tensor([[1] * 6, [0, 1, 1, 0, 0, 0], [0] * 5 + [1]]).bool(),
+    )
+    weights = pooling.weights(x, mask)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, dtype=torch.float64))
+    assert weights[~mask].eq(0).all() and weights[mask].gt(0).all()
+    assert relative(pooling(x, mask)[1], pooling(x[1:2, 1:3])[0]) < 1e-14
+
+
+def test_other_poolings():
+    x, mask = torch.randn(2, 4, 16, dtype=torch.float64), torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1]])
+    pooled = {kind: build(Pooling, tiny(pooling=kind))(x, mask) for kind in ("attn", "cls", "mean")}
+    assert torch.equal(pooled["cls"], torch.stack([x[0, 1], x[1, 0]]))
+    torch.testing.assert_close(pooled["mean"], torch.stack([x[0, 1:3].mean(0), x[1].mean(0)]))
+    attn = build(Pooling, tiny(pooling="attn"))
+    assert torch.equal(pooled["attn"], attn(x))  # no mask, by definition
+
+
+def test_masked_lm_predicts_at_labelled_positions():
+    model, ids = build(MaBERTForMaskedLM, tiny()), torch.randint(1, 60, (2, 6))
+    labels = torch.full((2, 6), -100)
+    labels[0, 4], labels[1, 1], labels[1, 5] = 7, 8, 9
+    full, output = model(ids), model(ids, labels=labels)
+    assert full.loss is None and full.logits.shape == (2, 6, 60)
+    torch.testing.assert_close(output.logits, torch.stack([full.logits[0, 4], full.logits[1, 1], full.logits[1, 5]]))
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, torch.tensor([7, 8, 9])), check_dtype=False)
+    torch.testing.assert_close(model(ids, labels=labels, reduction="sum").loss, 3 * output.loss)
+    nothing = model(ids, labels=torch.full((2, 6), -100))
+    assert nothing.loss.item() == 0 and nothing.logits.shape == (0, 60)
+    nothing.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    with pytest.raises(ValueError, match="reduction"):
+        model(ids, labels=labels, reduction="none")
+    with pytest.raises(ValueError, match="labels"):
+        model(ids, labels=labels[:, 1:])
+
+
+def test_the_decoder_is_tied():
+    model = build(MaBERTForMaskedLM, tiny())
+    names = [name for name, p in model.named_parameters() if 60 in p.shape]
+    assert names == ["decoder_bias", "encoder.word_embeddings.weight"]
+
+
+def test_classification_and_regression():
+    ids = torch.randint(1, 60, (3, 5))
+    model = build(MaBERTForSequenceClassification, tiny(num_labels=4))
+    output = model(ids, labels=torch.tensor([0, 3, 1]))
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, torch.tensor([0, 3, 1])), check_dtype=False)
+    model = build(MaBERTForSequenceClassification, tiny(num_labels=1))
+    output, targets = model(ids, labels=torch.tensor([0.5, 3, 1])), torch.tensor([0.5, 3, 1])
+    torch.testing.assert_close(output.loss, (output.logits[:, 0] - targets).square().mean(), check_dtype=False)
+    with pytest.raises(ValueError, match="labels has shape"):
+        model(ids, labels=targets[:2])
+
+
+def test_dropout_only_in_training():
+    model, ids = build(MaBERT, tiny("MT", **dict(max_position=16))), torch.randint(1, 60, (2, 6))
+    model = MaBERT(MaBERTConfig(**vars(model.config) | dict(dropout=0.5))).double()
+    assert not torch.equal(model(ids), model(ids))
+    model.eval()
+    assert torch.equal(model(ids), model(ids))
+
+
+def test_bf16_autocast_stays_close():
+    model, ids = build(MaBERTForMaskedLM, tiny("MMT"), torch.float32), torch.randint(1, 60, (2, 20))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(ids, labels=ids)
+    assert relative(output.logits.float(), model(ids, labels=ids).logits) < 2e-2
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_torch_compile_of_the_encoder():
+    model, ids, mask = build(MaBERT, tiny("MT"), torch.float32), torch.randint(1, 60, (2, 10)), torch.ones(2, 10)
+    mask[0, :3] = 0
+    compiled = torch.compile(model, fullgraph=True)
+    outputs = [compiled(ids, mask), model(ids, mask)]
+    assert relative(*outputs) < 1e-5
+    gradients = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(x.square().sum(), model.parameters())]) for x in outputs
+    ]
+    assert relative(*gradients) < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving and loading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_save_and_load_give_identical_outputs(tmp_path):
+    ids = torch.randint(1, 60, (2, 7))
+    for model_class in (MaBERT, MaBERTForMaskedLM, MaBERTForSequenceClassification):
+        config = tiny("MTM", psm=("scan",), causal_conv=False, pooling="attn", num_labels=3)
+        model = build(model_class, config, torch.float32).eval()
+        model.save_pretrained(tmp_path)
+        loaded = model_class.from_pretrained(tmp_path)
+        assert loaded.config == model.config and not loaded.training
+        for a, b in zip(
+            [model(ids)] if model_class is MaBERT else model(ids),
+            [loaded(ids)] if model_class is MaBERT else loaded(ids),
+        ):
+            assert a is b is None or torch.equal(a, b)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.pt"]
+
+
+def test_the_encoder_travels_between_heads(tmp_path, caplog):
+    mlm = build(MaBERTForMaskedLM, tiny(), torch.float32)
+    mlm.save_pretrained(tmp_path / "mlm")
+    classifier = MaBERTForSequenceClassification.from_pretrained(
+        tmp_path / "mlm", num_labels=5, pooling="mean", psm=("pre", "post"), dropout=0.3
+    )
+    assert "new and untrained: classifier.bias, classifier.weight" in caplog.text
+    assert "not used: decoder_bias, transform.0.bias" in caplog.text
+    assert classifier.config.num_labels == 5 and classifier.config.psm == ("pre", "post")
+    assert classifier.encoder.layers[0].dropout.p == 0.3
+    classifier.save_pretrained(tmp_path / "classifier")
+    MaBERT.from_pretrained(tmp_path / "classifier").save_pretrained(tmp_path / "bare")
+    for model in (
+        *(classifier.encoder, MaBERT.from_pretrained(tmp_path / "mlm")),
+        MaBERTForMaskedLM.from_pretrained(tmp_path / "classifier").encoder,
+        MaBERTForMaskedLM.from_pretrained(tmp_path / "bare").encoder,
+    ):
+        for (name, p), q in zip(model.named_parameters(), mlm.encoder.parameters()):
+            assert torch.equal(p, q), name
+    caplog.clear()
+    other = MaBERTForSequenceClassification.from_pretrained(tmp_path / "classifier", num_labels=2)
+    assert other.classifier.out_features == 2 and "new and untrained: classifier" in caplog.text
+    caplog.clear()
+    MaBERTForSequenceClassification.from_pretrained(tmp_path / "classifier")
+    assert not caplog.text
+
+
+def test_loading_refuses_what_does_not_fit(tmp_path):
+    build(MaBERTForMaskedLM, tiny(), torch.float32).save_pretrained(tmp_path)
+    load = MaBERTForMaskedLM.from_pretrained
+    with pytest.raises(FileNotFoundError, match=r"config.json is missing"):
+        load(tmp_path / "elsewhere")
+    for override, said in (
+        (dict(hidden_size=32), r"\(16,\) in the file"),
+        (dict(pattern="MM"), "nothing in the config"),
+    ):
+        with pytest.raises(ValueError, match=f"does not fit.*{said}"):
+            load(tmp_path, **override)
+    with pytest.raises(ValueError, match="nothing in the file"):
+        load(tmp_path, pattern="MMTM")
+    with pytest.raises(ValueError, match="'colour'"):
+        load(tmp_path, colour="red")
+    with pytest.raises(ValueError, match=r"MaBERTConfig.pooling"):
+        load(tmp_path, pooling="max")
+    weights, config = tmp_path / "model.pt", tmp_path / "config.json"
+    whole = weights.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        weights.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model.pt is damaged"):
+            load(tmp_path)
+    torch.save([1, 2], weights)
+    with pytest.raises(ValueError, match=r"model.pt is damaged"):
+        load(tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model.pt is missing"):
+        load(tmp_path)
+    for text in ("{", "[]"):
+        config.write_text(text)
+        weights.write_bytes(whole)
+        with pytest.raises(ValueError, match=r"config.json is damaged"):
+            load(tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    model = build(MaBERT, tiny(), torch.float32)
+    model.save_pretrained(tmp_path)
+    whole = (tmp_path / "model.pt").read_bytes()
+
+    def full_disk(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.pt").read_bytes() == whole and len(list(tmp_path.iterdir())) == 2
+
+
+def test_loading_executes_nothing(tmp_path):
+    build(MaBERT, tiny(), torch.float32).save_pretrained(tmp_path)
+
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "sprung"),))
+
+    torch.save({"x": Trap()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="damaged"):
+        MaBERT.from_pretrained(tmp_path)
+    assert not (tmp_path / "sprung").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pretraining
+# ----------------------------------------------------------------------------------------------------------------------
+
+WORDS = "the a cat dog bird sees likes hears red green small big house tree and or not quickly slowly today".split()
+SMALL_RUN = ("--vocab-size 100 --pattern MT --hidden-size 32 --num-heads 2 --intermediate-size 64 --d-state 4 "
+    "--steps 40 --length-schedule 16:0.75 32:0.25 --batch-size 16 --micro-batch-size 8 --lr 1e-2 --eval-every 20 --log-every 10 "
+    "--save-every 30").split()  # fmt: skip
+
+
+def write_corpus(folder: Path, sentences=1500, seed=0) -> Path:
+    """Lines in which every word but the first is the one after it in WORDS, so that context tells a masked one."""
+    random = np.random.default_rng(seed)
+    lines = []
+    for _ in range(sentences):
+        start, length = random.integers(len(WORDS)), random.integers(4, 40)
+        lines.append(" ".join(WORDS[(start + i) % len(WORDS)] for i in range(length)))
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "corpus.txt"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def private_datasets_cache(tmp_path_factory):
+    """Keeps the tests' texts out of the user's cache."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
+
+
+def arguments(tmp_path, *more) -> list[str]:
+    data = tmp_path / "corpus.txt" if (tmp_path / "corpus.txt").exists() else write_corpus(tmp_path)
+    paths = [
+        "--data",
+        str(data),
+        "--sample-by",
+        "line",
+        "--out",
+        str(tmp_path / "run"),
+        "--cache-dir",
+        str(tmp_path / "cache"),
+    ]
+    return [*paths, *SMALL_RUN, *more]
+
+
+def prepared(tmp_path, *more):
+    """What main prepares from a corpus: the arguments, the tokens, the vocabulary, training and held-out segments."""
+    args = train_mlm.parse_args(arguments(tmp_path, *more))
+    corpus = train_mlm.local_corpus(args.data, args.sample_by)
+    tokenizer = train_mlm.trained_tokenizer(corpus, args.vocab_size, args.cache_dir)
+    tokens = train_mlm.tokenize(corpus, tokenizer, args.cache_dir)
+    return args, tokens, train_mlm.Vocabulary.of(tokenizer), *train_mlm.split_held_out(tokens)
+
+
+def test_a_short_run_learns_and_can_be_used(tmp_path, capsys):
+    train_mlm.main(arguments(tmp_path))
+    printed = capsys.readouterr().out
+    run = tmp_path / "run"
+    with open(run / "log.csv") as file:
+        log = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in log] == [0, 10, 20, 30, 40]
+    held_out = [float(row["held_out_loss"]) for row in log if row["held_out_loss"]]
+    unigram = float(printed.split("word frequencies give ")[1].split(",")[0])
+    assert abs(unigram - math.log(len(WORDS))) < 0.1
+    assert held_out[-1] < unigram - 1  # context tells; frequencies do not
+    assert json.loads((run / "args.json").read_text())["seed"] == 0
+    for folder in (run, run / "step-0000030"):
+        assert {file.name for file in folder.iterdir()} >= {"config.json", "model.pt", "tokenizer.json"}
+        tokenizer = train_mlm.load_tokenizer(str(folder / "tokenizer.json"))
+        model = MaBERTForMaskedLM.from_pretrained(folder)
+    assert abs(held_out[0] - math.log(model.config.vocab_size)) < 0.5
+    assert model.config.max_position == 32 and model.config.vocab_size == tokenizer.get_vocab_size()
+    assert "warm-up shortened from 10000 to 4 steps" in printed
+
+
+def test_runs_repeat_and_micro_batches_change_nothing(tmp_path):
+    weights = []
+    for micro in (8, 8, 16):
+        train_mlm.main(
+            arguments(tmp_path, "--overwrite", "--steps", "6", "--dropout", "0", "--micro-batch-size", str(micro))
+        )
+        state = MaBERTForMaskedLM.from_pretrained(tmp_path / "run").state_dict()
+        weights.append(torch.cat([weight.flatten() for weight in state.values()]))
+    assert torch.equal(weights[0], weights[1])
+    assert relative(weights[0], weights[2]) < 1e-4
+
+
+def test_batches_are_functions_of_seed_and_step(tmp_path):
+    args, tokens, vocabulary, train, _ = prepared(tmp_path)
+    phases = [(0, train_mlm.Rows(tokens, train, 16, vocabulary)), (30, train_mlm.Rows(tokens, train, 32, vocabulary))]
+    batches = {step: train_mlm.batch_of_step(step, phases, vocabulary, args) for step in (29, 30, 5, 6)}
+    for step, batch in batches.items():
+        for part, again in zip(batch, train_mlm.batch_of_step(step, phases, vocabulary, args)):
+            assert np.array_equal(part, again)
+    assert batches[29][0].shape[1] <= 16 < batches[30][0].shape[1] <= 32
+    assert not np.array_equal(batches[5][0], batches[6][0])
+    args.seed = 1
+    assert not np.array_equal(train_mlm.batch_of_step(5, phases, vocabulary, args)[0], batches[5][0])
+
+
+def test_an_epoch_has_every_training_token_once_and_no_held_out_one(tmp_path):
+    args, tokens, vocabulary, train, held = prepared(tmp_path, "--mask-rate", "1e-9")
+    rows = train_mlm.Rows(tokens, train, 16, vocabulary)
+    args.batch_size = 7
+    steps = len(rows) // 7
+    seen = [train_mlm.batch_of_step(step, [(0, rows)], vocabulary, args)[:2] for step in range(steps)]
+    seen.append(rows.batch(train_mlm._shuffled(args.seed, 0, 0, len(rows))[steps * 7 :])) if len(rows) % 7 else None
+    for ids, real in seen:
+        ends = real.sum(axis=1) - 1
+        assert (ids[:, 0] == vocabulary.cls).all() and (ids[np.arange(len(ids)), ends] == vocabulary.sep).all()
+        assert (ids[~real] == vocabulary.pad).all()
+    words = np.concatenate([ids[real & ~vocabulary.is_special[ids]] for ids, real in seen])
+    expected = np.concatenate([tokens.ids[start:end] for start, end in train])
+    assert np.array_equal(np.sort(words), np.sort(expected))
+    covered = np.concatenate([np.arange(*segment) for segment in np.concatenate([train, held])])
+    assert np.array_equal(np.sort(covered), np.arange(len(tokens.ids)))
+    assert 0.02 < sum(end - start for start, end in held) / len(tokens.ids) < 0.06
+    boundaries = set(tokens.offsets.tolist())
+    assert all(not boundaries & set(range(start + 1, end)) for start, end in np.concatenate([train, held]).tolist())
+
+
+def test_masking_statistics():
+    is_special = np.arange(1000) < 5
+    vocabulary = train_mlm.Vocabulary(pad=0, cls=2, sep=3, mask=4, is_special=is_special)
+    ids = np.random.default_rng(0).integers(0, 1000, (400, 500))
+    inputs, labels = train_mlm.mask_tokens(ids, vocabulary, 0.15, np.random.default_rng(1))
+    chosen = labels != train_mlm.IGNORED
+    assert not chosen[is_special[ids]].any() and np.array_equal(labels[chosen], ids[chosen])
+    assert np.array_equal(inputs[~chosen], ids[~chosen])
+    assert abs(chosen[~is_special[ids]].mean() - 0.15) < 0.005
+    masked, kept = inputs[chosen] == 4, inputs[chosen] == ids[chosen]
+    assert abs(masked.mean() - 0.8) < 0.01 and abs(kept.mean() - 0.1) < 0.01
+    others = inputs[chosen][~masked & ~kept]
+    assert not is_special[others].any() and len(np.unique(others)) > 900
+
+
+def test_tokens_are_cached_by_corpus_and_tokenizer(tmp_path, monkeypatch):
+    def folders():
+        return {
+            folder.name: (folder / "ids.bin").stat().st_mtime_ns
+            for folder in tmp_path.glob("cache/*")
+            if folder.is_dir()
+        }
+
+    _, tokens, *_ = prepared(tmp_path)
+    first = folders()
+    _, again, *_ = prepared(tmp_path)
+    assert folders() == first and np.array_equal(tokens.ids, again.ids)  # reused
+
+    os.utime(tmp_path / "corpus.txt", ns=(1, 1))  # the file has changed
+    real = train_mlm.dataset_corpus
+
+    def interrupted(*arguments):
+        corpus = real(*arguments)
+        return corpus._replace(batches=lambda: iter([["the cat"], None]))
+
+    args = train_mlm.parse_args(arguments(tmp_path))
+    tokenizer = train_mlm.trained_tokenizer(train_mlm.local_corpus(args.data, "line"), 100, args.cache_dir)
+    monkeypatch.setattr(train_mlm, "dataset_corpus", interrupted)
+    with pytest.raises(TypeError):
+        train_mlm.tokenize(train_mlm.local_corpus(args.data, "line"), tokenizer, args.cache_dir)
+    assert [name for name in folders() if not name.endswith(".partial")] == list(first)
+    monkeypatch.undo()
+    rebuilt = train_mlm.tokenize(train_mlm.local_corpus(args.data, "line"), tokenizer, args.cache_dir)
+    assert np.array_equal(rebuilt.ids, tokens.ids) and len(folders()) == 2
+
+    (new,) = folders().keys() - first.keys()
+    with open(tmp_path / "cache" / new / "ids.bin", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(SystemExit, match="damaged"):
+        train_mlm.tokenize(train_mlm.local_corpus(args.data, "line"), tokenizer, args.cache_dir)
+
+
+def test_local_text_in_every_format(tmp_path):
+    import datasets
+
+    documents = ["one two", "three", "four five"]
+    table = datasets.Dataset.from_dict({"text": documents, "title": ["a", "b", "c"]})
+    table.to_json(tmp_path / "b.jsonl")
+    table.to_parquet(tmp_path / "c.parquet")
+    (tmp_path / "a.txt").write_text("one two\n\nthree\nfour five\n", encoding="utf-8")
+    (tmp_path / "notes.md").write_text("ignored in a folder")
+
+    def texts(path, sample_by="line"):
+        corpus = train_mlm.local_corpus([str(path)], sample_by)
+        found = [text for batch in corpus.batches() for text in batch]
+        assert len(found) == corpus.num_documents
+        return [" ".join(text.split()) for text in found if text.strip()]
+
+    for name in ("a.txt", "b.jsonl", "c.parquet"):
+        assert texts(tmp_path / name) == documents
+    assert texts(tmp_path / "a.txt", "paragraph") == ["one two", "three four five"]
+    assert texts(tmp_path / "a.txt", "document") == ["one two three four five"]
+    assert sorted(texts(tmp_path)) == sorted(3 * documents)
+
+
+def test_learning_rate():
+    lr = [train_mlm.learning_rate(step, 100, 1e-3, 10) for step in range(100)]
+    assert lr[0] == pytest.approx(1e-4) and max(lr) == lr[9] == lr[10] == pytest.approx(1e-3)
+    assert lr[55] == pytest.approx(5e-4) and lr[99] == pytest.approx(1e-3 / 90)
+
+
+def test_no_weight_decay_on_biases_norms_and_the_core():
+    model = build(MaBERTForMaskedLM, tiny(), torch.float32)
+    decayed, others = train_mlm.make_optimizer(model, 0.01).param_groups
+    names = {p: name for name, p in model.named_parameters()}
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+    ends = {names[p].rsplit("mixer.")[-1].rsplit(".", 1)[-1] for p in others["params"]}
+    assert ends == {"bias", "weight", "A_log", "D", "decoder_bias"}
+    assert all("norm" in names[p] or "transform.2" in names[p] for p in others["params"] if names[p].endswith("weight"))
+
+
+def test_the_demo_text_is_english_and_enough():
+    corpus = train_mlm.demo_corpus()
+    texts = [text for batch in corpus.batches() for text in batch]
+    assert len(texts) == corpus.num_documents == len(set(texts)) and sum(map(len, texts)) > 1_000_000
+    words = " ".join(texts).lower().split()
+    assert words.count("the") > 0.02 * len(words)
+    assert corpus.identity == train_mlm.demo_corpus().identity
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--length-schedule 128:0.9 512:0.2", "sum to 1"),
+        ("--length-schedule 4:1", "too short"),
+        ("--length-schedule 128", "invalid"),
+        ("--steps 0", "--steps must be positive"),
+        ("--batch-size 10 --micro-batch-size 4", "multiple of --micro-batch-size"),
+        ("--mask-rate 1.5", "--mask-rate"),
+        ("--vocab-size 65536", r"--vocab-size must be in \[100, 65535\]"),
+        ("--vocab-size 500 --tokenizer x.json", "exclude each other"),
+        ("--pattern MXT", "MaBERTConfig.pattern"),
+        ("--psm pre+mid", "MaBERTConfig.psm"),
+        ("--demo --data x.txt", "brings its own text"),
+    ],
+)
+def test_bad_flags_are_refused(flags, said, capsys):
+    with pytest.raises(SystemExit) as error:
+        train_mlm.parse_args(flags.split())
+    assert error.value.code == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_defaults_are_the_papers_and_flags_override_the_demo():
+    args = train_mlm.parse_args(["--steps", "100000"])
+    assert (args.batch_size, args.lr, args.warmup_steps, args.weight_decay) == (256, 1e-4, 10_000, 0.01)
+    assert args.length_schedule == [(128, 0.9), (512, 0.1)] and args.mask_rate == 0.15 and args.dropout == 0.1
+    assert train_mlm.model_config(args, 30522, 0) == MaBERTConfig()
+    assert train_mlm.parse_args(["--psm", "none"]).psm == ()
+    demo = train_mlm.parse_args(["--demo", "--steps", "7"])
+    assert demo.steps == 7 and demo.hidden_size == 128
+
+
+def test_bad_corpora_are_refused_before_training(tmp_path):
+    def refused(*more, said):
+        with pytest.raises(SystemExit, match=said):
+            train_mlm.main(arguments(tmp_path, *more))
+        assert not (tmp_path / "run").exists()
+
+    refused("--batch-size", "2048", said="too short: .* rows of 16 .* batch is 2048 rows")
+    refused("--data", str(tmp_path / "nowhere"), said="nowhere does not exist")
+    (tmp_path / "empty.txt").write_text("")
+    refused("--data", str(tmp_path / "empty.txt"), said="empty")
+    (tmp_path / "folder").mkdir()
+    refused("--data", str(tmp_path / "folder"), said="no .txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00" * 100)
+    refused("--data", str(tmp_path / "binary.txt"), said="cannot load text.*UnicodeDecodeError")
+    (tmp_path / "titles.jsonl").write_text('{"title": "no text"}\n')
+    refused("--data", str(tmp_path / "titles.jsonl"), said="no column 'text', only")
+
+
+def test_bad_tokenizers_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"cannot load the tokenizer .*nowhere\.json"):
+        train_mlm.load_tokenizer(str(tmp_path / "nowhere.json"))
+    tokenizer = train_mlm.train_tokenizer(["the cat"] * 5, 100)
+    whole = json.loads(tokenizer.to_str())
+    for change, said in (
+        ({f"word{i}": i + 100 for i in range(66_000)}, "65535 is the most"),
+        (None, r"has no \[MASK\]"),
+    ):
+        broken = json.loads(tokenizer.to_str())
+        if change:
+            broken["model"]["vocab"] |= change
+        else:
+            broken["added_tokens"] = [token for token in whole["added_tokens"] if token["content"] != "[MASK]"]
+            del broken["model"]["vocab"]["[MASK]"]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(broken))
+        with pytest.raises(SystemExit, match=said):
+            train_mlm.load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.csv").write_text("step\n")
+    with pytest.raises(SystemExit, match="holds a run already"):
+        train_mlm.main(arguments(tmp_path))
+    assert (tmp_path / "run" / "log.csv").read_text() == "step\n"
+
+
+def test_trouble_in_training_is_explained(tmp_path, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mlm, "clip_grad_norm_", out_of_memory)
+        with pytest.raises(SystemExit, match="lower --micro-batch-size"):
+            train_mlm.main(arguments(tmp_path))
+    with pytest.raises(SystemExit, match="the loss is nan around step"):
+        train_mlm.main(arguments(tmp_path, "--overwrite", "--lr", "1e30"))
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(MaBERTForMaskedLM, "save_pretrained", full_disk)
+    with pytest.raises(SystemExit, match=r"cannot write .*step-0000030.*No space left"):
+        train_mlm.main(arguments(tmp_path, "--overwrite"))
+
+
+def test_an_unreachable_hub_is_explained(tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+
+    def said(*flags):
+        command = [sys.executable, str(ROOT / "train_mlm.py"), "--steps", "1", "--out", str(tmp_path / "run"), *flags]
+        result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        return result.stderr
+
+    assert "pass --tokenizer a tokenizer.json, or --vocab-size" in said()
+    assert "without the hub, pass --data PATH" in said("--vocab-size", "1000")
