@@ -47,9 +47,9 @@ from mabert import MaBERTConfig, MaBERTForMaskedLM
 HUB_CORPUS = (("wikimedia/wikipedia", "20231101.en"), ("lucadiliello/bookcorpusopen", "default"))
 HUB_TOKENIZER = "google-bert/bert-base-uncased"
 DEMO = dict(
-    **dict(out="out/demo", overwrite=True, steps=1500, batch_size=32, micro_batch_size=32, lr=2e-3, mask_rate=0.3),
+    **dict(out="out/demo", overwrite=True, steps=900, batch_size=32, micro_batch_size=32, lr=2e-3, mask_rate=0.3),
     **dict(length_schedule=[(64, 1.0)], vocab_size=4096, pattern="MMT", hidden_size=128, num_heads=4),
-    **dict(intermediate_size=512, d_state=8, dropout=0.0, eval_every=250, log_every=25),
+    **dict(intermediate_size=512, d_state=8, dropout=0.0, eval_every=150, log_every=25),
 )
 
 
