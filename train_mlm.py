@@ -498,24 +498,29 @@ def micro_batches(batch: tuple[np.ndarray, ...], size: int, device: torch.device
 def show_guesses(model: MaBERTForMaskedLM, tokenizer: Tokenizer, rows: Rows, count: int = 5):
     """Prints held-out sentences with one word masked, and the model's five best guesses for it."""
     model.eval()
-    for number in np.linspace(0, len(rows) - 1, count + 2).astype(int)[1:-1]:
+    shown = 0
+    for number in np.linspace(0, len(rows) - 1, 10 * count).astype(int):
         ids, _ = rows.batch(np.array([number]))
-        words = [tokenizer.id_to_token(token) for token in ids[0]]
-        whole = [i for i in range(1, len(words) - 1) if words[i].isalpha() and len(words[i]) > 3]
-        whole = [i for i in whole if not words[i + 1].startswith("##")]
-        if not whole:
+        pieces = [tokenizer.id_to_token(token) for token in ids[0]]
+        words = [
+            i
+            for i, piece in enumerate(pieces)
+            if piece.isalpha() and not pieces[(i + 1) % len(pieces)].startswith("##")
+        ]
+        if len(words) < 15 or shown == count:
             continue
-        place = whole[len(whole) // 2]
+        shown += 1
+        place = words[len(words) // 2]
         ids[0, place] = rows.vocabulary.mask
         logits = model(torch.from_numpy(ids).to(model.decoder_bias.device)).logits[0, place]
         best = logits.softmax(dim=-1).topk(5)
-        left, right = (
-            tokenizer.decode(part) for part in (ids[0, max(1, place - 12) : place], ids[0, place + 1 : place + 9])
-        )
         guesses = ", ".join(
             f"{tokenizer.id_to_token(i)} {p:.2f}" for p, i in zip(best.values.tolist(), best.indices.tolist())
         )
-        print(f"  ... {left} [MASK] {right} ...\n      it was: {words[place]}; guesses: {guesses}")
+        left, right = (
+            tokenizer.decode(part) for part in (ids[0, max(1, place - 12) : place], ids[0, place + 1 : place + 9])
+        )
+        print(f"  ... {left} [MASK] {right} ...\n      it was: {pieces[place]}; guesses: {guesses}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
