@@ -160,11 +160,8 @@ def bench_drift(args):
             cells.append(" / ".join(f"{change:.0e}" for change in changes))
         rows.append([" + ".join(psm) or "none", *cells])
     print(header())
-    pads = " / ".join(map(str, args.pads))
-    print(
-        f"Relative L2 change of the final hidden states of real tokens (16 rows of 24) when rows get {pads} pads: MMT four"
-    )
-    print("times, hidden size 64, random weights, float64.\n")
+    print("Relative L2 change of the final hidden states of real tokens (16 rows of 24) when rows get", end=" ")
+    print(" / ".join(map(str, args.pads)), "pads: MMT four times, hidden size 64, random weights, float64.\n")
     head = [f"{'causal' if causal else 'centred'} convolution, pads {side}" for causal, side in cases]
     print(table(["PSM stages", *head], rows))
 

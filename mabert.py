@@ -101,27 +101,21 @@ class MaBERTConfig:
             if not ok:
                 raise ValueError(f"MaBERTConfig.{field} is {getattr(self, field)!r}; it must be {allowed}")
 
-        def is_int(value):
-            return isinstance(value, int) and not isinstance(value, bool)
+        def positive(value):
+            return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
-        for field in (
-            *("vocab_size", "hidden_size", "num_heads", "intermediate_size", "d_state", "d_conv", "expand"),
-            *("max_position", "type_vocab_size", "num_labels"),
-        ):
-            require(field, is_int(getattr(self, field)) and getattr(self, field) > 0, "a positive integer")
+        sizes = "vocab_size hidden_size num_heads intermediate_size d_state d_conv expand max_position type_vocab_size"
+        for field in (*sizes.split(), "num_labels"):
+            require(field, positive(getattr(self, field)), "a positive integer")
         require("hidden_size", self.hidden_size % self.num_heads == 0, f"a multiple of num_heads ({self.num_heads})")
-        letters = isinstance(self.pattern, str) and set(self.pattern)
+        letters = set(self.pattern) if isinstance(self.pattern, str) else set()
         require("pattern", letters and letters <= set("MT"), "a string of the letters M (Mamba) and T (Transformer)")
-        require(
-            "dt_rank", self.dt_rank is None or (is_int(self.dt_rank) and self.dt_rank > 0), "a positive integer or None"
-        )
+        require("dt_rank", self.dt_rank is None or positive(self.dt_rank), "a positive integer or None")
         require("causal_conv", isinstance(self.causal_conv, bool), "True or False")
         require("dropout", isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1, "in [0, 1)")
-        require(
-            "layer_norm_eps", isinstance(self.layer_norm_eps, float) and self.layer_norm_eps > 0, "a positive number"
-        )
-        in_vocab = is_int(self.pad_token_id) and 0 <= self.pad_token_id < self.vocab_size
-        require("pad_token_id", in_vocab, f"a token id below vocab_size ({self.vocab_size})")
+        eps = self.layer_norm_eps
+        require("layer_norm_eps", isinstance(eps, float) and eps > 0, "a positive float")
+        require("pad_token_id", self.pad_token_id in range(self.vocab_size), f"below vocab_size ({self.vocab_size})")
         stages = isinstance(self.psm, (tuple, list)) and set(self.psm) <= set(PSM_STAGES)
         require("psm", stages, f"a tuple with any of {PSM_STAGES}")
         self.psm = tuple(stage for stage in PSM_STAGES if stage in self.psm)  # JSON brings it as a list
@@ -169,12 +163,9 @@ class MambaMixer(nn.Module):
         rho, B, C = self.x_proj(x).split(self.sizes, dim=-1)  # Eq. 6: (b, l, r), (b, l, n), (b, l, n)
         delta = F.linear(rho, self.dt_proj.weight)  # Eq. 7: (b, l, d); bias and softplus join in the scan
         A = -torch.exp(self.A_log)  # (d, n)
-        y = selective_scan(  # Eqs. 8–9, with D and the gate SiLU(z)
-            *(x, delta, A, B, C, self.D, z),
-            delta_bias=self.dt_proj.bias,
-            delta_softplus=True,
-            mask=mask,
-            backend=self.scan_backend,
+        # Eqs. 8–9, with D and the gate SiLU(z): (b, l, d)
+        y = selective_scan(
+            x, delta, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True, mask=mask, backend=self.scan_backend
         )
         return self.out_proj(y)
 

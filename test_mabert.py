@@ -31,6 +31,7 @@ PATTERNS = (  # the paper's Table 1
     *("MTMTMTMTMTMT", "TMMTMMTMMTMM", "MMTMMTMMTMMT", "TTMTTMTTMTTM"),
 )
 ROOT = Path(__file__).parent
+torch.set_num_threads(1)  # the models are tiny: more threads would wait for each other
 
 
 def tiny(pattern="MMT", **changes) -> MaBERTConfig:
@@ -567,8 +568,8 @@ def test_loading_executes_nothing(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 WORDS = "the a cat dog bird sees likes hears red green small big house tree and or not quickly slowly today".split()
-SMALL_RUN = """--vocab-size 100 --pattern MT --hidden-size 32 --num-heads 2 --intermediate-size 64 --d-state 4 --dropout 0
-    --steps 150 --length-schedule 16:0.75 32:0.25 --batch-size 32 --micro-batch-size 16 --lr 5e-3
+SMALL_RUN = """--vocab-size 100 --pattern MT --hidden-size 32 --num-heads 2 --intermediate-size 64 --d-state 4
+    --dropout 0 --steps 150 --length-schedule 16:0.75 32:0.25 --batch-size 32 --micro-batch-size 16 --lr 5e-3
     --eval-every 75 --log-every 25 --save-every 100""".split()
 
 
@@ -826,7 +827,7 @@ def test_bad_corpora_are_refused_before_training(tmp_path):
             train_mlm.main(arguments(tmp_path, *more))
         assert not (tmp_path / "run").exists()
 
-    refused("--batch-size", "2048", said="too short: .* rows of 16 .* batch is 2048 rows")
+    refused("--batch-size", "2048", said="too short: .* rows of 32 .* batch is 2048 rows")
     refused("--data", str(tmp_path / "nowhere"), said="nowhere does not exist")
     (tmp_path / "empty.txt").write_text("")
     refused("--data", str(tmp_path / "empty.txt"), said="empty")

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import sysconfig
 import time
 import warnings
@@ -46,14 +47,12 @@ from mabert import MaBERTConfig, MaBERTForMaskedLM
 
 HUB_CORPUS = (("wikimedia/wikipedia", "20231101.en"), ("lucadiliello/bookcorpusopen", "default"))
 HUB_TOKENIZER = "google-bert/bert-base-uncased"
-DEMO = dict(
-    **dict(out="out/demo", overwrite=True, steps=900, batch_size=32, micro_batch_size=32, lr=2e-3, mask_rate=0.3),
-    **dict(length_schedule=[(64, 1.0)], vocab_size=4096, pattern="MMT", hidden_size=128, num_heads=4),
-    **dict(intermediate_size=512, d_state=8, dropout=0.0, eval_every=150, log_every=25),
-)
+DEMO = """--out out/demo --vocab-size 4096 --pattern MMT --hidden-size 128 --num-heads 4 --intermediate-size 512
+    --d-state 8 --dropout 0 --steps 900 --length-schedule 64:1 --batch-size 32 --micro-batch-size 32 --lr 2e-3
+    --mask-rate 0.3 --eval-every 150 --log-every 25""".split()
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str]) -> argparse.Namespace:
     def length_share(text):
         length, share = text.split(":")
         return int(length), float(share)
@@ -65,9 +64,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Pretrain MaBERT with masked language modelling. Defaults are the paper's protocol.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--demo", action="store_true", help="a small model on the text that every Python carries; other flags override")
+    add("--demo", action="store_true", help="a small model on text that every Python carries; other flags override it")
     add("--out", default="out/mlm", help="the run's folder")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     group = parser.add_argument_group("text")
@@ -114,9 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--log-every", type=int, default=100, help="steps between lines of log.csv")
     add("--compile", action="store_true", help="torch.compile the encoder")
 
-    if parser.parse_known_args(argv)[0].demo:
-        parser.set_defaults(**DEMO)
-    args = parser.parse_args(argv)
+    args = parser.parse_args([*DEMO, *argv] if "--demo" in argv else argv)
 
     def require(ok, message):
         if not ok:
@@ -569,10 +567,10 @@ def save(folder: Path, model: MaBERTForMaskedLM, tokenizer: Tokenizer):
         raise SystemExit(f"cannot write {folder}: {error}\nearlier checkpoints are untouched") from error
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str]):
     args = parse_args(argv)
     out = Path(args.out)
-    if (out / "log.csv").exists() and not args.overwrite:
+    if (out / "log.csv").exists() and not (args.overwrite or (args.demo and args.out == "out/demo")):
         raise SystemExit(f"{out} holds a run already; choose another --out, or --overwrite it")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -678,4 +676,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
