@@ -310,26 +310,13 @@ class PretrainedModel(nn.Module):
 
         Raises FileNotFoundError, or ValueError where a file is damaged or does not fit.
         """
-        config_file, weights_file = Path(folder) / "config.json", Path(folder) / "model.pt"
-        for file in (config_file, weights_file):
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} is missing: from_pretrained takes a folder written by save_pretrained")
-        try:
-            fields = json.loads(config_file.read_text(encoding="utf-8"))
-            if not isinstance(fields, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            raise ValueError(f"{config_file} is damaged: {error}") from error
-        unknown = (fields | overrides).keys() - {field.name for field in dataclasses.fields(MaBERTConfig)}
-        if unknown:
-            raise ValueError(f"{config_file} with the overrides has fields that no MaBERTConfig has: {sorted(unknown)}")
-        model = cls(MaBERTConfig(**fields | overrides))
-        try:
-            saved = torch.load(weights_file, map_location="cpu", weights_only=True)
-            saved_encoder, saved_head = _encoder_and_head(saved)
-        except Exception as error:  # a truncated or foreign file fails in any of a dozen ways
-            raise ValueError(f"{weights_file} is damaged or no checkpoint of save_pretrained: {error}") from error
-
+        for name in ("config.json", "model.pt"):
+            if not (Path(folder) / name).is_file():
+                raise FileNotFoundError(
+                    f"{Path(folder) / name} is missing: from_pretrained takes save_pretrained's folder"
+                )
+        model = cls(_read_config(Path(folder) / "config.json", overrides))
+        saved_encoder, saved_head = _encoder_and_head(_read_weights(Path(folder) / "model.pt"))
         encoder, head = _encoder_and_head(model.state_dict())
         misfits = [
             f"{name}: {_shape(saved_encoder, name)} in the file, {_shape(encoder, name)} in the config"
@@ -338,7 +325,7 @@ class PretrainedModel(nn.Module):
         ]
         if misfits:
             more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-            raise ValueError(f"{weights_file} does not fit its config: {'; '.join(misfits[:3])}{more}")
+            raise ValueError(f"{folder}: model.pt does not fit its config: {'; '.join(misfits[:3])}{more}")
         prefix = "" if isinstance(model, MaBERT) else "encoder."
         weights = {prefix + name: weight for name, weight in saved_encoder.items()}
         weights |= {name: saved_head[name] for name in head if _shape(saved_head, name) == _shape(head, name)}
@@ -351,12 +338,33 @@ class PretrainedModel(nn.Module):
         return model.eval()
 
 
+def _read_config(file: Path, overrides: dict) -> MaBERTConfig:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8")) | overrides
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(MaBERTConfig)}
+    if unknown:
+        raise ValueError(f"{file} with the overrides has fields that MaBERTConfig lacks: {sorted(unknown)}")
+    return MaBERTConfig(**fields)
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a truncated or foreign file fails in any of a dozen ways
+        raise ValueError(f"{file} is damaged or not written by save_pretrained: {error}") from error
+    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise ValueError(f"{file} is damaged or not written by save_pretrained: it is no dict of tensors")
+    return weights
+
+
 def _encoder_and_head(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A state dict's encoder parameters, without their prefix, and the rest; a bare encoder's have no prefix."""
     encoder = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
-    return (
-        (encoder, {name: state[name] for name in state if not name.startswith("encoder.")}) if encoder else (state, {})
-    )
+    if not encoder:
+        return state, {}
+    return encoder, {name: value for name, value in state.items() if not name.startswith("encoder.")}
 
 
 def _shape(state: dict[str, Tensor], name: str) -> str:
