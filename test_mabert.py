@@ -616,7 +616,7 @@ def prepared(tmp_path, *more):
     corpus = train_mlm.local_corpus(args.data, args.sample_by)
     tokenizer = train_mlm.trained_tokenizer(corpus, args.vocab_size, args.cache_dir)
     tokens = train_mlm.tokenize(corpus, tokenizer, args.cache_dir)
-    return args, tokens, train_mlm.Vocabulary.of(tokenizer), *train_mlm.split_held_out(tokens)
+    return args, tokens, train_mlm.vocabulary_of(tokenizer), *train_mlm.split_held_out(tokens)
 
 
 def test_a_short_run_learns_and_can_be_used(tmp_path, capsys):
@@ -826,7 +826,7 @@ def test_bad_corpora_are_refused_before_training(tmp_path):
             train_mlm.main(arguments(tmp_path, *more))
         assert not (tmp_path / "run").exists()
 
-    refused("--batch-size", "2048", said="too short: .* rows of 32 .* batch is 2048 rows")
+    refused("--batch-size", "2048", said=r"too short: .* 1\d\d\d training rows .* batch is 2048 rows")
     refused("--data", str(tmp_path / "nowhere"), said="nowhere does not exist")
     (tmp_path / "empty.txt").write_text("")
     refused("--data", str(tmp_path / "empty.txt"), said="empty")

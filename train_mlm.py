@@ -86,13 +86,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--num-heads", type=int, default=base.num_heads, help="attention heads")
     add("--intermediate-size", type=int, default=base.intermediate_size, help="inner width of the feed-forward")
     add("--d-state", type=int, default=base.d_state, help="states per channel of the scan")
-    add(
-        "--psm",
-        type=psm,
-        default=base.psm,
-        metavar="STAGES",
-        help="stages of padding-safe masking joined by +, or none",
-    )
+    add("--psm", type=psm, default=base.psm, metavar="STAGES", help="stages of padding-safe masking, joined by +, or "
+        "none")  # fmt: skip
     add("--causal-conv", action=argparse.BooleanOptionalAction, default=base.causal_conv, help="--no-causal-conv "
         "centres the convolution")  # fmt: skip
     add("--dropout", type=float, default=base.dropout, help="probability")
@@ -120,6 +115,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if not ok:
             parser.error(message)
 
+    args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
     for name in ("steps", "batch_size", "micro_batch_size", "save_every", "eval_every", "log_every"):
         require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be positive")
     require(args.batch_size % args.micro_batch_size == 0, "--batch-size must be a multiple of --micro-batch-size")
@@ -132,9 +128,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     shares_fit = min(shares) > 0 and math.isclose(sum(shares), 1)
     require(shares_fit, f"--length-schedule: the shares {shares} must be positive and sum to 1, as in 128:0.9 512:0.1")
     require(not (args.tokenizer and args.vocab_size), "--tokenizer and --vocab-size exclude each other")
-    require(
-        args.vocab_size is None or 100 <= args.vocab_size <= MAX_VOCAB, f"--vocab-size must be in [100, {MAX_VOCAB}]"
-    )
+    vocab_fits = args.vocab_size is None or 100 <= args.vocab_size <= MAX_VOCAB
+    require(vocab_fits, f"--vocab-size must be in [100, {MAX_VOCAB}]")
     require(not (args.demo and args.data), "--demo brings its own text; leave out --demo or --data")
     try:
         model_config(args, vocab_size=100, pad_token_id=0)
@@ -181,8 +176,8 @@ def demo_corpus() -> Corpus:
                 continue
             kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
             texts += [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
-    texts = list(dict.fromkeys(texts))  # many docstrings stand in several places
-    identity = hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).hexdigest()
+    texts = [text.encode("utf-8", "replace").decode() for text in dict.fromkeys(texts)]  # many stand in several places
+    identity = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     return Corpus(identity, len(texts), lambda: iter([texts]))
 
 
@@ -192,8 +187,9 @@ def local_corpus(paths: list[str], sample_by: str) -> Corpus:
     for path in map(Path, paths):
         if not path.exists():
             raise SystemExit(f"--data: {path} does not exist")
-        found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in builders)
-        if not found or found[0].suffix not in builders:
+        found = [path] if path.is_file() else sorted(path.rglob("*"))
+        found = [file for file in found if file.suffix in builders]
+        if not found:
             raise SystemExit(f"--data: {path} is or has no {', '.join(builders)} file")
         files += [file.resolve() for file in found]
     calls = []
@@ -211,7 +207,7 @@ def hub_corpus() -> Corpus:
 
 def dataset_corpus(calls: list[tuple[str, dict]], identity: str, advice: str) -> Corpus:
     """A corpus from calls of datasets.load_dataset."""
-    import datasets
+    import datasets  # takes seconds, and --demo needs none
 
     parts = []
     for builder, options in calls:
@@ -224,7 +220,7 @@ def dataset_corpus(calls: list[tuple[str, dict]], identity: str, advice: str) ->
             raise SystemExit(f"{builder} {options} has no column 'text', only {part.column_names}")
         parts.append(part.select_columns("text"))
     corpus = datasets.concatenate_datasets(parts)
-    batches = lambda: ([text or "" for text in batch["text"]] for batch in corpus.iter(batch_size=1000))  # noqa: E731
+    batches = lambda: ([text or "" for text in batch["text"]] for batch in corpus.iter(batch_size=100))  # noqa: E731
     return Corpus(identity, len(corpus), batches)
 
 
@@ -308,12 +304,12 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | os.PathLike)
         progress = tqdm(total=corpus.num_documents, unit="doc", desc="tokenizing")
         with open(partial / "ids.bin", "wb") as file, progress:
             for texts in corpus.batches():
-                for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-                    ids = np.array(encoding.ids, dtype=np.uint16)
-                    if len(ids):
-                        file.write(ids.tobytes())
-                        lengths.append(len(ids))
-                        counts += np.bincount(ids, minlength=len(counts))
+                encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+                documents = [np.array(encoding.ids, dtype=np.uint16) for encoding in encodings if encoding.ids]
+                ids = np.concatenate([np.zeros(0, dtype=np.uint16), *documents])
+                file.write(ids.tobytes())
+                lengths += map(len, documents)
+                counts += np.bincount(ids, minlength=len(counts))
                 progress.update(len(texts))
         np.save(partial / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
         np.save(partial / "counts.npy", counts)
@@ -358,7 +354,7 @@ def rng(*key: int) -> np.random.Generator:
 
 
 class Vocabulary(NamedTuple):
-    """The tokenizer's special ids, and which ids may be predicted."""
+    """The ids of a tokenizer's special tokens, and a table of all ids that are special: those are never predicted."""
 
     pad: int
     cls: int
@@ -366,12 +362,12 @@ class Vocabulary(NamedTuple):
     mask: int
     is_special: np.ndarray  # (vocabulary,) bool
 
-    @classmethod
-    def of(cls, tokenizer: Tokenizer):
-        ids = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
-        is_special = np.zeros(tokenizer.get_vocab_size(), dtype=bool)
-        is_special[ids] = True
-        return cls(ids[0], ids[2], ids[3], ids[4], is_special)
+
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    is_special = np.zeros(tokenizer.get_vocab_size(), dtype=bool)
+    is_special[list(ids.values())] = True
+    return Vocabulary(ids["[PAD]"], ids["[CLS]"], ids["[SEP]"], ids["[MASK]"], is_special)
 
 
 class Rows:
@@ -395,9 +391,8 @@ class Rows:
             segment = np.searchsorted(self.ends, number, side="right")
             (start, end), windows = self.segments[segment], self.windows[segment]
             window = number - (self.ends[segment] - windows)
-            rows.append(
-                self.ids[start + (end - start) * window // windows : start + (end - start) * (window + 1) // windows]
-            )
+            first, last = ((end - start) * place // windows for place in (window, window + 1))
+            rows.append(self.ids[start + first : start + last])
         lengths = np.array([len(row) + 2 for row in rows])
         ids = np.full((len(rows), lengths.max()), self.vocabulary.pad, dtype=np.int64)
         ids[:, 0] = self.vocabulary.cls
@@ -500,24 +495,17 @@ def show_guesses(model: MaBERTForMaskedLM, tokenizer: Tokenizer, rows: Rows, cou
     for number in np.linspace(0, len(rows) - 1, 10 * count).astype(int):
         ids, _ = rows.batch(np.array([number]))
         pieces = [tokenizer.id_to_token(token) for token in ids[0]]
-        words = [
-            i
-            for i, piece in enumerate(pieces)
-            if piece.isalpha() and not pieces[(i + 1) % len(pieces)].startswith("##")
-        ]
+        followed = [piece.startswith("##") for piece in pieces[1:]]
+        words = [i for i in range(1, len(pieces) - 1) if pieces[i].isalpha() and not followed[i]]
         if len(words) < 15 or shown == count:
             continue
         shown += 1
         place = words[len(words) // 2]
         ids[0, place] = rows.vocabulary.mask
         logits = model(torch.from_numpy(ids).to(model.decoder_bias.device)).logits[0, place]
-        best = logits.softmax(dim=-1).topk(5)
-        guesses = ", ".join(
-            f"{tokenizer.id_to_token(i)} {p:.2f}" for p, i in zip(best.values.tolist(), best.indices.tolist())
-        )
-        left, right = (
-            tokenizer.decode(part) for part in (ids[0, max(1, place - 12) : place], ids[0, place + 1 : place + 9])
-        )
+        best = zip(*(part.tolist() for part in logits.softmax(dim=-1).topk(5)))
+        guesses = ", ".join(f"{tokenizer.id_to_token(token)} {p:.2f}" for p, token in best)
+        left, right = (tokenizer.decode(ids[0, a:b]) for a, b in ((max(1, place - 12), place), (place + 1, place + 9)))
         print(f"  ... {left} [MASK] {right} ...\n      it was: {pieces[place]}; guesses: {guesses}")
 
 
@@ -567,45 +555,57 @@ def save(folder: Path, model: MaBERTForMaskedLM, tokenizer: Tokenizer):
         raise SystemExit(f"cannot write {folder}: {error}\nearlier checkpoints are untouched") from error
 
 
+class Data(NamedTuple):
+    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+    phases: list[tuple[int, Rows]]  # the first step and the rows of each length
+    held_rows: Rows
+    held_out: HeldOut
+    baselines: tuple[float, float]
+
+
+def prepare(args: argparse.Namespace) -> Data:
+    """Everything that training reads."""
+    tokenizer = None if args.vocab_size else load_tokenizer(args.tokenizer or HUB_TOKENIZER)
+    corpus = demo_corpus() if args.demo else local_corpus(args.data, args.sample_by) if args.data else hub_corpus()
+    tokenizer = tokenizer or trained_tokenizer(corpus, args.vocab_size, args.cache_dir)
+    tokens = tokenize(corpus, tokenizer, args.cache_dir)
+    vocabulary = vocabulary_of(tokenizer)
+    train, held = split_held_out(tokens)
+    phases, first = [], 0.0
+    for length, share in args.length_schedule:
+        phases.append((round(first), Rows(tokens, train, length, vocabulary)))
+        first += share * args.steps
+    held_rows = Rows(tokens, held, args.length_schedule[0][0], vocabulary)
+    fewest = min(len(rows) for _, rows in phases)
+    if fewest < args.batch_size or not len(held_rows):
+        raise SystemExit(
+            f"the corpus is too short: {tokens.offsets[-1]} tokens give {fewest} training rows and {len(held_rows)} "
+            f"held-out ones; a batch is {args.batch_size} rows. Add text or lower --batch-size"
+        )
+    held_out = HeldOut.of(held_rows, args.mask_rate)
+    print(f"{tokens.offsets[-1]} tokens of text; held-out loss on {len(held_out.inputs)} rows of {len(held_rows)}")
+    return Data(tokenizer, vocabulary, phases, held_rows, held_out, held_out.baselines(tokens, held, vocabulary))
+
+
 def main(argv: list[str]):
     args = parse_args(argv)
     out = Path(args.out)
     if (out / "log.csv").exists() and not (args.overwrite or (args.demo and args.out == "out/demo")):
         raise SystemExit(f"{out} holds a run already; choose another --out, or --overwrite it")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    # Text, tokenizer, rows
-    tokenizer = None if args.vocab_size else load_tokenizer(args.tokenizer or HUB_TOKENIZER)
-    corpus = demo_corpus() if args.demo else local_corpus(args.data, args.sample_by) if args.data else hub_corpus()
-    tokenizer = tokenizer or trained_tokenizer(corpus, args.vocab_size, args.cache_dir)
-    tokens = tokenize(corpus, tokenizer, args.cache_dir)
-    vocabulary = Vocabulary.of(tokenizer)
-    train, held = split_held_out(tokens)
-    firsts = np.cumsum([0.0] + [share for _, share in args.length_schedule]) * args.steps
-    phases = [
-        (round(first), Rows(tokens, train, length, vocabulary))
-        for first, (length, _) in zip(firsts, args.length_schedule)
-    ]
-    held_rows = Rows(tokens, held, args.length_schedule[0][0], vocabulary)
-    for (_, rows), (length, _) in zip(phases, args.length_schedule):
-        if len(rows) < args.batch_size or not len(held_rows):
-            raise SystemExit(
-                f"the corpus is too short: {tokens.offsets[-1]} tokens give {len(rows)} training rows of {length} and "
-                f"{len(held_rows)} held-out rows; a batch is {args.batch_size} rows. Add text or lower --batch-size"
-            )
-    held_out = HeldOut.of(held_rows, args.mask_rate)
-    unigram, uniform = held_out.baselines(tokens, held, vocabulary)
+    data = prepare(args)
+    held_out = data.held_out
 
     # Model, optimizer, schedule
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    model = MaBERTForMaskedLM(model_config(args, tokenizer.get_vocab_size(), vocabulary.pad)).to(device)
+    model = MaBERTForMaskedLM(model_config(args, data.tokenizer.get_vocab_size(), data.vocabulary.pad)).to(device)
     if args.compile:
         model.encoder.compile()
     optimizer = make_optimizer(model, args.weight_decay)
     warmup = min(args.warmup_steps, args.steps // 10)
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{args.pattern}, {size:.1f} M parameters on {device}; {tokens.offsets[-1] / 1e6:.1f} M tokens of text")
-    print(f"{args.steps} steps of {args.batch_size} rows, lengths and shares {args.length_schedule}")
+    print(f"{args.pattern}, {size:.1f} M parameters, on {device}; {args.steps} steps of {args.batch_size} rows")
     if warmup < args.warmup_steps:
         print(f"warm-up shortened from {args.warmup_steps} to {warmup} steps, a tenth of the run")
 
@@ -619,15 +619,17 @@ def main(argv: list[str]):
         log.writerow(["step", "loss", "held_out_loss", "lr", "tokens_per_s"])
         held_out_loss = held_out.loss(model, args.micro_batch_size)
         log.writerow([0, "", f"{held_out_loss:.4f}", "", ""])
+
+        # The loop
         losses, real_tokens, since = torch.zeros((), device=device), 0, (0, time.perf_counter())
-        progress = tqdm(range(args.steps), unit="step", desc="training")
+        progress = tqdm(range(1, args.steps + 1), unit="step", desc="training")
         for step in progress:
-            lr = learning_rate(step, args.steps, args.lr, warmup)
+            lr = learning_rate(step - 1, args.steps, args.lr, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batch = batch_of_step(step, phases, vocabulary, args)
+            batch = batch_of_step(step - 1, data.phases, data.vocabulary, args)
             try:
-                losses += train_step(model, optimizer, batch, step, args)
+                losses += train_step(model, optimizer, batch, step - 1, args)
             except RuntimeError as error:
                 if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
                     raise
@@ -637,43 +639,43 @@ def main(argv: list[str]):
                 ) from error
             real_tokens += int(batch[1].sum())
 
-            done = step + 1
-            evaluates = done % args.eval_every == 0 or done == args.steps
-            if evaluates or done % args.log_every == 0:
-                loss = losses.item() / (done - since[0])
+            evaluates = step % args.eval_every == 0 or step == args.steps
+            if evaluates or step % args.log_every == 0:
+                loss = losses.item() / (step - since[0])
                 if not math.isfinite(loss):
                     raise SystemExit(
-                        f"the loss is {loss} around step {done}; a lower --lr or longer --warmup-steps helps"
+                        f"the loss is {loss} around step {step}; a lower --lr or more --warmup-steps helps"
                     )
                 speed = real_tokens / (time.perf_counter() - since[1])
+                row = dict(loss=f"{loss:.4f}", held_out="", lr=f"{lr:.2e}", tok_s=f"{speed:.0f}")
                 if evaluates:
                     held_out_loss = held_out.loss(model, args.micro_batch_size)
-                log.writerow(
-                    [done, f"{loss:.4f}", f"{held_out_loss:.4f}" if evaluates else "", f"{lr:.3e}", f"{speed:.0f}"]
-                )
+                    row["held_out"] = f"{held_out_loss:.4f}"
+                log.writerow([step, *row.values()])
                 log_file.flush()
-                progress.set_postfix(
-                    loss=f"{loss:.3f}", held_out=f"{held_out_loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{speed:.0f}"
-                )
+                progress.set_postfix(row | dict(held_out=f"{held_out_loss:.4f}"))
                 losses.zero_()
-                real_tokens, since = 0, (done, time.perf_counter())
-            if done % args.save_every == 0 and done < args.steps:
-                partial = out / f"step-{done:07d}.partial"
-                save(partial, model, tokenizer)
-                os.replace(partial, out / f"step-{done:07d}")
-    save(out, model, tokenizer)
+                real_tokens, since = 0, (step, time.perf_counter())
+            if step % args.save_every == 0 and step < args.steps:
+                partial = out / f"step-{step:07d}.partial"
+                save(partial, model, data.tokenizer)
+                os.replace(partial, out / f"step-{step:07d}")
+    save(out, model, data.tokenizer)
 
-    print(
-        f"\nheld-out masked-token loss {held_out_loss:.3f} nats over {(held_out.labels != IGNORED).sum()} positions; ",
-        end="",
-    )
+    # What came of it
+    unigram, uniform = data.baselines
+    predicted = (held_out.labels != IGNORED).sum()
+    print(f"\nheld-out loss {held_out_loss:.3f} nats per masked token ({predicted} of them);", end=" ")
     print(f"the training text's word frequencies give {unigram:.3f}, chance {uniform:.3f}")
     print(f"{unigram - held_out_loss:.2f} nats below the word frequencies. Held-out text with one word masked:")
-    show_guesses(model, tokenizer, held_rows)
+    show_guesses(model, data.tokenizer, data.held_rows)
     print(f"\nThe model is in {out}, its curve in {out / 'log.csv'}. In Python:")
     print(f"  model = MaBERTForMaskedLM.from_pretrained({str(out)!r})  # from mabert import MaBERTForMaskedLM")
     print(f"  tokenizer = Tokenizer.from_file({str(out / 'tokenizer.json')!r})  # from tokenizers import Tokenizer")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except OSError as error:  # a full disk, a folder that may not be written
+        raise SystemExit(f"cannot go on: {error}") from error
