@@ -440,13 +440,13 @@ def test_bf16_autocast_stays_close():
 
 
 def test_torch_compile_of_the_encoder():
-    model, ids, mask = build(MaBERT, tiny("MT")), torch.randint(1, 60, (2, 10)), torch.ones(2, 10)
+    model, ids, mask = build(MaBERT, tiny("MT"), torch.float32), torch.randint(1, 60, (2, 10)), torch.ones(2, 10)
     mask[0, :3] = 0
     outputs = [torch.compile(model, fullgraph=True)(ids, mask), model(ids, mask)]
-    assert relative(*outputs) < 1e-12
+    assert relative(*outputs) < 1e-5
     direction = torch.randn_like(outputs[0])
     gradients = [torch.autograd.grad((x * direction).sum(), model.parameters()) for x in outputs]
-    assert relative(*(torch.cat([g.flatten() for g in gradient]) for gradient in gradients)) < 1e-12
+    assert relative(*(torch.cat([g.flatten() for g in gradient]) for gradient in gradients)) < 1e-5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
