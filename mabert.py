@@ -279,6 +279,11 @@ def check_mask(mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
     return mask.bool()
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """float32 from the half precisions; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class PretrainedModel(nn.Module):
     """What MaBERT and the models with heads share: saving and loading. A folder holds config.json and model.pt."""
 
@@ -524,7 +529,7 @@ class MaBERTForMaskedLM(PretrainedModel):
         logits = F.linear(self.transform(x), self.encoder.word_embeddings.weight, self.decoder_bias)
         if labels is None:
             return Output(None, logits)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        loss = F.cross_entropy(at_least_float32(logits), labels, reduction="sum")
         return Output(loss / max(1, labels.numel()) if reduction == "mean" else loss, logits)
 
 
@@ -560,8 +565,9 @@ class MaBERTForSequenceClassification(PretrainedModel):
                 f"labels has shape {tuple(labels.shape)}; it must be (batch,), here {tuple(logits.shape[:1])}"
             )
         if self.config.num_labels == 1:
-            return Output(F.mse_loss(logits.squeeze(-1).float(), labels.float()), logits)
-        return Output(F.cross_entropy(logits.float(), labels), logits)
+            predicted = at_least_float32(logits).squeeze(-1)
+            return Output(F.mse_loss(predicted, labels.to(predicted.dtype)), logits)
+        return Output(F.cross_entropy(at_least_float32(logits), labels), logits)
 
 
 # ======================================================================================================================
@@ -717,8 +723,8 @@ def selective_scan(
         raise RuntimeError("the Triton backend of selective_scan is not written yet; use backend='loop' or None")
 
     mask = check_mask(mask, (b, l))
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    u_, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
+    u_ = at_least_float32(u)
+    delta, A, B, C = (tensor.to(u_.dtype) for tensor in (delta, A, B, C))
     if delta_bias is not None:
         delta = delta + delta_bias
     if delta_softplus:
@@ -734,7 +740,7 @@ def selective_scan(
     if D is not None:
         y = y + D * u_
     if z is not None:
-        y = y * F.silu(z.to(dtype))
+        y = y * F.silu(z.to(u_.dtype))
     if mask is not None:
         y = y * mask[..., None]
     return y.to(u.dtype)
