@@ -26,9 +26,9 @@ from mabert import MaBERT, MaBERTConfig, selective_scan
 
 
 def header() -> str:
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    cpu = model[1] if model else platform.processor() or platform.machine()
     command = " ".join(["python", "bench.py", *sys.argv[1:]])
     return f"`{command}` on {cpu}, {torch.get_num_threads()} thread(s), torch {torch.__version__}\n"
 
@@ -80,8 +80,10 @@ def forward_backward(scan, inputs, dy):
     return torch.autograd.grad(scan(*inputs), inputs, dy)
 
 
-def peak_memory(name: str, size: list[int]) -> float:
-    """MB that forward and backward need above the inputs, in a process of their own."""
+def peak_memory(name: str, size: list[int]) -> str:
+    """MB that forward and backward need above the inputs, in a process of their own (on Linux)."""
+    if not Path("/proc/self/clear_refs").exists():
+        return "not measured here"
     code = (
         f"import bench, torch; torch.set_num_threads(1); inputs, dy = bench.scan_inputs(*{size})\n"
         "bench.forward_backward(bench.loop, *bench.scan_inputs(1, 4, 8, 2))\n"  # what first calls load
@@ -90,10 +92,8 @@ def peak_memory(name: str, size: list[int]) -> float:
         f"before = kb('VmRSS'); bench.forward_backward(bench.{name}, inputs, dy); print(kb('VmHWM') - before)"
     )
     here = Path(__file__).parent
-    return (
-        int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=here).stdout)
-        / 1e3
-    )
+    process = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, cwd=here)
+    return f"{int(process.stdout) / 1e3:.0f}"
 
 
 def bench_scan(args):
@@ -103,7 +103,7 @@ def bench_scan(args):
         import mambapy  # noqa: F401
     except ImportError:
         scans.remove(pscan)
-        print("pip install mambapy adds its parallel scan to the comparison", file=sys.stderr)
+        print("mambapy is not installed: pip install -e '.[bench]' adds it to the comparison", file=sys.stderr)
     rows, progress = [], tqdm(total=len(args.sizes) * args.runs * 2)
     for size in args.sizes:
         inputs, dy = scan_inputs(*size)
@@ -124,7 +124,7 @@ def bench_scan(args):
                 f"{median[scan, run]:.0f} ({median[scan, run] / median[loop, run]:.1f}×)"
                 for run in (forward, forward_backward)
             ]
-            rows.append([str(tuple(size)), scan.__name__, *cells, f"{peak_memory(scan.__name__, size):.0f}"])
+            rows.append([str(tuple(size)), scan.__name__, *cells, peak_memory(scan.__name__, size)])
     progress.close()
     print(header())
     print(f"Medians of {args.runs} runs in turns, float32; in brackets the ratio to this project's loop. Peak memory "
@@ -166,7 +166,7 @@ def bench_drift(args):
     print(table(["PSM stages", *head], rows))
 
 
-def main():
+def main(argv: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     scan = commands.add_parser("scan", help="time and memory of the selective scan on a CPU, one thread")
@@ -177,9 +177,9 @@ def main():
     drift = commands.add_parser("drift", help="what padding does to real tokens, for each form of PSM")
     drift.add_argument("--pads", type=int, nargs="+", default=[4, 16, 64], help="numbers of pads to add to a row")
     drift.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     {"scan": bench_scan, "drift": bench_drift}[args.command](args)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

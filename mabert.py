@@ -115,8 +115,9 @@ class MaBERTConfig:
         require("dropout", isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1, "in [0, 1)")
         eps = self.layer_norm_eps
         require("layer_norm_eps", isinstance(eps, float) and eps > 0, "a positive float")
-        require("pad_token_id", self.pad_token_id in range(self.vocab_size), f"below vocab_size ({self.vocab_size})")
-        stages = isinstance(self.psm, (tuple, list)) and set(self.psm) <= set(PSM_STAGES)
+        in_vocab = self.pad_token_id == 0 or (positive(self.pad_token_id) and self.pad_token_id < self.vocab_size)
+        require("pad_token_id", in_vocab, f"an id below vocab_size ({self.vocab_size})")
+        stages = isinstance(self.psm, (tuple, list)) and all(stage in PSM_STAGES for stage in self.psm)
         require("psm", stages, f"a tuple with any of {PSM_STAGES}")
         self.psm = tuple(stage for stage in PSM_STAGES if stage in self.psm)  # JSON brings it as a list
         require("pooling", self.pooling in POOLINGS, f"one of {POOLINGS}")
@@ -143,7 +144,7 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(d, n))
         self.D = nn.Parameter(torch.empty(d))
         self.out_proj = nn.Linear(d, h, bias=False)
-        init_weights(self)
+        self.init_core()
 
     @torch.no_grad()
     def init_core(self):
@@ -426,21 +427,25 @@ class MaBERT(PretrainedModel):
                 f"token_type_ids has shape {tuple(token_type_ids.shape)}, input_ids {tuple(input_ids.shape)}"
             )
         mask = check_mask(attention_mask, input_ids.shape)
+        if input_ids.numel() == 0:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; there is nothing in it")
         limit, eager = self.config.max_position, not torch.compiler.is_compiling()
         if input_ids.shape[1] > limit and (mask is None or eager):
             longest = input_ids.shape[1] if mask is None else int(mask.sum(dim=-1).max())
             if longest > limit:
                 raise ValueError(f"a row has {longest} real tokens; max_position is {limit} (see resize_positions)")
-        if eager and input_ids.device.type == "cpu" and input_ids.numel():
-            low, high = input_ids.aminmax()
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(f"input_ids reach from {low} to {high}; vocab_size is {self.config.vocab_size}")
+        if eager and input_ids.device.type == "cpu":
+            tables = {"input_ids": input_ids, "token_type_ids": token_type_ids}
+            for (name, ids), size in zip(tables.items(), (self.config.vocab_size, self.config.type_vocab_size)):
+                if ids is not None and not 0 <= ids.min() <= ids.max() < size:
+                    raise ValueError(f"{name} reach from {ids.min()} to {ids.max()}; they must be in [0, {size})")
         return mask
 
     @torch.no_grad()
     def resize_positions(self, max_position: int):
         """Stretches the position table to max_position rows by 1-D linear interpolation; the two ends stay the same.
 
+        The table is a new parameter: make an optimizer afterwards.
         Raises ValueError where max_position is not a positive integer.
         """
         config = dataclasses.replace(self.config, max_position=max_position)  # checks the value
@@ -525,7 +530,7 @@ class MaBERTForMaskedLM(PretrainedModel):
         x = self.encoder(input_ids, attention_mask, token_type_ids)  # (b, l, h)
         if labels is not None:
             labelled = labels != -100
-            x, labels = x[labelled], labels[labelled]  # (number labelled, h), (number labelled,)
+            x, labels = x[labelled], labels[labelled].long()  # (number labelled, h), (number labelled,)
         logits = F.linear(self.transform(x), self.encoder.word_embeddings.weight, self.decoder_bias)
         if labels is None:
             return Output(None, logits)
@@ -584,14 +589,13 @@ class MaBERTForSequenceClassification(PretrainedModel):
 # backend belongs between it and `selective_scan`, which picks; there is none yet.
 
 
-def _chunks(*tensors):
-    """Chunks of √l steps: their slices, and the tensors cut to them, time first.
+CHUNK = 16  # steps; the states kept, one a chunk, then take no more memory than u where n is 16
 
-    The states at all chunk starts and those replayed inside one chunk take O(√l) memory, where all would take O(l).
-    """
-    l = tensors[0].shape[1]
-    for t in range(0, l, math.isqrt(l)):
-        s = slice(t, t + math.isqrt(l))
+
+def _chunks(*tensors):
+    """The chunks' slices, and the tensors cut to them, time first."""
+    for t in range(0, tensors[0].shape[1], CHUNK):
+        s = slice(t, t + CHUNK)
         yield s, *(tensor[:, s].transpose(0, 1) for tensor in tensors)  # each (steps, b, ...)
 
 
@@ -664,7 +668,7 @@ def _empty_like(tensor):
 @_scan_loop.register_fake
 def _(delta, x, A, B, C):
     (b, l, d), n = x.shape, A.shape[1]
-    return _empty_like(x), x.new_empty(-(-l // math.isqrt(l)), b, n, d)
+    return _empty_like(x), x.new_empty(-(-l // CHUNK), b, n, d)
 
 
 @_scan_loop_backward.register_fake
@@ -708,6 +712,8 @@ def selective_scan(
 
     Raises ValueError for shapes or a mask that do not fit, RuntimeError for a backend that cannot run here.
     """
+    if u.dim() != 3 or u.shape[1] == 0:
+        raise ValueError(f"u has shape {tuple(u.shape)}; it must be (batch, length, d) with a length of at least 1")
     (b, l, d), n = u.shape, A.shape[-1]
     expected = {"delta": (b, l, d), "A": (d, n), "B": (b, l, n), "C": (b, l, n), "D": (d,), "z": (b, l, d)}
     expected["delta_bias"] = (d,)
@@ -715,8 +721,6 @@ def selective_scan(
     for name, tensor in given.items():
         if tensor is not None and tensor.shape != expected[name]:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with u {(b, l, d)} it must be {expected[name]}")
-    if l == 0:
-        raise ValueError("u has length 0; a scan needs at least one step")
     if backend not in SCAN_BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {SCAN_BACKENDS}")
     if backend == "triton":
@@ -726,7 +730,7 @@ def selective_scan(
     u_ = at_least_float32(u)
     delta, A, B, C = (tensor.to(u_.dtype) for tensor in (delta, A, B, C))
     if delta_bias is not None:
-        delta = delta + delta_bias
+        delta = delta + delta_bias.to(delta.dtype)
     if delta_softplus:
         delta = F.softplus(delta)
     if mask is not None:
@@ -738,9 +742,9 @@ def selective_scan(
     if reverse:
         y = y.flip(1)
     if D is not None:
-        y = y + D * u_
+        y = y + D.to(y.dtype) * u_
     if z is not None:
-        y = y * F.silu(z.to(u_.dtype))
+        y = y * F.silu(z.to(y.dtype))
     if mask is not None:
         y = y * mask[..., None]
     return y.to(u.dtype)

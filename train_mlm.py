@@ -13,6 +13,7 @@ log.csv, args.json and one folder per checkpoint (step-0050000/), which `from_pr
 
 import argparse
 import ast
+import contextlib
 import csv
 import functools
 import hashlib
@@ -47,6 +48,7 @@ from mabert import MaBERTConfig, MaBERTForMaskedLM
 
 HUB_CORPUS = (("wikimedia/wikipedia", "20231101.en"), ("lucadiliello/bookcorpusopen", "default"))
 HUB_TOKENIZER = "google-bert/bert-base-uncased"
+WITHOUT_HUB = "without the hub, pass --data PATH, and --tokenizer a tokenizer.json or --vocab-size N to train one"
 DEMO = """--out out/demo --vocab-size 4096 --pattern MMT --hidden-size 128 --num-heads 4 --intermediate-size 512
     --d-state 8 --dropout 0 --steps 900 --length-schedule 64:1 --batch-size 32 --micro-batch-size 32 --lr 2e-3
     --mask-rate 0.3 --eval-every 150 --log-every 25""".split()
@@ -67,7 +69,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--demo", action="store_true", help="a small model on text that every Python carries; other flags override it")
+    add("--demo", action="store_true", help="a small model on text that every Python carries; replaces out/demo; other "
+        "flags override its own")  # fmt: skip
     add("--out", default="out/mlm", help="the run's folder")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     group = parser.add_argument_group("text")
@@ -115,6 +118,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if not ok:
             parser.error(message)
 
+    if args.demo and args.tokenizer:
+        args.vocab_size = None
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
     for name in ("steps", "batch_size", "micro_batch_size", "save_every", "eval_every", "log_every"):
         require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be positive")
@@ -167,12 +172,12 @@ def demo_corpus() -> Corpus:
     library = Path(sysconfig.get_path("stdlib"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of old escapes in the sources
-        for file in sorted(library.rglob("*.py")):
+        for file in tqdm(sorted(library.rglob("*.py")), unit="file", desc="reading docstrings"):
             if {"site-packages", "dist-packages", "test", "tests"} & set(file.relative_to(library).parts):
                 continue
             try:
                 tree = ast.parse(file.read_bytes())
-            except (SyntaxError, ValueError):  # the library carries a few broken files on purpose
+            except (SyntaxError, ValueError, OSError):  # the library carries files that are broken, some on purpose
                 continue
             kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
             texts += [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
@@ -187,14 +192,16 @@ def local_corpus(paths: list[str], sample_by: str) -> Corpus:
     for path in map(Path, paths):
         if not path.exists():
             raise SystemExit(f"--data: {path} does not exist")
-        found = [path] if path.is_file() else sorted(path.rglob("*"))
-        found = [file for file in found if file.suffix in builders]
+        found = [path] if path.is_file() else path.rglob("*")
+        found = [file for file in found if file.suffix.lower() in builders and file.is_file()]
         if not found:
             raise SystemExit(f"--data: {path} is or has no {', '.join(builders)} file")
         files += [file.resolve() for file in found]
-    calls = []
-    for builder in sorted({builders[file.suffix] for file in files}):
-        data_files = [str(file) for file in files if builders[file.suffix] == builder]
+    files, calls = sorted(set(files)), []
+    for builder in ("text", "json", "parquet"):
+        data_files = [str(file) for file in files if builders[file.suffix.lower()] == builder]
+        if not data_files:
+            continue
         calls.append((builder, dict(data_files=data_files) | (dict(sample_by=sample_by) if builder == "text" else {})))
     identity = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return dataset_corpus(calls, f"{identity} {sample_by}", "check the files that --data names")
@@ -202,7 +209,7 @@ def local_corpus(paths: list[str], sample_by: str) -> Corpus:
 
 def hub_corpus() -> Corpus:
     calls = [(name, dict(name=config)) for name, config in HUB_CORPUS]
-    return dataset_corpus(calls, f"{HUB_CORPUS}", "without the hub, pass --data PATH with text of your own")
+    return dataset_corpus(calls, f"{HUB_CORPUS}", WITHOUT_HUB)
 
 
 def dataset_corpus(calls: list[tuple[str, dict]], identity: str, advice: str) -> Corpus:
@@ -213,12 +220,14 @@ def dataset_corpus(calls: list[tuple[str, dict]], identity: str, advice: str) ->
     for builder, options in calls:
         try:
             part = datasets.load_dataset(builder, split="train", **options)
+            if "text" in part.column_names:
+                part = part.select_columns("text").cast_column("text", datasets.Value("string"))
         except Exception as error:  # datasets raises many kinds, most of them with the reason one level down
             reason = error.__cause__ or error
             raise SystemExit(f"cannot load {builder} {options}: {type(reason).__name__}: {reason}\n{advice}") from error
         if "text" not in part.column_names:
             raise SystemExit(f"{builder} {options} has no column 'text', only {part.column_names}")
-        parts.append(part.select_columns("text"))
+        parts.append(part)
     corpus = datasets.concatenate_datasets(parts)
     batches = lambda: ([text or "" for text in batch["text"]] for batch in corpus.iter(batch_size=100))  # noqa: E731
     return Corpus(identity, len(corpus), batches)
@@ -254,25 +263,30 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(name) if local else Tokenizer.from_pretrained(name)
     except Exception as error:  # tokenizers raises bare Exceptions
-        advice = "" if local else "\nwithout the hub, pass --tokenizer a tokenizer.json, or --vocab-size N to train one"
+        advice = "" if local else f"\n{WITHOUT_HUB}"
         raise SystemExit(f"cannot load the tokenizer {name}: {error}{advice}") from error
     missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
     if missing:
         raise SystemExit(f"the tokenizer {name} has no {', '.join(missing)}; masked language modelling needs them")
-    if tokenizer.get_vocab_size() > MAX_VOCAB:
-        raise SystemExit(f"the tokenizer {name} has {tokenizer.get_vocab_size()} tokens; {MAX_VOCAB} is the most")
+    if vocab_size(tokenizer) > MAX_VOCAB:
+        raise SystemExit(f"the tokenizer {name} has {vocab_size(tokenizer)} tokens; {MAX_VOCAB} is the most")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def trained_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: str | os.PathLike) -> Tokenizer:
-    """A tokenizer trained on the corpus, kept in the cache."""
-    identity = hashlib.sha256(f"{corpus.identity} {vocab_size}".encode()).hexdigest()[:16]
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id; some tokenizers leave ids out."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def trained_tokenizer(corpus: Corpus, size: int, cache_dir: str | os.PathLike) -> Tokenizer:
+    """A tokenizer trained on the corpus, its held-out part too, and kept in the cache."""
+    identity = hashlib.sha256(f"{corpus.identity} {size}".encode()).hexdigest()[:16]
     file = Path(cache_dir) / f"tokenizer-{identity}.json"
     if not file.exists():
-        print(f"training a tokenizer of {vocab_size} word pieces")
-        tokenizer = train_tokenizer((text for texts in corpus.batches() for text in texts), vocab_size)
+        print(f"training a tokenizer of {size} word pieces")
+        tokenizer = train_tokenizer((text for texts in corpus.batches() for text in texts), size)
         file.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(f"{file}.partial")
         os.replace(f"{file}.partial", file)
@@ -296,24 +310,14 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | os.PathLike)
     They are written under a temporary name and renamed when whole, so that an interrupted run leaves no half cache.
     """
     key = hashlib.sha256(f"{corpus.identity} {tokenizer.to_str()}".encode("utf-8", "replace")).hexdigest()[:16]
-    folder, partial = Path(cache_dir) / key, Path(cache_dir) / f"{key}.partial"
+    folder, partial = Path(cache_dir) / key, Path(cache_dir) / f"{key}.{os.getpid()}.partial"
     if not folder.exists():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        lengths, counts = [], np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
-        progress = tqdm(total=corpus.num_documents, unit="doc", desc="tokenizing")
-        with open(partial / "ids.bin", "wb") as file, progress:
-            for texts in corpus.batches():
-                encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-                documents = [np.array(encoding.ids, dtype=np.uint16) for encoding in encodings if encoding.ids]
-                ids = np.concatenate([np.zeros(0, dtype=np.uint16), *documents])
-                file.write(ids.tobytes())
-                lengths += map(len, documents)
-                counts += np.bincount(ids, minlength=len(counts))
-                progress.update(len(texts))
-        np.save(partial / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-        np.save(partial / "counts.npy", counts)
-        os.replace(partial, folder)
+        try:
+            _write_tokens(corpus, tokenizer, partial)
+            if not folder.exists():  # another run may have been faster
+                os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     try:
         offsets, counts = np.load(folder / "offsets.npy"), np.load(folder / "counts.npy")
         size = (folder / "ids.bin").stat().st_size
@@ -324,6 +328,44 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | os.PathLike)
     if size == 0:
         raise SystemExit("the corpus is empty: no text, or nothing that the tokenizer keeps")
     return Tokens(np.memmap(folder / "ids.bin", dtype=np.uint16, mode="r"), offsets, counts)
+
+
+def _write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths, counts = [], np.zeros(vocab_size(tokenizer), dtype=np.int64)
+    progress = tqdm(total=corpus.num_documents, unit="doc", desc="tokenizing")
+    with open(folder / "ids.bin", "wb") as file, progress:
+        for texts in corpus.batches():
+            tokens_of = np.zeros(len(texts), dtype=np.int64)
+            for pieces in _pieces(texts):
+                encodings = tokenizer.encode_batch_fast([text for _, text in pieces], add_special_tokens=False)
+                for (document, _), encoding in zip(pieces, encodings):
+                    ids = np.array(encoding.ids, dtype=np.uint16)
+                    file.write(ids.tobytes())
+                    tokens_of[document] += len(ids)
+                    np.add.at(counts, ids, 1)
+            lengths += tokens_of[tokens_of > 0].tolist()
+            progress.update(len(texts))
+    np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    np.save(folder / "counts.npy", counts)
+
+
+def _pieces(texts: list[str], longest: int = 100_000, together: int = 1_000_000) -> Iterator[list[tuple[int, str]]]:
+    """(document, text) some at a time, long documents cut at spaces: a tokenizer takes 100 bytes per character."""
+    pieces, size = [], 0
+    for document, text in enumerate(texts):
+        start = 0
+        while start < len(text):
+            end = min(start + longest, len(text))
+            if end < len(text):
+                end = text.rfind(" ", start, end) + 1 or end
+            pieces.append((document, text[start:end]))
+            size, start = size + end - start, end
+            if size >= together:
+                yield pieces
+                pieces, size = [], 0
+    if pieces:
+        yield pieces
 
 
 def split_held_out(tokens: Tokens, stripes: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -365,7 +407,7 @@ class Vocabulary(NamedTuple):
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
-    is_special = np.zeros(tokenizer.get_vocab_size(), dtype=bool)
+    is_special = np.zeros(vocab_size(tokenizer), dtype=bool)
     is_special[list(ids.values())] = True
     return Vocabulary(ids["[PAD]"], ids["[CLS]"], ids["[SEP]"], ids["[MASK]"], is_special)
 
@@ -458,7 +500,9 @@ class HeldOut(NamedTuple):
         """The mean masked-token loss in nats."""
         model.eval()
         total = 0.0
-        for inputs, real, labels in micro_batches(self, micro_batch_size, model.decoder_bias.device):
+        batches = micro_batches(self, micro_batch_size, model.decoder_bias.device)
+        total_batches = -(-len(self.inputs) // micro_batch_size)
+        for inputs, real, labels in tqdm(batches, "held-out loss", total_batches, leave=False, delay=5):
             with autocast(model):
                 total += model(inputs, real, labels=labels, reduction="sum").loss.item()
         model.train()
@@ -497,9 +541,8 @@ def show_guesses(model: MaBERTForMaskedLM, tokenizer: Tokenizer, rows: Rows, cou
         pieces = [tokenizer.id_to_token(token) for token in ids[0]]
         followed = [piece.startswith("##") for piece in pieces[1:]]
         words = [i for i in range(1, len(pieces) - 1) if pieces[i].isalpha() and not followed[i]]
-        if len(words) < 15 or shown == count:
+        if len(words) < 15:
             continue
-        shown += 1
         place = words[len(words) // 2]
         ids[0, place] = rows.vocabulary.mask
         logits = model(torch.from_numpy(ids).to(model.decoder_bias.device)).logits[0, place]
@@ -507,6 +550,9 @@ def show_guesses(model: MaBERTForMaskedLM, tokenizer: Tokenizer, rows: Rows, cou
         guesses = ", ".join(f"{tokenizer.id_to_token(token)} {p:.2f}" for p, token in best)
         left, right = (tokenizer.decode(ids[0, a:b]) for a, b in ((max(1, place - 12), place), (place + 1, place + 9)))
         print(f"  ... {left} [MASK] {right} ...\n      it was: {pieces[place]}; guesses: {guesses}")
+        shown += 1
+        if shown == count:
+            break
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -571,10 +617,11 @@ def prepare(args: argparse.Namespace) -> Data:
     tokenizer = tokenizer or trained_tokenizer(corpus, args.vocab_size, args.cache_dir)
     tokens = tokenize(corpus, tokenizer, args.cache_dir)
     vocabulary = vocabulary_of(tokenizer)
-    train, held = split_held_out(tokens)
+    seen, held = split_held_out(tokens)
     phases, first = [], 0.0
     for length, share in args.length_schedule:
-        phases.append((round(first), Rows(tokens, train, length, vocabulary)))
+        begins = max(round(first), phases[-1][0] + 1) if phases else 0  # each length but the last gets a step at least
+        phases.append((begins, Rows(tokens, seen, length, vocabulary)))
         first += share * args.steps
     held_rows = Rows(tokens, held, args.length_schedule[0][0], vocabulary)
     fewest = min(len(rows) for _, rows in phases)
@@ -584,22 +631,48 @@ def prepare(args: argparse.Namespace) -> Data:
             f"held-out ones; a batch is {args.batch_size} rows. Add text or lower --batch-size"
         )
     held_out = HeldOut.of(held_rows, args.mask_rate)
+    if (held_out.labels == IGNORED).all():
+        raise SystemExit("the corpus is too short, or --mask-rate too low: no held-out token is masked")
     print(f"{tokens.offsets[-1]} tokens of text; held-out loss on {len(held_out.inputs)} rows of {len(held_rows)}")
     return Data(tokenizer, vocabulary, phases, held_rows, held_out, held_out.baselines(tokens, held, vocabulary))
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(args: argparse.Namespace):
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # CUDA's, cuBLAS's, the CPU allocator's, NumPy's
+        said = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "Unable to allocate")
+        if not any(words in str(error) for words in said):
+            raise
+        raise SystemExit(
+            f"out of memory: lower --micro-batch-size (now {args.micro_batch_size}; the batch stays the same) or the "
+            f"lengths of --length-schedule\n{error}"
+        ) from error
 
 
 def main(argv: list[str]):
     args = parse_args(argv)
     out = Path(args.out)
-    if (out / "log.csv").exists() and not (args.overwrite or (args.demo and args.out == "out/demo")):
+    holds_run = (out / "log.csv").exists()
+    if holds_run and not (args.overwrite or (args.demo and args.out == "out/demo")):
         raise SystemExit(f"{out} holds a run already; choose another --out, or --overwrite it")
+    out.mkdir(parents=True, exist_ok=True)
     data = prepare(args)
-    held_out = data.held_out
+    if holds_run:
+        for old in ("model.pt", "config.json", "tokenizer.json"):
+            (out / old).unlink(missing_ok=True)
+        for old in out.glob("step-" + "[0-9]" * 7):
+            shutil.rmtree(old)
+    with explained_out_of_memory(args):
+        train(args, data, out)
 
+
+def train(args: argparse.Namespace, data: Data, out: Path):
     # Model, optimizer, schedule
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    model = MaBERTForMaskedLM(model_config(args, data.tokenizer.get_vocab_size(), data.vocabulary.pad)).to(device)
+    model = MaBERTForMaskedLM(model_config(args, vocab_size(data.tokenizer), data.vocabulary.pad)).to(device)
     if args.compile:
         model.encoder.compile()
     optimizer = make_optimizer(model, args.weight_decay)
@@ -609,10 +682,8 @@ def main(argv: list[str]):
     if warmup < args.warmup_steps:
         print(f"warm-up shortened from {args.warmup_steps} to {warmup} steps, a tenth of the run")
 
-    # The run's folder
-    for old in out.glob("step-*"):
-        shutil.rmtree(old)
-    out.mkdir(parents=True, exist_ok=True)
+    # The loop
+    held_out = data.held_out
     (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n", encoding="utf-8")
     with open(out / "log.csv", "w", newline="", encoding="utf-8") as log_file:
         log = csv.writer(log_file)
@@ -620,7 +691,6 @@ def main(argv: list[str]):
         held_out_loss = held_out.loss(model, args.micro_batch_size)
         log.writerow([0, "", f"{held_out_loss:.4f}", "", ""])
 
-        # The loop
         losses, real_tokens, since = torch.zeros((), device=device), 0, (0, time.perf_counter())
         progress = tqdm(range(1, args.steps + 1), unit="step", desc="training")
         for step in progress:
@@ -628,15 +698,7 @@ def main(argv: list[str]):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = batch_of_step(step - 1, data.phases, data.vocabulary, args)
-            try:
-                losses += train_step(model, optimizer, batch, step - 1, args)
-            except RuntimeError as error:
-                if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-                    raise
-                raise SystemExit(
-                    f"out of memory at step {step} with rows of {batch[0].shape[1]} tokens: lower --micro-batch-size "
-                    f"(now {args.micro_batch_size}; the result stays the same) or the lengths"
-                ) from error
+            losses += train_step(model, optimizer, batch, step - 1, args)
             real_tokens += int(batch[1].sum())
 
             evaluates = step % args.eval_every == 0 or step == args.steps
@@ -656,7 +718,7 @@ def main(argv: list[str]):
                 progress.set_postfix(row | dict(held_out=f"{held_out_loss:.4f}"))
                 losses.zero_()
                 real_tokens, since = 0, (step, time.perf_counter())
-            if step % args.save_every == 0 and step < args.steps:
+            if step % args.save_every == 0:
                 partial = out / f"step-{step:07d}.partial"
                 save(partial, model, data.tokenizer)
                 os.replace(partial, out / f"step-{step:07d}")
