@@ -158,13 +158,14 @@ class MambaMixer(nn.Module):
         self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x, z = self.in_proj(x).chunk(2, dim=-1)  # Eq. 4: both (b, l, d)
+        # Eqs. 4–9, in their order
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # both (b, l, d)
         x = F.pad(x.transpose(1, 2), self.conv_padding)  # (b, d, k - 1 + l)
-        x = F.silu(self.conv1d(x)).transpose(1, 2)  # Eq. 5: (b, l, d)
-        rho, B, C = self.x_proj(x).split(self.sizes, dim=-1)  # Eq. 6: (b, l, r), (b, l, n), (b, l, n)
-        delta = F.linear(rho, self.dt_proj.weight)  # Eq. 7: (b, l, d); bias and softplus join in the scan
+        x = F.silu(self.conv1d(x)).transpose(1, 2)  # (b, l, d)
+        rho, B, C = self.x_proj(x).split(self.sizes, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
+        delta = F.linear(rho, self.dt_proj.weight)  # (b, l, d); its bias and softplus join in the scan
         A = -torch.exp(self.A_log)  # (d, n)
-        # Eqs. 8–9, with D and the gate SiLU(z): (b, l, d)
+        # the recurrence, + D x, · SiLU(z): (b, l, d)
         y = selective_scan(
             x, delta, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True, mask=mask, backend=self.scan_backend
         )
@@ -224,9 +225,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x).view(b, l, 3, self.num_heads, h // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, num_heads, l, h / num_heads)
         if mask is not None:
-            mask = mask | ~mask.any(
-                dim=-1, keepdim=True
-            )  # a row of pads attends to itself: a softmax over nothing is NaN
+            mask = mask | ~mask.any(dim=-1, keepdim=True)  # a row of pads sees itself: softmax over nothing is NaN
             mask = mask[:, None, None]  # (b, 1, 1, l)
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
@@ -579,11 +578,11 @@ class MaBERTForSequenceClassification(PretrainedModel):
 # Part II: the masked selective scan
 # ======================================================================================================================
 #
-# Per row, channel and state n, with m = 1 at real tokens and 0 at pads:
+# Eqs. 4–9 of the paper with the mask inside. Per row, channel and state n, m = 1 at real tokens and 0 at pads:
 #
 #     Δ_t = m_t · softplus(delta_t + delta_bias)       so that a pad passes the state through: exp(0 · A) = 1
-#     h_t = exp(Δ_t A) h_{t−1} + Δ_t u_t B_t           Eq. 8
-#     y_t = m_t · SiLU(z_t) · (Σ_n C_t h_t + D u_t)    Eq. 9
+#     h_t = exp(Δ_t A) h_{t−1} + Δ_t u_t B_t
+#     y_t = m_t · SiLU(z_t) · (Σ_n C_t h_t + D u_t)
 #
 # The loop below is the definition, on any device and in float64 too, and what trains where there is no GPU. A Triton
 # backend belongs between it and `selective_scan`, which picks; there is none yet.
@@ -702,7 +701,7 @@ def selective_scan(
     reverse: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """The masked selective scan (Eqs. 8–9; the formula above): u, delta, A, B, C, ... -> y (b, l, d) of u's dtype.
+    """The masked selective scan (the formula above): u, delta, A, B, C, ... -> y (b, l, d) of u's dtype.
 
     u, delta, z: (b, l, d); A: (d, n), negative; B, C: (b, l, n); D, delta_bias: (d,). Names as in mamba-ssm, layout
     channel-last. Floating-point of any kind; the arithmetic is in float32, or in float64 where u is float64.
