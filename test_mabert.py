@@ -976,7 +976,7 @@ def test_trouble_in_training_is_explained(tmp_path, monkeypatch):
         train_mlm.main(arguments(tmp_path, "--overwrite"))
 
 
-def test_an_unreachable_hub_is_explained(tmp_path):
+def test_an_unreachable_hub_and_a_bad_folder_are_explained(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
 
     def said(*flags):
@@ -987,6 +987,8 @@ def test_an_unreachable_hub_is_explained(tmp_path):
 
     advice = "without the hub, pass --data PATH, and --tokenizer a tokenizer.json or --vocab-size N"
     assert advice in said() and advice in said("--vocab-size", "1000")
+    (tmp_path / "file").write_text("in the way")
+    assert said("--out", str(tmp_path / "file")).startswith("cannot go on: ")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
