@@ -50,8 +50,8 @@ def plain(u, delta, A, B, C, D):
     """The textbook way: (b, l, d, n) tensors, then a step at a time under autograd."""
     a, x = torch.exp(delta[..., None] * A), (delta * u)[..., None] * B[:, :, None]
     h, states = torch.zeros_like(x[:, 0]), []
-    for t in range(u.shape[1]):
-        h = a[:, t] * h + x[:, t]
+    for a_t, x_t in zip(a.unbind(1), x.unbind(1)):
+        h = a_t * h + x_t
         states.append(h)
     return (torch.stack(states, 1) @ C[..., None]).squeeze(-1) + D * u
 
