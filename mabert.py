@@ -14,7 +14,8 @@ Letters in the shape comments, and their names in the config:
     l  sequence length              n  state size per channel, d_state (16)
     h  hidden size (768)            r  rank of Δ, dt_rank (⌈h / 16⌉)
     c  chunks of the scan           k  width of the convolution, d_conv (4)
-Capitals A, B, C, D are the state-space matrices; Δ is `delta`. Masks are True at real tokens and False at pads.
+Capitals A, B, C, D are the state-space matrices; Δ is `delta`, and `rho` what it is projected from. In formulas h_t is
+the state of the scan at step t. Masks are True at real tokens and False at pads.
 
 Map of the file:
     Part I, the model     MaBERTConfig · MambaMixer, MambaLayer · SelfAttention, TransformerLayer · MaBERT · Pooling
@@ -62,13 +63,14 @@ SCAN_BACKENDS = (None, "loop", "triton")
 
 @dataclass
 class MaBERTConfig:
-    """Sizes and variants of a MaBERT model. The defaults are the paper's, where it gives them, else BERT's and Mamba's.
+    """Sizes and variants of a MaBERT model. The defaults are the paper's where it gives them (psm adds one stage), else
+    BERT's and Mamba's.
 
     pattern: one letter per layer, M or T.
     dt_rank: rank of Δ; None means ⌈hidden_size / 16⌉.
     causal_conv: False centres the core's convolution, so that it also looks at the tokens to the right.
     max_position: the most real tokens that a row may have (`MaBERT.resize_positions` changes it).
-    psm: which stages of padding-safe masking are on. The paper's form is ("pre", "post"); "scan" makes it exact.
+    psm: which stages of padding-safe masking are on. The paper's are "pre" and "post"; "scan" makes them exact.
     pooling: what the classifier reads: "map", "attn", "cls" or "mean" (see `Pooling`).
     num_labels: classes of the classifier; 1 means regression.
     scan_backend: passed to `selective_scan`.
@@ -109,7 +111,7 @@ class MaBERTConfig:
             require(field, positive(getattr(self, field)), "a positive integer")
         require("hidden_size", self.hidden_size % self.num_heads == 0, f"a multiple of num_heads ({self.num_heads})")
         letters = set(self.pattern) if isinstance(self.pattern, str) else set()
-        require("pattern", letters and letters <= set("MT"), "a string of the letters M (Mamba) and T (Transformer)")
+        require("pattern", letters and letters <= set(LAYERS), f"a string of the letters {', '.join(LAYERS)}")
         require("dt_rank", self.dt_rank is None or positive(self.dt_rank), "a positive integer or None")
         require("causal_conv", isinstance(self.causal_conv, bool), "True or False")
         require("dropout", isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1, "in [0, 1)")
@@ -148,7 +150,7 @@ class MambaMixer(nn.Module):
 
     @torch.no_grad()
     def init_core(self):
-        """Mamba's own initialisation of A, D and Δ; `init_weights` leaves it in place."""
+        """Mamba's own initialisation of A, D and Δ."""
         d, n = self.A_log.shape
         self.A_log.copy_(torch.arange(1, n + 1).log().expand(d, n))
         self.D.fill_(1)
@@ -248,11 +250,14 @@ class TransformerLayer(nn.Module):
         return x + self.dropout(self.ffn(self.norm2(x)))
 
 
+LAYERS = {"M": MambaLayer, "T": TransformerLayer}  # the letters of config.pattern
+
+
 @torch.no_grad()
 def init_weights(module: nn.Module):
-    """BERT's initialisation: weights normal(0, 0.02), biases 0; for `Module.apply`.
+    """BERT's initialisation, weights normal(0, 0.02) and biases 0, with Mamba's for A_log, D and Δ; for `Module.apply`.
 
-    The core keeps its own: `apply` reaches a MambaMixer after its parts, and nothing here touches the convolution.
+    `apply` reaches a MambaMixer after its parts, so init_core has the last word. The convolution keeps PyTorch's.
     """
     if isinstance(module, (nn.Linear, nn.Embedding)):
         module.weight.normal_(0, 0.02)
@@ -317,9 +322,7 @@ class PretrainedModel(nn.Module):
         """
         for name in ("config.json", "model.pt"):
             if not (Path(folder) / name).is_file():
-                raise FileNotFoundError(
-                    f"{Path(folder) / name} is missing: from_pretrained takes save_pretrained's folder"
-                )
+                raise FileNotFoundError(f"{Path(folder) / name} is missing: give a folder that save_pretrained wrote")
         model = cls(_read_config(Path(folder) / "config.json", overrides))
         saved_encoder, saved_head = _encoder_and_head(_read_weights(Path(folder) / "model.pt"))
         encoder, head = _encoder_and_head(model.state_dict())
@@ -397,8 +400,7 @@ class MaBERT(PretrainedModel):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, h)
         self.embedding_norm = nn.LayerNorm(h, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        kinds = {"M": MambaLayer, "T": TransformerLayer}
-        self.layers = nn.ModuleList(kinds[letter](config) for letter in config.pattern)
+        self.layers = nn.ModuleList(LAYERS[letter](config) for letter in config.pattern)
         self.final_norm = nn.LayerNorm(h, eps=config.layer_norm_eps)
         self.apply(init_weights)
 
@@ -419,8 +421,10 @@ class MaBERT(PretrainedModel):
         return self.final_norm(x)
 
     def _check_inputs(self, input_ids, attention_mask, token_type_ids) -> Tensor | None:
-        if input_ids.dim() != 2:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, length)")
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise ValueError(
+                f"input_ids is {input_ids.dtype} {tuple(input_ids.shape)}; it must be integer (batch, length)"
+            )
         if token_type_ids is not None and token_type_ids.shape != input_ids.shape:
             raise ValueError(
                 f"token_type_ids has shape {tuple(token_type_ids.shape)}, input_ids {tuple(input_ids.shape)}"
@@ -432,7 +436,9 @@ class MaBERT(PretrainedModel):
         if input_ids.shape[1] > limit and (mask is None or eager):
             longest = input_ids.shape[1] if mask is None else int(mask.sum(dim=-1).max())
             if longest > limit:
-                raise ValueError(f"a row has {longest} real tokens; max_position is {limit} (see resize_positions)")
+                raise ValueError(
+                    f"a row has {longest} real tokens; max_position is {limit} (see MaBERT.resize_positions)"
+                )
         if eager and input_ids.device.type == "cpu":
             tables = {"input_ids": input_ids, "token_type_ids": token_type_ids}
             for (name, ids), size in zip(tables.items(), (self.config.vocab_size, self.config.type_vocab_size)):
@@ -479,14 +485,14 @@ class Pooling(nn.Module):
             return mask / mask.sum(dim=-1, keepdim=True).clamp(min=1).to(x.dtype)
         scores = self.score(x).squeeze(-1)  # Eq. 11
         if self.kind == "map":
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # Eq. 12: + (m − 1)·c
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # Eq. 12: pads get −∞
         return scores.softmax(dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = check_mask(mask, x.shape[:2])
         if mask is None:
             mask = x.new_ones(x.shape[:2], dtype=torch.bool)
-        weights = self.weights(x, mask) * mask.any(dim=-1, keepdim=True)  # (b, l)
+        weights = self.weights(x, mask) * mask.any(dim=-1, keepdim=True)  # (b, l), zero in a row of pads
         return (weights[..., None] * x).sum(dim=1)  # Eq. 13
 
 
@@ -588,7 +594,7 @@ class MaBERTForSequenceClassification(PretrainedModel):
 # backend belongs between it and `selective_scan`, which picks; there is none yet.
 
 
-CHUNK = 16  # steps; the states kept, one a chunk, then take no more memory than u where n is 16
+CHUNK = 16  # steps. One state kept per chunk takes l / 16 · n · d numbers a row: with n = 16, as many as u
 
 
 def _chunks(*tensors):
@@ -599,9 +605,10 @@ def _chunks(*tensors):
 
 
 def _replay(delta, x, A, B, h):
-    """A chunk's decays a_t = exp(Δ_t A), (steps, b, n, d), and the states from h before it to its last, one more.
+    """A chunk's decays a_t = exp(Δ_t A), (steps, b, n, d), and its states, (steps + 1, b, n, d), h the first.
 
-    Time comes first and channels last, so that a step is one multiply-add over contiguous memory.
+    delta, x (steps, b, d), A (n, d), B (steps, b, n), h (b, n, d). Time comes first and channels last, so that a step
+    is one multiply-add over contiguous memory.
     """
     a = (delta[:, :, None] * A).exp_()
     states = h.new_empty(len(x) + 1, *h.shape)
@@ -626,7 +633,7 @@ def _scan_loop(delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tup
         for s, delta_s, x_s, B_s, C_s in _chunks(delta, x, B, C):
             starts.append(h)
             _, states = _replay(delta_s, x_s, A, B_s, h)
-            y[:, s] = (C_s[:, :, None] @ states[1:]).squeeze(2).transpose(0, 1)
+            y[:, s] = (C_s[:, :, None] @ states[1:]).squeeze(2).transpose(0, 1)  # (steps, b, 1, n) @ (steps, b, n, d)
             h = states[-1].clone()
     return y, torch.stack(starts)
 
@@ -646,7 +653,7 @@ def _scan_loop_backward(
     with torch.autocast(x.device.type, enabled=False):
         for (s, dy_s, delta_s, x_s, B_s, C_s), h in reversed(list(zip(_chunks(dy, delta, x, B, C), starts))):
             a, states = _replay(delta_s, x_s, A, B_s, h)
-            dC[:, s] = (dy_s[:, :, None] @ states[1:].mT).squeeze(2).transpose(0, 1)
+            dC[:, s] = (dy_s[:, :, None] @ states[1:].mT).squeeze(2).transpose(0, 1)  # (steps, b, 1, d) @ (…, d, n)
             g = dy_s[:, :, None] * C_s[..., None]  # (steps, b, n, d)
             g[-1] += carry
             for t in range(len(g) - 2, -1, -1):
@@ -654,7 +661,7 @@ def _scan_loop_backward(
             carry = a[0] * g[0]
             dB[:, s] = (x_s[:, :, None] @ g.mT).squeeze(2).transpose(0, 1)
             dx[:, s] = (B_s[:, :, None] @ g).squeeze(2).transpose(0, 1)
-            w = g.mul_(a).mul_(states[:-1])
+            w = g.mul_(a).mul_(states[:-1])  # (steps, b, n, d)
             ddelta[:, s] = (w * A).sum(dim=2).transpose(0, 1)
             dA += w.mul_(delta_s[:, :, None]).sum(dim=(0, 1))
     return ddelta, dx, dA.T.contiguous(), dB, dC
@@ -664,6 +671,7 @@ def _empty_like(tensor):
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
+# For torch.compile: what the ops return, without computing it. For autograd: what to keep, and the backward op.
 @_scan_loop.register_fake
 def _(delta, x, A, B, C):
     (b, l, d), n = x.shape, A.shape[1]

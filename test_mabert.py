@@ -339,8 +339,9 @@ def test_masks_and_ids_are_checked():
         model(ids, mask, torch.full_like(ids, 2))
     with pytest.raises(ValueError, match="nothing in it"):
         model(ids[:, :0])
-    with pytest.raises(ValueError, match="input_ids has shape"):
-        model(ids[0])
+    for bad in (ids[0], ids.float()):
+        with pytest.raises(ValueError, match="must be integer"):
+            model(bad)
     with pytest.raises(ValueError, match="token_type_ids"):
         model(ids, mask, mask[:1])
 
@@ -861,14 +862,14 @@ def test_the_demo_text_is_english_and_enough():
     [
         ("--length-schedule 128:0.9 512:0.2", "sum to 1"),
         ("--length-schedule 4:1", "too short"),
-        ("--length-schedule 128", "invalid"),
+        ("--length-schedule 128", "takes TOKENS:SHARE"),
         ("--steps 0", "--steps must be positive"),
         ("--batch-size 10 --micro-batch-size 4", "multiple of --micro-batch-size"),
         ("--mask-rate 1.5", "--mask-rate"),
         ("--vocab-size 65536", r"--vocab-size must be in \[100, 65535\]"),
         ("--vocab-size 500 --tokenizer x.json", "exclude each other"),
         ("--pattern MXT", "MaBERTConfig.pattern"),
-        ("--psm pre+mid", "MaBERTConfig.psm"),
+        ("--psm pre,post", "joined by"),
         ("--demo --data x.txt", "brings its own text"),
     ],
 )

@@ -40,7 +40,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from mabert import MaBERTConfig, MaBERTForMaskedLM
+from mabert import PSM_STAGES, MaBERTConfig, MaBERTForMaskedLM
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's protocol, where it gives one, else BERT's
@@ -51,19 +51,19 @@ HUB_TOKENIZER = "google-bert/bert-base-uncased"
 WITHOUT_HUB = "without the hub, pass --data PATH, and --tokenizer a tokenizer.json or --vocab-size N to train one"
 DEMO = """--out out/demo --vocab-size 4096 --pattern MMT --hidden-size 128 --num-heads 4 --intermediate-size 512
     --d-state 8 --dropout 0 --steps 900 --length-schedule 64:1 --batch-size 32 --micro-batch-size 32 --lr 2e-3
-    --mask-rate 0.3 --eval-every 150 --log-every 25""".split()
+    --warmup-steps 90 --mask-rate 0.3 --eval-every 150 --log-every 25""".split()
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    def length_share(text):
-        length, share = text.split(":")
-        return int(length), float(share)
-
     def psm(text):
-        return () if text == "none" else tuple(text.split("+"))
+        stages = () if text == "none" else tuple(text.split("+"))
+        if not set(stages) <= set(PSM_STAGES):
+            raise argparse.ArgumentTypeError(f"{text!r} is not none, or any of {', '.join(PSM_STAGES)} joined by +")
+        return stages
 
     base = MaBERTConfig()
     parser = argparse.ArgumentParser(
+        usage="python train_mlm.py [--demo] [--data PATH ...] [--steps N] ...: --help lists all flags",
         description="Pretrain MaBERT with masked language modelling. Defaults are the paper's protocol.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -75,11 +75,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     group = parser.add_argument_group("text")
     add = group.add_argument
-    add("--data", nargs="+", metavar="PATH", help=".txt, .jsonl or .parquet files, or folders of them (with a column "
-        "'text'), instead of English Wikipedia and BookCorpus from the hub")  # fmt: skip
+    add("--data", nargs="+", metavar="PATH", help=".txt, .json, .jsonl or .parquet files, or folders of them (with a "
+        "column 'text'), instead of English Wikipedia and BookCorpus from the hub")  # fmt: skip
     add("--sample-by", choices=("document", "paragraph", "line"), default="document", help="what is one document in a "
         ".txt file: all of it, a block between blank lines, a line")  # fmt: skip
-    add("--tokenizer", help=f"a tokenizer.json or a name on the hub (default: {HUB_TOKENIZER})")
+    add("--tokenizer", help=f"a tokenizer.json or a name on the hub; without --vocab-size, {HUB_TOKENIZER}")
     add("--vocab-size", type=int, help="train a WordPiece tokenizer of this size on the corpus instead")
     add("--cache-dir", default="out/tokens", help="where text becomes token ids, once for all runs")
     group = parser.add_argument_group("model")
@@ -89,8 +89,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--num-heads", type=int, default=base.num_heads, help="attention heads")
     add("--intermediate-size", type=int, default=base.intermediate_size, help="inner width of the feed-forward")
     add("--d-state", type=int, default=base.d_state, help="states per channel of the scan")
-    add("--psm", type=psm, default=base.psm, metavar="STAGES", help="stages of padding-safe masking, joined by +, or "
-        "none")  # fmt: skip
+    add("--psm", type=psm, default="+".join(base.psm), metavar="STAGES", help="stages of padding-safe masking, joined "
+        "by +, or none")  # fmt: skip
     add("--causal-conv", action=argparse.BooleanOptionalAction, default=base.causal_conv, help="--no-causal-conv "
         "centres the convolution")  # fmt: skip
     add("--dropout", type=float, default=base.dropout, help="probability")
@@ -98,7 +98,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = group.add_argument
     add("--steps", type=int, default=1_000_000, help="optimizer steps; the paper's budgets are separate runs of "
         "100000, 250000, 500000 and 1000000")  # fmt: skip
-    add("--length-schedule", type=length_share, nargs="+", default=[(128, 0.9), (512, 0.1)], metavar="TOKENS:SHARE",
+    add("--length-schedule", nargs="+", default=["128:0.9", "512:0.1"], metavar="TOKENS:SHARE",
         help="row lengths and the share of the steps each gets, in order")  # fmt: skip
     add("--batch-size", type=int, default=256, help="rows per optimizer step")
     add("--micro-batch-size", type=int, default=64, help="rows that go through the model at once")
@@ -107,7 +107,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--weight-decay", type=float, default=0.01, help="on matrices; none on biases, norms, A_log and D")
     add("--mask-rate", type=float, default=0.15, help="share of the tokens to predict")
     add("--seed", type=int, default=0)
-    add("--save-every", type=int, default=50_000, help="steps between checkpoints")
+    add("--save-every", type=int, help="steps between checkpoints; None is a tenth of --steps")
     add("--eval-every", type=int, default=1_000, help="steps between held-out losses")
     add("--log-every", type=int, default=100, help="steps between lines of log.csv")
     add("--compile", action="store_true", help="torch.compile the encoder")
@@ -120,10 +120,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     if args.demo and args.tokenizer:
         args.vocab_size = None
+    if args.save_every is None:
+        args.save_every = max(1, args.steps // 10)
+    try:
+        pairs = [pair.split(":") for pair in args.length_schedule]
+        args.length_schedule = [(int(length), float(share)) for length, share in pairs]
+    except ValueError:
+        parser.error(f"--length-schedule takes TOKENS:SHARE ..., as in 128:0.9 512:0.1, not {args.length_schedule}")
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
     for name in ("steps", "batch_size", "micro_batch_size", "save_every", "eval_every", "log_every"):
         require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be positive")
-    require(args.batch_size % args.micro_batch_size == 0, "--batch-size must be a multiple of --micro-batch-size")
+    require(args.batch_size % args.micro_batch_size == 0, f"--batch-size ({args.batch_size}) must be a multiple of "
+            f"--micro-batch-size ({args.micro_batch_size})")  # fmt: skip
     require(0 < args.mask_rate < 1, "--mask-rate must be between 0 and 1")
     require(args.lr > 0, "--lr must be positive")
     for name in ("warmup_steps", "weight_decay", "seed"):
@@ -547,9 +555,9 @@ def show_guesses(model: MaBERTForMaskedLM, tokenizer: Tokenizer, rows: Rows, cou
         ids[0, place] = rows.vocabulary.mask
         logits = model(torch.from_numpy(ids).to(model.decoder_bias.device)).logits[0, place]
         best = zip(*(part.tolist() for part in logits.softmax(dim=-1).topk(5)))
-        guesses = ", ".join(f"{tokenizer.id_to_token(token)} {p:.2f}" for p, token in best)
+        guesses = ", ".join(f"{tokenizer.id_to_token(token)!r} {p:.2f}" for p, token in best)
         left, right = (tokenizer.decode(ids[0, a:b]) for a, b in ((max(1, place - 12), place), (place + 1, place + 9)))
-        print(f"  ... {left} [MASK] {right} ...\n      it was: {pieces[place]}; guesses: {guesses}")
+        print(f"  ... {left} [MASK] {right} ...\n      it was {pieces[place]!r}; guesses: {guesses}")
         shown += 1
         if shown == count:
             break
@@ -655,7 +663,7 @@ def main(argv: list[str]):
     args = parse_args(argv)
     out = Path(args.out)
     holds_run = (out / "log.csv").exists()
-    if holds_run and not (args.overwrite or (args.demo and args.out == "out/demo")):
+    if holds_run and not (args.overwrite or (args.demo and out == Path("out/demo"))):
         raise SystemExit(f"{out} holds a run already; choose another --out, or --overwrite it")
     out.mkdir(parents=True, exist_ok=True)
     data = prepare(args)
@@ -729,7 +737,8 @@ def train(args: argparse.Namespace, data: Data, out: Path):
     predicted = (held_out.labels != IGNORED).sum()
     print(f"\nheld-out loss {held_out_loss:.3f} nats per masked token ({predicted} of them);", end=" ")
     print(f"the training text's word frequencies give {unigram:.3f}, chance {uniform:.3f}")
-    print(f"{unigram - held_out_loss:.2f} nats below the word frequencies. Held-out text with one word masked:")
+    side = "below" if held_out_loss < unigram else "above"
+    print(f"{abs(unigram - held_out_loss):.2f} nats {side} the word frequencies. Held-out text with one word masked:")
     show_guesses(model, data.tokenizer, data.held_rows)
     print(f"\nThe model is in {out}, its curve in {out / 'log.csv'}. In Python:")
     print(f"  model = MaBERTForMaskedLM.from_pretrained({str(out)!r})  # from mabert import MaBERTForMaskedLM")
@@ -739,5 +748,7 @@ def train(args: argparse.Namespace, data: Data, out: Path):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; what was saved is in the step-* folders under --out") from None
     except OSError as error:  # a full disk, a folder that may not be written
         raise SystemExit(f"cannot go on: {error}") from error
