@@ -820,6 +820,15 @@ def test_local_text_in_every_format(tmp_path):
     assert corpus.num_documents == 1 + 3 + 3  # a file that is named twice is read once
 
 
+def test_a_trained_tokenizer_encodes_pairs_and_decodes():
+    tokenizer = train_mlm.train_tokenizer(["the function returns a list of lists"] * 5, 200)
+    encoding = tokenizer.encode("The function", "a list")
+    assert encoding.tokens == ["[CLS]", "the", "function", "[SEP]", "a", "list", "[SEP]"]
+    assert encoding.type_ids == [0, 0, 0, 0, 1, 1, 1]
+    assert tokenizer.decode(encoding.ids) == "the function a list"
+    assert [tokenizer.token_to_id(token) for token in train_mlm.SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
+
+
 def test_long_documents_are_tokenized_in_pieces(tmp_path):
     tokenizer = train_mlm.train_tokenizer(["the cat sees a dog"] * 5, 100)
     texts = ["a cat", "", "the cat sees a dog " * 20_000, "dog " * 5]

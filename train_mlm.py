@@ -250,7 +250,10 @@ MAX_VOCAB = 65_535  # token ids are kept as uint16
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """BERT's uncased WordPiece tokenizer, trained on other text."""
+    """BERT's uncased WordPiece tokenizer, trained on other text.
+
+    The trainer breaks ties between equally frequent pieces by chance, so two trainings may differ in a few of them.
+    """
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
