@@ -952,9 +952,13 @@ def test_a_run_is_overwritten_only_when_asked_and_then_wholly(tmp_path, monkeypa
     short = "--steps", "2", "--save-every", "1"
     train_mlm.main(arguments(tmp_path, *short))
     log = (run / "log.csv").read_text()
-    with pytest.raises(SystemExit, match="holds a run already"):
+    with pytest.raises(SystemExit, match="holds a run or a model already"):
         train_mlm.main(arguments(tmp_path, *short))
     assert (run / "log.csv").read_text() == log
+    build(MaBERT, tiny()).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="holds a run or a model already"):
+        train_mlm.main(arguments(tmp_path, "--out", str(tmp_path / "model")))
+    MaBERT.from_pretrained(tmp_path / "model")
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -963,7 +967,7 @@ def test_a_run_is_overwritten_only_when_asked_and_then_wholly(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         train_mlm.main(arguments(tmp_path, *short, "--overwrite"))
     left = {file.name for file in run.iterdir()}
-    assert left == {"args.json", "log.csv", "step-by-step-notes"}  # no old model beside a new run's log
+    assert left == {"step-by-step-notes"}  # no old model beside a new run's log
 
 
 def test_trouble_in_training_is_explained(tmp_path, monkeypatch):
@@ -978,12 +982,14 @@ def test_trouble_in_training_is_explained(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="the loss is nan around step"):
         train_mlm.main(arguments(tmp_path, "--overwrite", "--lr", "1e30"))
 
-    def full_disk(*_):
+    def full_disk(_, folder):
+        folder.mkdir()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(MaBERTForMaskedLM, "save_pretrained", full_disk)
     with pytest.raises(SystemExit, match=r"cannot write .*step-0000050.*No space left"):
         train_mlm.main(arguments(tmp_path, "--overwrite"))
+    assert not list((tmp_path / "run").glob("*.partial"))
 
 
 def test_an_unreachable_hub_and_a_bad_folder_are_explained(tmp_path):

@@ -609,6 +609,8 @@ def save(folder: Path, model: MaBERTForMaskedLM, tokenizer: Tokenizer):
         model.save_pretrained(folder)
         tokenizer.save(str(folder / "tokenizer.json"))
     except Exception as error:  # a full disk: OSError, RuntimeError from torch, or Exception from tokenizers
+        if folder.suffix == ".partial":
+            shutil.rmtree(folder, ignore_errors=True)  # it fills the disk for nothing
         raise SystemExit(f"cannot write {folder}: {error}\nearlier checkpoints are untouched") from error
 
 
@@ -665,16 +667,14 @@ def explained_out_of_memory(args: argparse.Namespace):
 def main(argv: list[str]):
     args = parse_args(argv)
     out = Path(args.out)
-    holds_run = (out / "log.csv").exists()
-    if holds_run and not (args.overwrite or (args.demo and out == Path("out/demo"))):
-        raise SystemExit(f"{out} holds a run already; choose another --out, or --overwrite it")
+    names = "log.csv", "args.json", "config.json", "model.pt", "tokenizer.json", "step-" + "[0-9]" * 7 + "*"
+    old = [path for name in names for path in out.glob(name)]  # all that a run writes
+    if old and not (args.overwrite or (args.demo and out == Path("out/demo"))):
+        raise SystemExit(f"{out} holds a run or a model already; choose another --out, or --overwrite it")
     out.mkdir(parents=True, exist_ok=True)
     data = prepare(args)
-    if holds_run:
-        for old in ("model.pt", "config.json", "tokenizer.json"):
-            (out / old).unlink(missing_ok=True)
-        for old in out.glob("step-" + "[0-9]" * 7):
-            shutil.rmtree(old)
+    for path in old:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     with explained_out_of_memory(args):
         train(args, data, out)
 
