@@ -30,11 +30,18 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton, tl = None, SimpleNamespace(constexpr=float)
 
 __all__ = [
     "MaBERT",
@@ -590,9 +597,10 @@ class MaBERTForSequenceClassification(PretrainedModel):
 #     h_t = exp(Δ_t A) h_{t−1} + Δ_t u_t B_t
 #     y_t = m_t · SiLU(z_t) · (Σ_n C_t h_t + D u_t)
 #
-# The loop below is the definition, on any device and in float64 too, and what trains where there is no GPU. A Triton
-# backend belongs between it and `selective_scan`, which picks; there is none yet.
+# The loop is the definition, on any device and in float64 too, and what trains where there is no GPU. The kernels after
+# it do the same on a GPU. `selective_scan`, at the end of the file, picks.
 
+# ---- A loop ----
 
 CHUNK = 16  # steps. One state kept per chunk takes l / 16 · n · d numbers a row: with n = 16, as many as u
 
@@ -695,6 +703,526 @@ def _backward(ctx, dy, _):
 _scan_loop.register_autograd(_backward, setup_context=_setup_context)
 
 
+# ---- The same in Triton ----
+#
+# One warp has a block of channels, V to a lane, and goes through time in tiles of TILE steps with the n states of its
+# channels in registers. A tile's steps lie in one thread, so the recurrence needs no exchange between threads; mask,
+# softplus, D and z are part of the kernels. Where rows × blocks are too few programs to fill the GPU, time is cut into
+# segments that run in parallel, in three phases: `_ends` finds where each segment ends that starts from zero, `_carry`
+# makes start states of these (a segment decays a state by exp(A Σ Δ)), and the main kernel starts from them. That is
+# `_outputs` forward; backward it is `_gradients`, which takes chunks of CHUNK steps from the right, replays each from
+# the state that the forward pass kept at its start, and goes back over it (the formulas are at _scan_loop_backward).
+#
+# In memory u, delta, z, dy are rows of d channels, *_row apart; SIGN −1 walks them from the right end. packed has
+# what all channels share, (b, tiles, 2 n + 1, TILE) in float32: B, C and the mask, in the scan's order of time.
+#
+# What their machine code taught (bench.py scan --static counts it):
+# - `tl.multiple_of` on a tile's pointers makes Triton put all its rows into one thread
+# - loads come a tile ahead of their use; a barrier every 8 states keeps the compiler from loading all of B and C at
+#   once, for which there are no registers
+# - exp2 and rsqrt are one instruction each; exp, log and a division are several
+
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on CPU tensors, for tests
+LOG2E = tl.constexpr(1 / math.log(2))
+LN2 = tl.constexpr(math.log(2))
+
+
+def jit(function):
+    return triton.jit(function, do_not_specialize=["l", "segment", "segments"]) if triton else function
+
+
+@jit
+def _sigmoid(x):
+    r = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
+    return r * r
+
+
+@jit
+def _softplus(x):
+    """max(x, 0) + log(1 + e), e = exp(−|x|); as log(1 + e) = 2 artanh(e / (2 + e)) it is accurate for tiny e too."""
+    e = tl.exp2(tl.abs(x) * -LOG2E)
+    r = tl.rsqrt(2.0 + e)
+    s = e * (r * r)
+    q = s * s
+    return tl.maximum(x, 0.0) + s * (2.0 + q * (2 / 3 + q * (2 / 5 + q * (2 / 7 + q * (2 / 9 + q * 0.215)))))
+
+
+@jit
+def _pointers(ptr, t, ROW: tl.constexpr, TILE: tl.constexpr, V: tl.constexpr):
+    """Pointers to a tile's rows. The promise of V elements' alignment, and no more, keeps all rows in one thread."""
+    rows = (ptr + tl.cast(t, tl.int64) * ROW)[None, :] + tl.arange(0, TILE)[:, None] * ROW
+    return tl.multiple_of(rows, (1, V * (ptr.dtype.element_ty.primitive_bitwidth // 8)))
+
+
+@jit
+def _load(ptr, t, end, ROW: tl.constexpr, TILE: tl.constexpr, V: tl.constexpr):
+    return tl.load(_pointers(ptr, t, ROW, TILE, V), mask=(tl.arange(0, TILE) < end - t)[:, None], other=0.0)
+
+
+@jit
+def _store(ptr, x, t, end, stored, ROW: tl.constexpr, TILE: tl.constexpr, V: tl.constexpr):
+    mask = stored[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
+    tl.store(_pointers(ptr, t, ROW, TILE, V), x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _row(x, k, i):
+    return tl.sum(tl.where((k == i)[:, None], x, -0.0), 0)  # costs nothing; −0.0 is what adds nothing
+
+
+@jit
+def _states(a, x, h, TILE: tl.constexpr):
+    """h_t = a_t h_{t−1} + x_t over a tile: the states after and before each step, and the last."""
+    k = tl.arange(0, TILE)
+    after, before = x, x
+    for i in tl.static_range(TILE):
+        before = tl.where((k == i)[:, None], h[None, :], before)
+        h = _row(a, k, i) * h + _row(x, k, i)
+        after = tl.where((k == i)[:, None], h[None, :], after)
+    return after, before, h
+
+
+@jit
+def _adjoints(a, c, q, TILE: tl.constexpr):
+    """g_t = c_t + q_{t+1} and q_t = a_t g_t over a tile, from its end: all g, all q, and the first q."""
+    k = tl.arange(0, TILE)
+    g, all_q = c, c
+    for i in tl.static_range(TILE - 1, -1, -1):
+        g_i = _row(c, k, i) + q
+        q = _row(a, k, i) * g_i
+        g = tl.where((k == i)[:, None], g_i[None, :], g)
+        all_q = tl.where((k == i)[:, None], q[None, :], all_q)
+    return g, all_q, q
+
+
+@jit
+def _place(l, segment, d: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """Where a program works: row of the batch, row × segment, channels (those beyond d: clamped, and not stored), the
+    segment's first step and its end, and where in memory the row's first step lies."""
+    b = tl.program_id(0).to(tl.int64) // tl.cdiv(d, BLOCK)
+    channel = (tl.program_id(0) % tl.cdiv(d, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
+    begin = tl.program_id(1) * segment
+    origin = b * l + (0 if SIGN > 0 else l - 1)
+    stored = channel < d
+    if d % BLOCK:
+        channel = tl.minimum(channel, d - 1)
+    return b, b * tl.num_programs(1) + tl.program_id(1), channel, stored, begin, tl.minimum(begin + segment, l), origin
+
+
+@jit
+def _pack(
+    B_ptr, C_ptr, mask_ptr, packed_ptr, l, B_row, B_col, C_row, C_col,
+    n: tl.constexpr, N: tl.constexpr, SIGN: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A tile of packed, from B, C (b l, n) and the mask (b l,); zeros beyond l. N: the power of 2 from n on."""
+    tiles = tl.cdiv(l, TILE)
+    program = tl.program_id(0).to(tl.int64)
+    k, i = tl.arange(0, TILE), tl.arange(0, N)[:, None]
+    t = program % tiles * TILE + k
+    row = program // tiles * l + (t if SIGN > 0 else l - 1 - t)
+    real = t < l
+    B = tl.load(B_ptr + row[None, :] * B_row + i * B_col, mask=real[None, :] & (i < n), other=0.0)
+    C = tl.load(C_ptr + row[None, :] * C_row + i * C_col, mask=real[None, :] & (i < n), other=0.0)
+    if mask_ptr is not None:
+        real = tl.load(mask_ptr + row, mask=real, other=0) != 0
+    packed_ptr += program * ((2 * n + 1) * TILE) + k
+    tl.store(packed_ptr[None, :] + i * TILE, B.to(tl.float32), mask=i < n + 0 * k[None, :])
+    tl.store(packed_ptr[None, :] + (n + i) * TILE, C.to(tl.float32), mask=i < n + 0 * k[None, :])
+    tl.store(packed_ptr + 2 * n * TILE, real.to(tl.float32))
+
+
+@jit
+def _ends(
+    v_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, bias_ptr, ends_ptr, sums_ptr, l, segment,
+    d: tl.constexpr, n: tl.constexpr, v_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr,
+    SOFTPLUS: tl.constexpr, SIGN: tl.constexpr, ADJOINT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Where each segment ends that starts from zero, (b, segments, n, d), and its Σ Δ, (b, segments, d).
+
+    With v = u, the last state; with v = dy and ADJOINT, on the way back, the first q.
+    """
+    b, program, channel, stored, begin, end, origin = _place(l, segment, d, SIGN, 32)
+    v_ptr += origin * v_row + channel
+    delta_ptr += origin * delta_row + channel
+    packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
+    bias = tl.load(bias_ptr + channel)[None, :]
+    A, h = (), ()
+    for i in tl.static_range(n):
+        A += (tl.load(A_ptr + channel * n + i) * LOG2E,)
+        h += (tl.zeros((32,), tl.float32),)
+    sums = tl.zeros((32,), tl.float32)
+    t = (end - 1) // TILE * TILE if ADJOINT else begin
+    next_v = _load(v_ptr, t, end, SIGN * v_row, TILE, 1)
+    next_delta = _load(delta_ptr, t, end, SIGN * delta_row, TILE, 1)
+    for _ in tl.range(begin, end, TILE, num_stages=1):
+        v, delta = next_v.to(tl.float32), next_delta.to(tl.float32) + bias
+        if ADJOINT and z_ptr is not None:
+            z = _load(z_ptr + origin * z_row + channel, t, end, SIGN * z_row, TILE, 1).to(tl.float32)
+            v *= z * _sigmoid(z)
+        packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
+        t = tl.maximum(t - TILE, 0) if ADJOINT else t + TILE
+        next_v = _load(v_ptr, t, end, SIGN * v_row, TILE, 1)
+        next_delta = _load(delta_ptr, t, end, SIGN * delta_row, TILE, 1)
+        real = tl.load(packed + 2 * n * TILE)[:, None]
+        delta = (_softplus(delta) if SOFTPLUS else delta) * real
+        sums += tl.sum(delta, 0)
+        v *= real if ADJOINT else delta
+        ends = ()
+        for i in tl.static_range(n):
+            if i % 8 == 0:
+                tl.debug_barrier()
+            a = tl.exp2(delta * A[i][None, :])
+            if ADJOINT:
+                _, _, h_i = _adjoints(a, v * tl.load(packed + (n + i) * TILE)[:, None], h[i], TILE)
+            else:
+                _, _, h_i = _states(a, v * tl.load(packed + i * TILE)[:, None], h[i], TILE)
+            ends += (h_i,)
+        h = ends
+    for i in tl.static_range(n):
+        tl.store(ends_ptr + (program * n + i) * d + channel, h[i], mask=stored)
+    tl.store(sums_ptr + program * d + channel, sums, mask=stored)
+
+
+@jit
+def _carry(
+    ends_ptr, sums_ptr, A_ptr, segments,
+    d: tl.constexpr, n: tl.constexpr, ADJOINT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Segments' ends to their starts, in place: h = exp(A Σ Δ) h + end, from the left, or with ADJOINT the right."""
+    blocks = tl.cdiv(n * d, 32)
+    j = tl.program_id(0) % blocks * 32 + tl.arange(0, 32)  # of n d
+    stored = j < n * d
+    j = tl.minimum(j, n * d - 1)
+    A = tl.load(A_ptr + j % d * n + j // d)[None, :] * LOG2E
+    SIGN: tl.constexpr = -1 if ADJOINT else 1
+    first = tl.program_id(0).to(tl.int64) // blocks * segments + (segments - 1 if ADJOINT else 0)
+    ends_ptr += first * (n * d) + j
+    sums_ptr += first * d + j % d
+    h = tl.zeros((32,), tl.float32)
+    for s in tl.range(0, segments, TILE, num_stages=1):
+        a = tl.exp2(A * _load(sums_ptr, s, segments, SIGN * d, TILE, 1))
+        _, starts, h = _states(a, _load(ends_ptr, s, segments, SIGN * n * d, TILE, 1), h, TILE)
+        _store(ends_ptr, starts, s, segments, stored, SIGN * n * d, TILE, 1)
+
+
+@jit
+def _outputs(
+    u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, starts_ptr, states_ptr, y_ptr, l, segment,
+    d: tl.constexpr, n: tl.constexpr, u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr,
+    SOFTPLUS: tl.constexpr, SIGN: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """y; and the state at the start of every chunk but the first, (b, chunks − 1, n, d), if states_ptr is given."""
+    b, program, channel, stored, begin, end, origin = _place(l, segment, d, SIGN, 32)
+    u_ptr += origin * u_row + channel
+    delta_ptr += origin * delta_row + channel
+    y_ptr += origin * d + channel
+    packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
+    bias, D = tl.load(bias_ptr + channel)[None, :], tl.load(D_ptr + channel)[None, :]
+    A, h = (), ()
+    for i in tl.static_range(n):
+        A += (tl.load(A_ptr + channel * n + i) * LOG2E,)
+        if starts_ptr is None:
+            h += (tl.zeros((32,), tl.float32),)
+        else:
+            h += (tl.load(starts_ptr + (program * n + i) * d + channel),)
+    next_u = _load(u_ptr, begin, end, SIGN * u_row, TILE, 1)
+    next_delta = _load(delta_ptr, begin, end, SIGN * delta_row, TILE, 1)
+    for t in tl.range(begin, end, TILE, num_stages=1):
+        u, delta = next_u.to(tl.float32), next_delta.to(tl.float32) + bias
+        next_u = _load(u_ptr, t + TILE, end, SIGN * u_row, TILE, 1)
+        next_delta = _load(delta_ptr, t + TILE, end, SIGN * delta_row, TILE, 1)
+        if z_ptr is not None:
+            z = _load(z_ptr + origin * z_row + channel, t, end, SIGN * z_row, TILE, 1)
+        packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
+        real = tl.load(packed + 2 * n * TILE)[:, None]
+        if states_ptr is not None:
+            if t % CHUNK == 0:
+                if t > 0:
+                    states = states_ptr + (b * ((l - 1) // CHUNK) + t // CHUNK - 1) * (n * d) + channel
+                    for i in tl.static_range(n):
+                        tl.store(states + i * d, h[i], mask=stored)
+        delta = (_softplus(delta) if SOFTPLUS else delta) * real
+        x, y = delta * u, D * u
+        ends = ()
+        for i in tl.static_range(n):
+            if i % 8 == 0:
+                tl.debug_barrier()
+            B, C = tl.load(packed + i * TILE)[:, None], tl.load(packed + (n + i) * TILE)[:, None]
+            states, _, h_i = _states(tl.exp2(delta * A[i][None, :]), x * B, h[i], TILE)
+            y += states * C
+            ends += (h_i,)
+        h = ends
+        if z_ptr is not None:
+            z = z.to(tl.float32)
+            y *= z * _sigmoid(z)
+        _store(y_ptr, y * real, t, end, stored, SIGN * d, TILE, 1)
+
+
+@jit
+def _gradients(
+    dy_ptr, u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, states_ptr, starts_ptr,
+    scratch_ptr, du_ptr, ddelta_ptr, dz_ptr, dBC_ptr, sums_ptr, l, segment,
+    d: tl.constexpr, n: tl.constexpr, dy_row: tl.constexpr, u_row: tl.constexpr, delta_row: tl.constexpr,
+    z_row: tl.constexpr, SOFTPLUS: tl.constexpr, SIGN: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    V: tl.constexpr,
+):  # fmt: skip
+    """The gradients of u, delta and z, and each program's part of the others'.
+
+    A is (n, d) here. starts: q beyond each segment's end, or None for one segment. dBC (b, blocks, tiles, 2 n, TILE):
+    of B and C, summed over a program's channels. sums (b, segments, n + 2, d), zero before: of A, D and delta_bias.
+    """
+    b, program, channel, stored, begin, end, origin = _place(l, segment, d, SIGN, 32 * V)
+    dy_ptr += origin * dy_row + channel
+    u_ptr += origin * u_row + channel
+    delta_ptr += origin * delta_row + channel
+    packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
+    dBC_ptr += tl.program_id(0).to(tl.int64) * tl.cdiv(l, TILE) * (2 * n * TILE) + tl.arange(0, TILE)
+    states_ptr += (b * ((l - 1) // CHUNK) - 1) * (n * d) + channel
+    scratch_ptr += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (
+        CHUNK // TILE * n * 32 * V
+    ) + tl.arange(0, 32 * V)
+    sums_ptr += program * ((n + 2) * d) + channel
+    bias, D = tl.load(bias_ptr + channel)[None, :], tl.load(D_ptr + channel)[None, :]
+    dbias, dD = tl.zeros((32 * V,), tl.float32), tl.zeros((32 * V,), tl.float32)
+    q = ()
+    for i in tl.static_range(n):
+        if starts_ptr is None:
+            q += (tl.zeros((32 * V,), tl.float32),)
+        else:
+            q += (tl.load(starts_ptr + (program * n + i) * d + channel, mask=stored, other=0.0),)
+    for j in tl.range(begin, end, CHUNK, num_stages=1):
+        first = begin + (end - 1 - begin) // CHUNK * CHUNK - (j - begin)  # chunks from the right
+        last = tl.minimum(first + CHUNK, end)
+        tl.debug_barrier()
+        h = ()
+        for i in tl.static_range(n):
+            state = states_ptr + tl.cast(first // CHUNK, tl.int64) * (n * d) + i * d
+            h += (tl.load(state, mask=channel < tl.where(first > 0, d, 0), other=0.0),)  # the very first is zero
+        for t in tl.range(first, last, TILE, num_stages=1):  # replay
+            delta = _load(delta_ptr, t, last, SIGN * delta_row, TILE, V).to(tl.float32) + bias
+            u = _load(u_ptr, t, last, SIGN * u_row, TILE, V).to(tl.float32)
+            packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
+            delta = (_softplus(delta) if SOFTPLUS else delta) * tl.load(packed + 2 * n * TILE)[:, None]
+            x = delta * u
+            ends = ()
+            for i in tl.static_range(n):
+                tl.store(scratch_ptr + ((t - first) // TILE * n + i) * (32 * V), h[i])
+                a = tl.exp2(delta * (tl.load(A_ptr + i * d + channel) * LOG2E)[None, :])
+                _, _, h_i = _states(a, x * tl.load(packed + i * TILE)[:, None], h[i], TILE)
+                ends += (h_i,)
+            h = ends
+        tl.debug_barrier()
+        for t_left in tl.range(first, last, TILE, num_stages=1):  # and back
+            t = first + (last - 1 - first) // TILE * TILE - (t_left - first)
+            packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
+            dBC = dBC_ptr + t // TILE * (2 * n * TILE)
+            real = tl.load(packed + 2 * n * TILE)[:, None]
+            rho = _load(delta_ptr, t, last, SIGN * delta_row, TILE, V).to(tl.float32) + bias
+            u = _load(u_ptr, t, last, SIGN * u_row, TILE, V).to(tl.float32)
+            dy = _load(dy_ptr, t, last, SIGN * dy_row, TILE, V).to(tl.float32) * real
+            if d % (32 * V):
+                dy = tl.where(stored[None, :], dy, 0.0)  # a clamped channel must not count twice
+            delta = (_softplus(rho) if SOFTPLUS else rho) * real
+            x, y = delta * u, D * u
+            dstate = dy  # of Σ C h + D u
+            if z_ptr is not None:
+                z = _load(z_ptr + origin * z_row + channel, t, last, SIGN * z_row, TILE, V).to(tl.float32)
+                gate = _sigmoid(z)
+                dstate = dy * z * gate
+            dx, ddelta = tl.zeros_like(u), tl.zeros_like(u)
+            before = ()
+            for i in tl.static_range(n):
+                B, C = tl.load(packed + i * TILE)[:, None], tl.load(packed + (n + i) * TILE)[:, None]
+                A = (tl.load(A_ptr + i * d + channel) * LOG2E)[None, :]
+                a = tl.exp2(delta * A)
+                start = tl.load(scratch_ptr + ((t - first) // TILE * n + i) * (32 * V))
+                states, previous, _ = _states(a, x * B, start, TILE)
+                g, all_q, q_i = _adjoints(a, dstate * C, q[i], TILE)
+                y += states * C
+                dx += g * B
+                w = all_q * previous
+                ddelta += w * A
+                tl.store(sums_ptr + i * d, tl.load(sums_ptr + i * d) + tl.sum(w * delta, 0), mask=stored)
+                tl.store(dBC + i * TILE, tl.sum(g * x, 1))
+                tl.store(dBC + (n + i) * TILE, tl.sum(states * dstate, 1))
+                before += (q_i,)
+            q = before
+            ddelta = (ddelta * LN2 + u * dx) * real
+            if SOFTPLUS:
+                ddelta *= _sigmoid(rho)
+            dbias += tl.sum(ddelta, 0)
+            dD += tl.sum(dstate * u, 0)
+            if z_ptr is not None:
+                dz = dy * y * gate * (1.0 + z * (1.0 - gate))
+                _store(dz_ptr + origin * d + channel, dz, t, last, stored, SIGN * d, TILE, V)
+            _store(ddelta_ptr + origin * d + channel, ddelta, t, last, stored, SIGN * d, TILE, V)
+            _store(du_ptr + origin * d + channel, delta * dx + D * dstate, t, last, stored, SIGN * d, TILE, V)
+    tl.store(sums_ptr + n * d, dD, mask=stored)
+    tl.store(sums_ptr + (n + 1) * d, dbias, mask=stored)
+
+
+def _chunk(b: int, l: int, d: int, n: int) -> int:
+    """Steps between the states that are kept for the backward pass; together these are no larger than the inputs."""
+    return max(16 if b * l * d < 2**22 else 64, 1 << (n - 1).bit_length())
+
+
+def _segment(b: int, l: int, blocks: int, chunk: int, device: torch.device) -> int:
+    """Steps in a segment: l where rows × blocks of channels give each scheduler of the GPU a warp (a multiprocessor has
+    four schedulers), else the number of chunks that gives each about three."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+    if b * blocks >= 4 * processors:
+        return l
+    return chunk * math.ceil(l / (chunk * (12 * processors // max(1, b * blocks))))
+
+
+def _rows(**tensors: Tensor | None) -> dict:
+    """Kernel arguments for (b, l, d) tensors: name_ptr, and name_row, from one row of d channels to the next."""
+    arguments = {}
+    for name, x in tensors.items():
+        if x is not None:
+            x = x.reshape(-1, x.shape[-1])  # a view, where there can be one
+            x = x if x.stride(1) == 1 else x.contiguous()
+        arguments |= {f"{name}_ptr": x, f"{name}_row": 0 if x is None else x.stride(0)}
+    return arguments
+
+
+def _pack_tiles(B, C, mask, reverse, TILE):
+    (b, l, n), tiles = B.shape, triton.cdiv(B.shape[1], TILE)
+    packed = B.new_empty(b, tiles, 2 * n + 1, TILE, dtype=torch.float32)
+    B, C, mask = B.reshape(b * l, n), C.reshape(b * l, n), None if mask is None else mask.contiguous()
+    sizes = dict(n=n, N=triton.next_power_of_2(n), SIGN=-1 if reverse else 1, TILE=TILE)
+    _pack[(b * tiles,)](B, C, mask, packed, l, *B.stride(), *C.stride(), **sizes, num_warps=1)
+    return packed
+
+
+def _starts(v, delta, z, packed, A, bias, segment, ADJOINT, **options):
+    """What segments start from, (b, segments, n, d): states, or with ADJOINT q. None where there is one segment."""
+    (b, l, d), n = v.shape, A.shape[1]
+    segments = triton.cdiv(l, segment)
+    if segments == 1:
+        return None
+    starts, sums = A.new_empty(b, segments, n, d), A.new_empty(b, segments, d)
+    _ends[(b * triton.cdiv(d, 32), segments)](
+        **_rows(v=v, delta=delta, z=z), packed_ptr=packed, A_ptr=A, bias_ptr=bias, ends_ptr=starts, sums_ptr=sums,
+        l=l, segment=segment, ADJOINT=ADJOINT, **options,
+    )  # fmt: skip
+    _carry[(b * triton.cdiv(n * d, 32),)](starts, sums, A, segments, d=d, n=n, ADJOINT=ADJOINT, TILE=8, num_warps=1)
+    return starts
+
+
+@torch.library.custom_op("mabert::scan_triton", mutates_args=())
+def _scan_triton(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, bias: Tensor,
+    mask: Tensor | None, softplus: bool, reverse: bool, chunk: int, keep: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (b, l, d) of dtype; and if `keep`, the states at the start of chunks but the first, (b, chunks − 1, n, d)."""
+    (b, l, d), n = u.shape, A.shape[1]
+    A, D, bias = A.float().contiguous(), D.float().contiguous(), bias.float().contiguous()
+    y, states = u.new_empty(b, l, d, dtype=dtype), A.new_empty(b, (l - 1) // chunk if keep else 0, n, d)
+    blocks = triton.cdiv(d, 32)
+    segment = _segment(b, l, blocks, chunk, u.device)
+    options = dict(d=d, n=n, SOFTPLUS=softplus, SIGN=-1 if reverse else 1, TILE=8, num_warps=1, enable_fp_fusion=True)
+    with torch.cuda.device_of(u):
+        packed = _pack_tiles(B, C, mask, reverse, TILE=8)
+        starts = _starts(u, delta, None, packed, A, bias, segment, ADJOINT=False, **options)
+        _outputs[(b * blocks, triton.cdiv(l, segment))](
+            **_rows(u=u, delta=delta, z=z), packed_ptr=packed, A_ptr=A, D_ptr=D, bias_ptr=bias, starts_ptr=starts,
+            states_ptr=states if keep else None, y_ptr=y, l=l, segment=segment, CHUNK=chunk, **options,
+        )  # fmt: skip
+    return y, states
+
+
+@torch.library.custom_op("mabert::scan_triton_backward", mutates_args=())
+def _scan_triton_backward(
+    dy: Tensor, states: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
+    bias: Tensor, mask: Tensor | None, softplus: bool, reverse: bool, chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of u, delta, A, B, C, D, z and bias; z's is empty where there is no z."""
+    (b, l, d), n = u.shape, A.shape[1]
+    A_, D_, bias_ = A.float().contiguous(), D.float().contiguous(), bias.float().contiguous()
+    rows = _rows(dy=dy, u=u, delta=delta, z=z)
+    tensors = [x for x in rows.values() if isinstance(x, Tensor)]
+    pairs = all(x.data_ptr() % (2 * x.element_size()) == 0 and x.stride(0) % 2 == 0 for x in tensors)
+    V = 2 if pairs and d % 64 == 0 else 1
+    blocks, tiles = triton.cdiv(d, 32 * V), triton.cdiv(l, 4)
+    segment = _segment(b, l, blocks, chunk, u.device)
+    segments = triton.cdiv(l, segment)
+    du, ddelta, dz = _empty_like(u), _empty_like(delta), u.new_empty(0) if z is None else _empty_like(z)
+    dBC, sums = A_.new_empty(b, blocks, tiles, 2 * n, 4), A_.new_zeros(b, segments, n + 2, d)
+    scratch = A_.new_empty(b * blocks * segments * (chunk // 4) * n * 32 * V)
+    options = dict(d=d, n=n, SOFTPLUS=softplus, SIGN=-1 if reverse else 1, TILE=4, num_warps=1, enable_fp_fusion=True)
+    with torch.cuda.device_of(u):
+        packed = _pack_tiles(B, C, mask, reverse, TILE=4)
+        starts = _starts(dy, delta, z, packed, A_, bias_, segment, ADJOINT=True, **options)
+        _gradients[(b * blocks, segments)](
+            **rows, packed_ptr=packed, A_ptr=A_.T.contiguous(), D_ptr=D_, bias_ptr=bias_, states_ptr=states,
+            starts_ptr=starts, scratch_ptr=scratch, du_ptr=du, ddelta_ptr=ddelta, dz_ptr=dz, dBC_ptr=dBC,
+            sums_ptr=sums, l=l, segment=segment, CHUNK=chunk, V=V, **options,
+        )  # fmt: skip
+    dBC = dBC.sum(1).transpose(2, 3).reshape(b, 4 * tiles, 2 * n)[:, :l]
+    dB, dC = (dBC.flip(1) if reverse else dBC).split(n, dim=-1)
+    dA, dD, dbias = sums.sum((0, 1)).split((n, 1, 1))
+    copies = (_empty_like(x).copy_(dx) for x, dx in ((A, dA.T), (B, dB), (C, dC), (D, dD[0]), (bias, dbias[0])))
+    dA, dB, dC, dD, dbias = copies
+    return du, ddelta, dA, dB, dC, dD, dz, dbias
+
+
+@_scan_triton.register_fake
+def _(u, delta, A, B, C, D, z, bias, mask, softplus, reverse, chunk, keep, dtype):
+    (b, l, d), n = u.shape, A.shape[1]
+    states = u.new_empty(b, (l - 1) // chunk if keep else 0, n, d, dtype=torch.float32)
+    return u.new_empty(b, l, d, dtype=dtype), states
+
+
+@_scan_triton_backward.register_fake
+def _(dy, states, u, delta, A, B, C, D, z, bias, mask, softplus, reverse, chunk):
+    dz = u.new_empty(0) if z is None else _empty_like(z)
+    return *map(_empty_like, (u, delta, A, B, C, D)), dz, _empty_like(bias)
+
+
+def _setup_triton_context(ctx, inputs, output):
+    *tensors, ctx.softplus, ctx.reverse, ctx.chunk, _, _ = inputs
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _triton_backward(ctx, dy, _):
+    if dy is None:
+        return (None,) * 14
+    *gradients, dz, dbias = _scan_triton_backward(dy, *ctx.saved_tensors, ctx.softplus, ctx.reverse, ctx.chunk)
+    return *gradients, dz if ctx.saved_tensors[7] is not None else None, dbias, *(None,) * 6
+
+
+_scan_triton.register_autograd(_triton_backward, setup_context=_setup_triton_context)
+
+
+def _no_triton(u: Tensor) -> str | None:
+    """Why the kernels cannot run on u, or None if they can."""
+    if triton is None:
+        return "the package triton is not installed"
+    if not u.is_cuda and not INTERPRETED:
+        return (
+            f"it needs a GPU, and u is on {u.device} (for tests, TRITON_INTERPRET=1 in the environment runs it there)"
+        )
+    if u.dtype == torch.float64:
+        return "its arithmetic is in float32, and u is float64"
+
+
+def _selective_scan_triton(u, delta, A, B, C, D, z, bias, softplus, mask, reverse):
+    """Groups of 16 states: a thread has no registers for more. SiLU(z) gates a sum, so it may gate each part of it."""
+    (b, l, d), n = u.shape, A.shape[1]
+    zeros = A.new_zeros(d)
+    chunk = _chunk(b, l, d, n)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, bias))
+    bias = zeros if bias is None else bias
+    y, dtype = 0, u.dtype if n <= 16 else torch.float32
+    for i in range(0, n, 16):
+        D_ = zeros if D is None or i > 0 else D
+        group = A[:, i : i + 16], B[..., i : i + 16], C[..., i : i + 16]
+        y = y + _scan_triton(u, delta, *group, D_, z, bias, mask, softplus, reverse, chunk, keep, dtype)[0]
+    return y.to(u.dtype)
+
+
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -715,7 +1243,7 @@ def selective_scan(
     channel-last. Floating-point of any kind; the arithmetic is in float32, or in float64 where u is float64.
     mask: (b, l), bool or 0/1. At a pad (0) the state passes through, y is 0, and so are the gradients of the inputs.
     reverse: the recurrence runs from the right end.
-    backend: "loop", or None for the fastest that can run here.
+    backend: "triton" (float32 arithmetic, on a GPU), "loop", or None for Triton where it can run and else the loop.
 
     Raises ValueError for shapes or a mask that do not fit, RuntimeError for a backend that cannot run here.
     """
@@ -730,10 +1258,13 @@ def selective_scan(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with u {(b, l, d)} it must be {expected[name]}")
     if backend not in SCAN_BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {SCAN_BACKENDS}")
-    if backend == "triton":
-        raise RuntimeError("the Triton backend of selective_scan is not written yet; use backend='loop' or None")
-
     mask = check_mask(mask, (b, l))
+    if backend is None:
+        backend = "triton" if triton and u.is_cuda and u.dtype != torch.float64 else "loop"
+    if backend == "triton":
+        if problem := _no_triton(u):
+            raise RuntimeError(f"backend='triton' cannot run here: {problem}; use backend='loop' or None")
+        return _selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, mask, reverse)
     u_ = at_least_float32(u)
     delta, A, B, C = (tensor.to(u_.dtype) for tensor in (delta, A, B, C))
     if delta_bias is not None:

@@ -256,7 +256,7 @@ def test_scan_refuses_what_it_cannot_take():
         scan(*inputs, mask=torch.full((2, 9), 0.5))
     with pytest.raises(ValueError, match="backend is 'cuda'"):
         scan(*inputs, backend="cuda")
-    with pytest.raises(RuntimeError, match="not written yet"):
+    with pytest.raises(RuntimeError, match="cannot run here"):
         scan(*inputs, backend="triton")
     with pytest.raises(ValueError, match="length of at least 1"):
         scan(*scan_inputs(l=0))
