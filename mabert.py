@@ -705,7 +705,7 @@ _scan_loop.register_autograd(_backward, setup_context=_setup_context)
 
 # ---- The same in Triton ----
 #
-# One warp has a block of channels, V to a lane, and goes through time in tiles of TILE steps with the n states of its
+# One warp has 32 channels, one to a lane, and goes through time in tiles of TILE steps with the n states of its
 # channels in registers. A tile's steps lie in one thread, so the recurrence needs no exchange between threads; mask,
 # softplus, D and z are part of the kernels. Where rows × blocks are too few programs to fill the GPU, time is cut into
 # segments that run in parallel, in three phases: `_ends` finds where each segment ends that starts from zero, `_carry`
@@ -748,26 +748,27 @@ def _softplus(x):
 
 
 @jit
-def _pointers(ptr, t, ROW: tl.constexpr, TILE: tl.constexpr, V: tl.constexpr):
-    """Pointers to a tile's rows. The promise of V elements' alignment, and no more, keeps all rows in one thread."""
+def _pointers(ptr, t, ROW: tl.constexpr, TILE: tl.constexpr):
+    """Pointers to a tile's rows. The promise of one element's alignment, and no more, keeps all rows in one thread."""
     rows = (ptr + tl.cast(t, tl.int64) * ROW)[None, :] + tl.arange(0, TILE)[:, None] * ROW
-    return tl.multiple_of(rows, (1, V * (ptr.dtype.element_ty.primitive_bitwidth // 8)))
+    return tl.multiple_of(rows, (1, ptr.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @jit
-def _load(ptr, t, end, ROW: tl.constexpr, TILE: tl.constexpr, V: tl.constexpr):
-    return tl.load(_pointers(ptr, t, ROW, TILE, V), mask=(tl.arange(0, TILE) < end - t)[:, None], other=0.0)
+def _load(ptr, t, end, ROW: tl.constexpr, TILE: tl.constexpr):
+    return tl.load(_pointers(ptr, t, ROW, TILE), mask=(tl.arange(0, TILE) < end - t)[:, None], other=0.0)
 
 
 @jit
-def _store(ptr, x, t, end, stored, ROW: tl.constexpr, TILE: tl.constexpr, V: tl.constexpr):
+def _store(ptr, x, t, end, stored, ROW: tl.constexpr, TILE: tl.constexpr):
     mask = stored[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
-    tl.store(_pointers(ptr, t, ROW, TILE, V), x.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(_pointers(ptr, t, ROW, TILE), x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @jit
 def _row(x, k, i):
-    return tl.sum(tl.where((k == i)[:, None], x, -0.0), 0)  # costs nothing; −0.0 is what adds nothing
+    """Row i of a tile. As integers, zeros add nothing for the compiler too, and this costs nothing."""
+    return tl.sum(tl.where((k == i)[:, None], x.to(tl.int32, bitcast=True), 0), 0).to(tl.float32, bitcast=True)
 
 
 @jit
@@ -793,6 +794,27 @@ def _adjoints(a, c, q, TILE: tl.constexpr):
         g = tl.where((k == i)[:, None], g_i[None, :], g)
         all_q = tl.where((k == i)[:, None], q[None, :], all_q)
     return g, all_q, q
+
+
+@jit
+def _fold(x, y, bit: tl.constexpr):
+    """(32,): lanes without the bit get x + the x of the lane across it, those with it the same of y."""
+    lane = tl.arange(0, 32)
+    has = (lane & bit) != 0
+    return tl.where(has, y, x) + tl.gather(tl.where(has, x, y), lane ^ bit, 0)
+
+
+@jit
+def _channel_sums(x, y):
+    """Sums over channels of two (4, 32) tiles, in as many exchanges as there are sums and one more: each fold halves
+    the rows that a lane cares for. Lanes 4 r to 4 r + 3 get row r of x, and those from 16 on the rows of y."""
+    k = tl.arange(0, 4)
+    rows = ()
+    for r in tl.static_range(4):
+        rows += (_fold(_row(x, k, r), _row(y, k, r), 16),)
+    sums = _fold(_fold(rows[0], rows[2], 8), _fold(rows[1], rows[3], 8), 4)
+    sums = _fold(sums, sums, 2)
+    return _fold(sums, sums, 1)
 
 
 @jit
@@ -852,17 +874,17 @@ def _ends(
         h += (tl.zeros((32,), tl.float32),)
     sums = tl.zeros((32,), tl.float32)
     t = (end - 1) // TILE * TILE if ADJOINT else begin
-    next_v = _load(v_ptr, t, end, SIGN * v_row, TILE, 1)
-    next_delta = _load(delta_ptr, t, end, SIGN * delta_row, TILE, 1)
-    for _ in tl.range(begin, end, TILE, num_stages=1):
+    next_v = _load(v_ptr, t, end, SIGN * v_row, TILE)
+    next_delta = _load(delta_ptr, t, end, SIGN * delta_row, TILE)
+    for _tile in tl.range(begin, end, TILE, num_stages=1):
         v, delta = next_v.to(tl.float32), next_delta.to(tl.float32) + bias
         if ADJOINT and z_ptr is not None:
-            z = _load(z_ptr + origin * z_row + channel, t, end, SIGN * z_row, TILE, 1).to(tl.float32)
+            z = _load(z_ptr + origin * z_row + channel, t, end, SIGN * z_row, TILE).to(tl.float32)
             v *= z * _sigmoid(z)
         packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
         t = tl.maximum(t - TILE, 0) if ADJOINT else t + TILE
-        next_v = _load(v_ptr, t, end, SIGN * v_row, TILE, 1)
-        next_delta = _load(delta_ptr, t, end, SIGN * delta_row, TILE, 1)
+        next_v = _load(v_ptr, t, end, SIGN * v_row, TILE)
+        next_delta = _load(delta_ptr, t, end, SIGN * delta_row, TILE)
         real = tl.load(packed + 2 * n * TILE)[:, None]
         delta = (_softplus(delta) if SOFTPLUS else delta) * real
         sums += tl.sum(delta, 0)
@@ -873,9 +895,9 @@ def _ends(
                 tl.debug_barrier()
             a = tl.exp2(delta * A[i][None, :])
             if ADJOINT:
-                _, _, h_i = _adjoints(a, v * tl.load(packed + (n + i) * TILE)[:, None], h[i], TILE)
+                h_i = _adjoints(a, v * tl.load(packed + (n + i) * TILE)[:, None], h[i], TILE)[2]
             else:
-                _, _, h_i = _states(a, v * tl.load(packed + i * TILE)[:, None], h[i], TILE)
+                h_i = _states(a, v * tl.load(packed + i * TILE)[:, None], h[i], TILE)[2]
             ends += (h_i,)
         h = ends
     for i in tl.static_range(n):
@@ -892,7 +914,8 @@ def _carry(
     blocks = tl.cdiv(n * d, 32)
     j = tl.program_id(0) % blocks * 32 + tl.arange(0, 32)  # of n d
     stored = j < n * d
-    j = tl.minimum(j, n * d - 1)
+    if n * d % 32:
+        j = tl.minimum(j, n * d - 1)
     A = tl.load(A_ptr + j % d * n + j // d)[None, :] * LOG2E
     SIGN: tl.constexpr = -1 if ADJOINT else 1
     first = tl.program_id(0).to(tl.int64) // blocks * segments + (segments - 1 if ADJOINT else 0)
@@ -900,9 +923,9 @@ def _carry(
     sums_ptr += first * d + j % d
     h = tl.zeros((32,), tl.float32)
     for s in tl.range(0, segments, TILE, num_stages=1):
-        a = tl.exp2(A * _load(sums_ptr, s, segments, SIGN * d, TILE, 1))
-        _, starts, h = _states(a, _load(ends_ptr, s, segments, SIGN * n * d, TILE, 1), h, TILE)
-        _store(ends_ptr, starts, s, segments, stored, SIGN * n * d, TILE, 1)
+        a = tl.exp2(A * _load(sums_ptr, s, segments, SIGN * d, TILE))
+        _, starts, h = _states(a, _load(ends_ptr, s, segments, SIGN * n * d, TILE), h, TILE)
+        _store(ends_ptr, starts, s, segments, stored, SIGN * n * d, TILE)
 
 
 @jit
@@ -925,14 +948,14 @@ def _outputs(
             h += (tl.zeros((32,), tl.float32),)
         else:
             h += (tl.load(starts_ptr + (program * n + i) * d + channel),)
-    next_u = _load(u_ptr, begin, end, SIGN * u_row, TILE, 1)
-    next_delta = _load(delta_ptr, begin, end, SIGN * delta_row, TILE, 1)
+    next_u = _load(u_ptr, begin, end, SIGN * u_row, TILE)
+    next_delta = _load(delta_ptr, begin, end, SIGN * delta_row, TILE)
     for t in tl.range(begin, end, TILE, num_stages=1):
         u, delta = next_u.to(tl.float32), next_delta.to(tl.float32) + bias
-        next_u = _load(u_ptr, t + TILE, end, SIGN * u_row, TILE, 1)
-        next_delta = _load(delta_ptr, t + TILE, end, SIGN * delta_row, TILE, 1)
+        next_u = _load(u_ptr, t + TILE, end, SIGN * u_row, TILE)
+        next_delta = _load(delta_ptr, t + TILE, end, SIGN * delta_row, TILE)
         if z_ptr is not None:
-            z = _load(z_ptr + origin * z_row + channel, t, end, SIGN * z_row, TILE, 1)
+            z = _load(z_ptr + origin * z_row + channel, t, end, SIGN * z_row, TILE)
         packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
         real = tl.load(packed + 2 * n * TILE)[:, None]
         if states_ptr is not None:
@@ -955,7 +978,7 @@ def _outputs(
         if z_ptr is not None:
             z = z.to(tl.float32)
             y *= z * _sigmoid(z)
-        _store(y_ptr, y * real, t, end, stored, SIGN * d, TILE, 1)
+        _store(y_ptr, y * real, t, end, stored, SIGN * d, TILE)
 
 
 @jit
@@ -964,30 +987,30 @@ def _gradients(
     scratch_ptr, du_ptr, ddelta_ptr, dz_ptr, dBC_ptr, sums_ptr, l, segment,
     d: tl.constexpr, n: tl.constexpr, dy_row: tl.constexpr, u_row: tl.constexpr, delta_row: tl.constexpr,
     z_row: tl.constexpr, SOFTPLUS: tl.constexpr, SIGN: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    V: tl.constexpr,
 ):  # fmt: skip
     """The gradients of u, delta and z, and each program's part of the others'.
 
-    A is (n, d) here. starts: q beyond each segment's end, or None for one segment. dBC (b, blocks, tiles, 2 n, TILE):
-    of B and C, summed over a program's channels. sums (b, segments, n + 2, d), zero before: of A, D and delta_bias.
+    A is (n, d) here, and times log2 e. starts: q beyond each segment's end, or None for one segment. sums (b, segments,
+    n + 2, d): of A, D and delta_bias. dBC (b, blocks, tiles, n, 2, 4): of B and C, summed over a program's channels.
     """
-    b, program, channel, stored, begin, end, origin = _place(l, segment, d, SIGN, 32 * V)
+    b, program, channel, stored, begin, end, origin = _place(l, segment, d, SIGN, 32)
     dy_ptr += origin * dy_row + channel
     u_ptr += origin * u_row + channel
     delta_ptr += origin * delta_row + channel
     packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
-    dBC_ptr += tl.program_id(0).to(tl.int64) * tl.cdiv(l, TILE) * (2 * n * TILE) + tl.arange(0, TILE)
+    dBC_ptr += tl.program_id(0).to(tl.int64) * tl.cdiv(l, TILE) * (n * 8) + tl.arange(0, 32) // 4
     states_ptr += (b * ((l - 1) // CHUNK) - 1) * (n * d) + channel
     scratch_ptr += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (
-        CHUNK // TILE * n * 32 * V
-    ) + tl.arange(0, 32 * V)
+        CHUNK // TILE * n * 32
+    ) + tl.arange(0, 32)
     sums_ptr += program * ((n + 2) * d) + channel
     bias, D = tl.load(bias_ptr + channel)[None, :], tl.load(D_ptr + channel)[None, :]
-    dbias, dD = tl.zeros((32 * V,), tl.float32), tl.zeros((32 * V,), tl.float32)
-    q = ()
+    dbias, dD = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
+    q, dA = (), ()
     for i in tl.static_range(n):
+        dA += (tl.zeros((32,), tl.float32),)
         if starts_ptr is None:
-            q += (tl.zeros((32 * V,), tl.float32),)
+            q += (tl.zeros((32,), tl.float32),)
         else:
             q += (tl.load(starts_ptr + (program * n + i) * d + channel, mask=stored, other=0.0),)
     for j in tl.range(begin, end, CHUNK, num_stages=1):
@@ -997,56 +1020,58 @@ def _gradients(
         h = ()
         for i in tl.static_range(n):
             state = states_ptr + tl.cast(first // CHUNK, tl.int64) * (n * d) + i * d
-            h += (tl.load(state, mask=channel < tl.where(first > 0, d, 0), other=0.0),)  # the very first is zero
-        for t in tl.range(first, last, TILE, num_stages=1):  # replay
-            delta = _load(delta_ptr, t, last, SIGN * delta_row, TILE, V).to(tl.float32) + bias
-            u = _load(u_ptr, t, last, SIGN * u_row, TILE, V).to(tl.float32)
+            h_i = tl.load(state, mask=channel < tl.where(first > 0, d, 0), other=0.0)  # the row's first state is zero
+            tl.store(scratch_ptr + i * 32, h_i)
+            h += (h_i,)
+        for t in tl.range(first, last - TILE, TILE, num_stages=1):  # replay: keep the states before each tile
+            delta = _load(delta_ptr, t, last, SIGN * delta_row, TILE).to(tl.float32) + bias
+            u = _load(u_ptr, t, last, SIGN * u_row, TILE).to(tl.float32)
             packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
             delta = (_softplus(delta) if SOFTPLUS else delta) * tl.load(packed + 2 * n * TILE)[:, None]
             x = delta * u
+            kept = scratch_ptr + ((t - first) // TILE + 1) * (n * 32)
             ends = ()
             for i in tl.static_range(n):
-                tl.store(scratch_ptr + ((t - first) // TILE * n + i) * (32 * V), h[i])
-                a = tl.exp2(delta * (tl.load(A_ptr + i * d + channel) * LOG2E)[None, :])
-                _, _, h_i = _states(a, x * tl.load(packed + i * TILE)[:, None], h[i], TILE)
+                a = tl.exp2(delta * tl.load(A_ptr + i * d + channel)[None, :])
+                h_i = _states(a, x * tl.load(packed + i * TILE)[:, None], h[i], TILE)[2]
+                tl.store(kept + i * 32, h_i)
                 ends += (h_i,)
             h = ends
         tl.debug_barrier()
         for t_left in tl.range(first, last, TILE, num_stages=1):  # and back
             t = first + (last - 1 - first) // TILE * TILE - (t_left - first)
             packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
-            dBC = dBC_ptr + t // TILE * (2 * n * TILE)
+            dBC = dBC_ptr + t // TILE * (n * 8)
             real = tl.load(packed + 2 * n * TILE)[:, None]
-            rho = _load(delta_ptr, t, last, SIGN * delta_row, TILE, V).to(tl.float32) + bias
-            u = _load(u_ptr, t, last, SIGN * u_row, TILE, V).to(tl.float32)
-            dy = _load(dy_ptr, t, last, SIGN * dy_row, TILE, V).to(tl.float32) * real
-            if d % (32 * V):
+            rho = _load(delta_ptr, t, last, SIGN * delta_row, TILE).to(tl.float32) + bias
+            u = _load(u_ptr, t, last, SIGN * u_row, TILE).to(tl.float32)
+            dy = _load(dy_ptr, t, last, SIGN * dy_row, TILE).to(tl.float32) * real
+            if d % 32:
                 dy = tl.where(stored[None, :], dy, 0.0)  # a clamped channel must not count twice
             delta = (_softplus(rho) if SOFTPLUS else rho) * real
             x, y = delta * u, D * u
             dstate = dy  # of Σ C h + D u
             if z_ptr is not None:
-                z = _load(z_ptr + origin * z_row + channel, t, last, SIGN * z_row, TILE, V).to(tl.float32)
+                z = _load(z_ptr + origin * z_row + channel, t, last, SIGN * z_row, TILE).to(tl.float32)
                 gate = _sigmoid(z)
                 dstate = dy * z * gate
             dx, ddelta = tl.zeros_like(u), tl.zeros_like(u)
-            before = ()
+            before, more_dA = (), ()
             for i in tl.static_range(n):
                 B, C = tl.load(packed + i * TILE)[:, None], tl.load(packed + (n + i) * TILE)[:, None]
-                A = (tl.load(A_ptr + i * d + channel) * LOG2E)[None, :]
+                A = tl.load(A_ptr + i * d + channel)[None, :]
                 a = tl.exp2(delta * A)
-                start = tl.load(scratch_ptr + ((t - first) // TILE * n + i) * (32 * V))
+                start = tl.load(scratch_ptr + (t - first) // TILE * (n * 32) + i * 32)
                 states, previous, _ = _states(a, x * B, start, TILE)
                 g, all_q, q_i = _adjoints(a, dstate * C, q[i], TILE)
                 y += states * C
                 dx += g * B
                 w = all_q * previous
                 ddelta += w * A
-                tl.store(sums_ptr + i * d, tl.load(sums_ptr + i * d) + tl.sum(w * delta, 0), mask=stored)
-                tl.store(dBC + i * TILE, tl.sum(g * x, 1))
-                tl.store(dBC + (n + i) * TILE, tl.sum(states * dstate, 1))
+                more_dA += (dA[i] + tl.sum(w * delta, 0),)
+                tl.store(dBC + i * 8, _channel_sums(g * x, states * dstate))
                 before += (q_i,)
-            q = before
+            q, dA = before, more_dA
             ddelta = (ddelta * LN2 + u * dx) * real
             if SOFTPLUS:
                 ddelta *= _sigmoid(rho)
@@ -1054,9 +1079,11 @@ def _gradients(
             dD += tl.sum(dstate * u, 0)
             if z_ptr is not None:
                 dz = dy * y * gate * (1.0 + z * (1.0 - gate))
-                _store(dz_ptr + origin * d + channel, dz, t, last, stored, SIGN * d, TILE, V)
-            _store(ddelta_ptr + origin * d + channel, ddelta, t, last, stored, SIGN * d, TILE, V)
-            _store(du_ptr + origin * d + channel, delta * dx + D * dstate, t, last, stored, SIGN * d, TILE, V)
+                _store(dz_ptr + origin * d + channel, dz, t, last, stored, SIGN * d, TILE)
+            _store(ddelta_ptr + origin * d + channel, ddelta, t, last, stored, SIGN * d, TILE)
+            _store(du_ptr + origin * d + channel, delta * dx + D * dstate, t, last, stored, SIGN * d, TILE)
+    for i in tl.static_range(n):
+        tl.store(sums_ptr + i * d, dA[i], mask=stored)
     tl.store(sums_ptr + n * d, dD, mask=stored)
     tl.store(sums_ptr + (n + 1) * d, dbias, mask=stored)
 
@@ -1141,26 +1168,23 @@ def _scan_triton_backward(
     (b, l, d), n = u.shape, A.shape[1]
     A_, D_, bias_ = A.float().contiguous(), D.float().contiguous(), bias.float().contiguous()
     rows = _rows(dy=dy, u=u, delta=delta, z=z)
-    tensors = [x for x in rows.values() if isinstance(x, Tensor)]
-    pairs = all(x.data_ptr() % (2 * x.element_size()) == 0 and x.stride(0) % 2 == 0 for x in tensors)
-    V = 2 if pairs and d % 64 == 0 else 1
-    blocks, tiles = triton.cdiv(d, 32 * V), triton.cdiv(l, 4)
+    blocks, tiles = triton.cdiv(d, 32), triton.cdiv(l, 4)
     segment = _segment(b, l, blocks, chunk, u.device)
     segments = triton.cdiv(l, segment)
     du, ddelta, dz = _empty_like(u), _empty_like(delta), u.new_empty(0) if z is None else _empty_like(z)
-    dBC, sums = A_.new_empty(b, blocks, tiles, 2 * n, 4), A_.new_zeros(b, segments, n + 2, d)
-    scratch = A_.new_empty(b * blocks * segments * (chunk // 4) * n * 32 * V)
+    dBC, sums = A_.new_empty(b, blocks, tiles, n, 2, 4), A_.new_empty(b, segments, n + 2, d)
+    scratch = A_.new_empty(b * blocks * segments * (chunk // 4) * n * 32)
     options = dict(d=d, n=n, SOFTPLUS=softplus, SIGN=-1 if reverse else 1, TILE=4, num_warps=1, enable_fp_fusion=True)
     with torch.cuda.device_of(u):
         packed = _pack_tiles(B, C, mask, reverse, TILE=4)
         starts = _starts(dy, delta, z, packed, A_, bias_, segment, ADJOINT=True, **options)
         _gradients[(b * blocks, segments)](
-            **rows, packed_ptr=packed, A_ptr=A_.T.contiguous(), D_ptr=D_, bias_ptr=bias_, states_ptr=states,
-            starts_ptr=starts, scratch_ptr=scratch, du_ptr=du, ddelta_ptr=ddelta, dz_ptr=dz, dBC_ptr=dBC,
-            sums_ptr=sums, l=l, segment=segment, CHUNK=chunk, V=V, **options,
+            **rows, packed_ptr=packed, A_ptr=(A_.T / math.log(2)).contiguous(), D_ptr=D_, bias_ptr=bias_,
+            states_ptr=states, starts_ptr=starts, scratch_ptr=scratch, du_ptr=du, ddelta_ptr=ddelta, dz_ptr=dz,
+            dBC_ptr=dBC, sums_ptr=sums, l=l, segment=segment, CHUNK=chunk, **options,
         )  # fmt: skip
-    dBC = dBC.sum(1).transpose(2, 3).reshape(b, 4 * tiles, 2 * n)[:, :l]
-    dB, dC = (dBC.flip(1) if reverse else dBC).split(n, dim=-1)
+    dBC = dBC.sum(1).permute(3, 0, 1, 4, 2).reshape(2, b, 4 * tiles, n)[:, :, :l]
+    dB, dC = dBC.flip(2) if reverse else dBC
     dA, dD, dbias = sums.sum((0, 1)).split((n, 1, 1))
     copies = (_empty_like(x).copy_(dx) for x, dx in ((A, dA.T), (B, dB), (C, dC), (D, dD[0]), (bias, dbias[0])))
     dA, dB, dC, dD, dbias = copies
