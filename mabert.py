@@ -750,7 +750,7 @@ def _softplus(x):
 @jit
 def _pointers(ptr, t, ROW: tl.constexpr, TILE: tl.constexpr):
     """Pointers to a tile's rows. The promise of one element's alignment, and no more, keeps all rows in one thread."""
-    rows = (ptr + tl.cast(t, tl.int64) * ROW)[None, :] + tl.arange(0, TILE)[:, None] * ROW
+    rows = (ptr + tl.cast(t, tl.int64) * ROW)[None, :] + tl.arange(0, TILE).to(tl.int64)[:, None] * ROW
     return tl.multiple_of(rows, (1, ptr.dtype.element_ty.primitive_bitwidth // 8))
 
 

@@ -265,6 +265,264 @@ def test_scan_refuses_what_it_cannot_take():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The Triton kernels: interpreted on a CPU in a process of their own, compiled where there is a GPU
+# ----------------------------------------------------------------------------------------------------------------------
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+interpreted = pytest.mark.skipif(
+    DEVICE == "cpu" and not mabert.INTERPRETED, reason="test_the_kernels_in_the_interpreter runs it"
+)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or not mabert.triton, reason="there is a GPU for the kernels, or no triton")
+@pytest.mark.skipif(mabert.INTERPRETED, reason="this is that process")
+def test_the_kernels_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "kernels_in"]
+    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0 and re.search(r"\d\d passed", result.stdout), result.stdout + result.stderr
+
+
+def masks(l):
+    """None, all real, pads left, right, on both sides, anywhere, everywhere."""
+    t, generator = torch.arange(l), torch.Generator().manual_seed(0)
+    some = torch.rand(l, generator=generator) > 0.4
+    return torch.stack([t >= 0, t >= l // 3, t <= l // 2, (t >= l // 4) & (t < l - l // 4), some, t < 0])
+
+
+def compare_with_the_loop(inputs, dtype=torch.float32, tolerance=1e-5, **options):
+    """Values and gradients of the kernels on inputs in dtype, and of the loop on the same in float64."""
+    inputs = [x if x is None else x.detach().to(DEVICE, dtype) for x in inputs]
+    options = {key: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for key, x in options.items()}
+    results = []
+    for backend, type_ in (("triton", dtype), ("loop", torch.float64)):
+        leaves = [x if x is None else x.to(type_).requires_grad_() for x in inputs]
+        y = scan(*leaves, backend=backend, **options)
+        torch.manual_seed(1)
+        dy = torch.randn(y.shape, dtype=torch.float64, device=DEVICE).to(dtype).to(type_)
+        results.append([y, *torch.autograd.grad(y, [x for x in leaves if x is not None], dy)])
+    for ours, exact in zip(*results):
+        assert ours.dtype == dtype and ours.shape == exact.shape
+        assert (ours.double() - exact).norm() <= tolerance * exact.norm()
+
+
+@interpreted
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("l", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33])  # tiles of 4 and 8 steps, chunks of 16
+def test_kernels_in_float32_equal_the_loop(l, reverse):
+    compare_with_the_loop(scan_inputs(1, l, 5, 2), reverse=reverse)
+    if l in (9, 17):
+        compare_with_the_loop(scan_inputs(6, l, 3, 1), mask=masks(l), reverse=reverse)
+
+
+@interpreted
+@pytest.mark.parametrize("b, l, d, n", [(1, 18, 64, 16), (2, 5, 33, 3), (1, 9, 3, 64), (1, 2, 1, 100)])
+def test_kernels_in_all_sizes_equal_the_loop(b, l, d, n):
+    compare_with_the_loop(scan_inputs(b, l, d, n))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 7e-4)]
+)  # the interpreter cuts bf16
+def test_kernels_in_lower_precision_are_exact_to_rounding(dtype, tolerance):
+    compare_with_the_loop(scan_inputs(1, 20, 5, 2), dtype, tolerance, mask=masks(20)[3:4])
+    compare_with_the_loop(scan_inputs(1, 5, 2, 32), dtype, tolerance)
+
+
+@interpreted
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "l, chunks", [(16, 1), (17, 1), (50, 1), (70, 2), (150, 1)]
+)  # 150: more segments than _carry's tile
+def test_kernels_in_parallel_over_time_equal_the_loop(l, chunks, reverse, monkeypatch):
+    monkeypatch.setattr(mabert, "_segment", lambda b, l, blocks, chunk, device: chunks * chunk)
+    compare_with_the_loop(scan_inputs(1, l, 33 if l == 50 else 3, 2), reverse=reverse)
+    if l == 50:
+        compare_with_the_loop(scan_inputs(2, l, 3, 1), mask=masks(l)[3:5], reverse=reverse)
+
+
+@interpreted
+def test_kernels_in_calls_without_the_options():
+    *inputs, D, z, bias = scan_inputs(1, 9, 3, 2)
+    for options in ((None, None, None), (D, None, None), (None, z, None), (None, None, bias)):
+        compare_with_the_loop([*inputs, *options])
+    u, delta, A, B, C = (x.detach().float().to(DEVICE) for x in inputs)
+    y, exact = (selective_scan(u, delta.abs(), A, B, C, backend=backend) for backend in ("triton", "loop"))
+    assert relative(y, exact) < 1e-6
+
+
+@interpreted
+def test_kernels_in_softplus_are_accurate_at_both_ends():
+    one = torch.ones(1, 1, 1, device=DEVICE)
+    for rho in (-80.0, -30.0, -12.0, -3.0, 0.0, 3.0, 30.0, 1e4):  # y = Δ, as h starts from zero
+        y = selective_scan(one, rho * one, -one[0], one, one, delta_softplus=True, backend="triton")
+        assert y.item() == pytest.approx(F.softplus(torch.tensor(rho, dtype=torch.float64)).item(), rel=1e-6)
+
+
+@interpreted
+def test_kernels_in_strided_memory():
+    inputs, mask = [x.detach().float().to(DEVICE) for x in scan_inputs(l=10)], masks(10)[3:5].to(DEVICE)
+    strided = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in inputs]
+    slices = [torch.cat([x, x], -1)[..., : x.shape[-1]] for x in inputs]
+    expanded = torch.ones((), device=DEVICE).expand(2, 10, 5)
+    results = []
+    for tensors in (inputs, strided, slices):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        y = scan(*leaves, mask=mask, backend="triton")
+        assert y[~mask].eq(0).all()
+        gradients = torch.autograd.grad(y, leaves, expanded)
+        assert all(gradients[i][~mask].eq(0).all() for i in (0, 1, 3, 4, 6))  # u, delta, B, C, z
+        results.append([y, *gradients])
+    for other in results[1:]:
+        assert all(torch.equal(x, x2) for x, x2 in zip(results[0], other))
+
+
+@interpreted
+def test_kernels_in_memory_beyond_32_bits():
+    inputs = [x.detach().bfloat16().to(DEVICE) for x in scan_inputs(1, 3, 4, 2)]
+    far = torch.empty(2**31 + 4, dtype=torch.bfloat16, device=DEVICE)  # 4 GiB, of which a few pages are touched
+    for i in (0, 1, 6):  # u, delta, z, a row every 2 GiB
+        view = far.as_strided((1, 3, 4), (1, 2**30, 1))
+        near, inputs[i] = inputs[i], view.copy_(inputs[i])
+        for reverse in (False, True):
+            leaves = [x.requires_grad_() for x in inputs]
+            y = scan(*leaves, reverse=reverse, backend="triton")
+            got = [y, *torch.autograd.grad(y.float().sum(), leaves)]
+            inputs = [x.detach() for x in inputs]
+            others = [x.clone(memory_format=torch.contiguous_format).requires_grad_() for x in inputs]
+            y = scan(*others, reverse=reverse, backend="triton")
+            assert all(map(torch.equal, got, [y, *torch.autograd.grad(y.float().sum(), others)]))
+        inputs[i] = near
+
+
+@interpreted
+def test_kernels_in_repeated_calls_give_the_same_bits():
+    size = (4, 300, 1536, 16) if DEVICE == "cuda" else (2, 18, 33, 2)
+    inputs = [x.detach().float().to(DEVICE).requires_grad_() for x in scan_inputs(*size)]
+    runs = []
+    for _ in range(2):
+        y = scan(*inputs, backend="triton")
+        runs.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    assert all(map(torch.equal, *runs))
+
+
+@interpreted
+def test_kernels_in_the_backward_pass_need_only_inputs_and_chunk_states():
+    b, l, d, n = 1, 50, 4, 16
+    inputs, kept = [x.detach().to(DEVICE, torch.bfloat16).requires_grad_() for x in scan_inputs(b, l, d, n)], {}
+
+    def keep(x):
+        kept[x.data_ptr()] = x.numel() * x.element_size()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        scan(*inputs, backend="triton")
+    states = sum(size for address, size in kept.items() if address not in {x.data_ptr() for x in inputs})
+    assert states == b * 3 * n * d * 4 <= sum(x.numel() * x.element_size() for x in inputs)
+    for d_state in (1, 16, 64, 128):  # and for any size
+        for length in (1, 128, 512, 4096):
+            chunk = mabert._chunk(32, length, 1536, d_state)
+            assert (length - 1) // chunk * d_state * 4 <= 2 * 2 * length  # bytes a channel: states, and u and delta
+
+
+@interpreted
+def test_kernels_in_custom_ops_are_registered_soundly():
+    inputs = [x.detach().float().to(DEVICE).requires_grad_() for x in scan_inputs(1, 20, 3, 2)]
+    mask = masks(20)[3:4].to(DEVICE)
+    for z, mask_ in ((inputs[6], mask), (None, None)):
+        arguments = (*inputs[:6], z, inputs[7], mask_, True, True, 16, True, torch.float32)
+        torch.library.opcheck(mabert._scan_triton, arguments)
+
+
+@interpreted
+def test_kernels_in_a_model_are_safe_from_padding():
+    with torch.device(DEVICE):
+        assert drift(tiny("MT", d_state=2, scan_backend="triton"), 9, 4, torch.float32) < 1e-5
+
+
+@interpreted
+@pytest.mark.parametrize("model_class", [MaBERT, MaBERTForSequenceClassification])
+def test_kernels_in_a_compiled_model(model_class):
+    with torch.device(DEVICE):
+        model = build(model_class, tiny("MT", scan_backend="triton"), torch.float32)
+        ids, mask = torch.randint(1, 60, (2, 7)), masks(7)[2:4].to(DEVICE)
+    outputs = []
+    for call in (torch.compile(model, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager"), model):
+        y = call(ids, mask)
+        y = y if model_class is MaBERT else y.logits
+        outputs.append([y, *torch.autograd.grad(y.square().sum(), [*model.parameters()], allow_unused=True)])
+    for compiled, eager in zip(*outputs):
+        assert compiled is eager is None or relative(compiled, eager) < 1e-5
+
+
+@interpreted
+def test_kernels_in_no_place_where_they_cannot_run():
+    with pytest.raises(RuntimeError, match="u is float64"):
+        scan(*[x.to(DEVICE) for x in scan_inputs()], backend="triton")
+
+
+@pytest.mark.skipif(mabert.INTERPRETED or not mabert.triton, reason="needs Triton's compiler")
+def test_machine_code_of_the_kernels(tmp_path):
+    command = [sys.executable, str(ROOT / "bench.py"), "scan", "--static"]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=tmp_path).stdout
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| _")]
+    assert len(rows) == 16
+    for kernel, _, _, registers, stack, instructions, exponentials, shuffles in rows:
+        instructions = float(instructions.split()[-1])  # of _gradients the sum
+        most, stack_bytes = {"_outputs": (9.0, 0), "_ends": (6.5, 0), "_ends (adjoint)": (7.5, 0)}.get(
+            kernel, (36.0, 0)
+        )
+        assert instructions <= most and int(stack) <= stack_bytes and int(registers) <= 170
+        assert float(exponentials) <= (2.6 if kernel == "_gradients" else 1.3)
+        assert kernel == "_gradients" or float(shuffles) == 0
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("b, l", [(1, 3000), (4, 700)])
+def test_kernels_on_a_gpu_at_the_size_of_the_base_model(b, l):
+    mask = torch.rand(b, l) > 0.2
+    compare_with_the_loop(scan_inputs(b, l, 1536, 16), mask=mask)
+    compare_with_the_loop(scan_inputs(b, l, 1536, 16), torch.bfloat16, 5e-3, mask=mask, reverse=True)
+
+
+@pytest.mark.gpu
+@gpu
+def test_kernels_on_a_gpu_beyond_32_bits():
+    b, l, d = 180, 8192, 1536  # 2.3 · 10⁹ elements, 4.5 GB a tensor
+    u = torch.randn(b, l, d, device="cuda", dtype=torch.bfloat16)
+    B, A = torch.randn(b, l, 1, device="cuda", dtype=torch.bfloat16), -torch.ones(d, 1, device="cuda")
+    y = selective_scan(u, u, A, B, B, delta_softplus=True, backend="triton")
+    last = [x[-1:].clone() for x in (u, u, B, B)]
+    assert torch.equal(y[-1:], selective_scan(last[0], last[1], A, *last[2:], delta_softplus=True, backend="triton"))
+
+
+@pytest.mark.gpu
+@gpu
+def test_kernels_on_a_gpu_under_autocast_and_in_a_cuda_graph():
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = MaBERTForSequenceClassification(tiny("MMT")).eval()
+        ids = torch.randint(1, 60, (2, 24))
+        mask = torch.arange(24) < torch.tensor([[24], [10]])
+    assert model.config.scan_backend is None  # the kernels are what runs on a GPU
+    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+        expected = model(ids, mask).logits
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            model(ids, mask)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(ids, mask).logits
+    graph.replay()
+    assert torch.equal(logits, expected)
+    exact = model(ids, mask).logits
+    assert (expected - exact).norm() < 0.05 * exact.norm() + 0.05
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The model
 # ----------------------------------------------------------------------------------------------------------------------
 
