@@ -20,7 +20,8 @@ the state of the scan at step t. Masks are True at real tokens and False at pads
 Map of the file:
     Part I, the model     MaBERTConfig · MambaMixer, MambaLayer · SelfAttention, TransformerLayer · MaBERT · Pooling
                           · MaBERTForMaskedLM, MaBERTForSequenceClassification (with save_pretrained, from_pretrained)
-    Part II, the scan     selective_scan: the masked selective scan, its definition as a loop, its backward pass
+    Part II, the scan     the masked selective scan with its backward pass: as a loop, the definition; as Triton kernels
+                          for a GPU; selective_scan, which picks
 """
 
 import dataclasses
@@ -705,26 +706,31 @@ _scan_loop.register_autograd(_backward, setup_context=_setup_context)
 
 # ---- The same in Triton ----
 #
-# One warp has 32 channels, one to a lane, and goes through time in tiles of TILE steps with the n states of its
-# channels in registers. A tile's steps lie in one thread, so the recurrence needs no exchange between threads; mask,
-# softplus, D and z are part of the kernels. Where rows × blocks are too few programs to fill the GPU, time is cut into
-# segments that run in parallel, in three phases: `_ends` finds where each segment ends that starts from zero, `_carry`
-# makes start states of these (a segment decays a state by exp(A Σ Δ)), and the main kernel starts from them. That is
-# `_outputs` forward; backward it is `_gradients`, which takes chunks of CHUNK steps from the right, replays each from
-# the state that the forward pass kept at its start, and goes back over it (the formulas are at _scan_loop_backward).
+# A program is one warp. It has 32 channels, one to a lane, and goes through time in tiles of TILE steps with the n
+# states of its channels in registers. A tile's steps lie in one thread, so the recurrence needs no exchange between
+# threads. Mask, softplus, D and z are part of the kernels. Where rows × blocks of channels are too few programs to fill
+# the GPU, time is cut into segments that run in parallel, in three phases: `_ends` finds where each segment ends that
+# starts from zero, `_carry` makes start states of these (a segment decays a state by exp(A Σ Δ)), and the main kernel
+# starts from them. That is `_outputs` forward. Backward it is `_gradients`, which takes chunks of CHUNK steps from the
+# right, replays each from the state that the forward pass kept at its start, and goes back over it (formulas at
+# _scan_loop_backward, with q_t for a_t g_t). No atomic adds: the same inputs give the same bits.
 #
-# In memory u, delta, z, dy are rows of d channels, *_row apart; SIGN −1 walks them from the right end. packed has
-# what all channels share, (b, tiles, 2 n + 1, TILE) in float32: B, C and the mask, in the scan's order of time.
+# In memory u, delta, z, dy are rows of channels, *_row apart from step to step; with `reverse` that is negative, and so
+# is SIGN. packed has what all channels share, (b, tiles, 2 n + 1, TILE) in float32: B, C and the mask, in the scan's
+# order of time.
 #
-# What their machine code taught (bench.py scan --static counts it):
-# - `tl.multiple_of` on a tile's pointers makes Triton put all its rows into one thread
+# What their machine code taught (bench.py scan --static reads it):
+# - `tl.multiple_of` on a tile's pointers makes Triton put all its rows into one thread; then picking a row and writing
+#   one with tl.where are free
 # - loads come a tile ahead of their use; a barrier every 8 states keeps the compiler from loading all of B and C at
 #   once, for which there are no registers
 # - exp2 and rsqrt are one instruction each; exp, log and a division are several
+# - `tl.sum` over channels shuffles each sum five times; `_channel_sums` shuffles each about once
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on CPU tensors, for tests
-LOG2E = tl.constexpr(1 / math.log(2))
-LN2 = tl.constexpr(math.log(2))
+constexpr = tl.constexpr
+LOG2E = constexpr(1 / math.log(2))
+LN2 = constexpr(math.log(2))
 
 
 def jit(function):
@@ -748,21 +754,50 @@ def _softplus(x):
 
 
 @jit
-def _pointers(ptr, t, ROW: tl.constexpr, TILE: tl.constexpr):
+def _place(l, segment, d: constexpr, SIGN: constexpr):
+    """Where a program works: row of the batch, row × segment, channels and which of them exist, the segment's first
+    step and its end, and the row of memory (times SIGN) that is step 0."""
+    b, channel = tl.program_id(0) // tl.cdiv(d, 32), tl.program_id(0) % tl.cdiv(d, 32) * 32 + tl.arange(0, 32)
+    b = b.to(tl.int64)
+    exists = channel < d if d % 32 else tl.full((32,), True, tl.int1)
+    begin = tl.program_id(1) * segment
+    origin = b * l if SIGN > 0 else -(b * l + l - 1)
+    return b, b * tl.num_programs(1) + tl.program_id(1), channel, exists, begin, tl.minimum(begin + segment, l), origin
+
+
+@jit
+def _pointers(ptr, row, ROW: constexpr, TILE: constexpr):
     """Pointers to a tile's rows. The promise of one element's alignment, and no more, keeps all rows in one thread."""
-    rows = (ptr + tl.cast(t, tl.int64) * ROW)[None, :] + tl.arange(0, TILE).to(tl.int64)[:, None] * ROW
+    rows = (ptr + row * ROW)[None, :] + tl.arange(0, TILE).to(tl.int64)[:, None] * ROW
     return tl.multiple_of(rows, (1, ptr.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @jit
-def _load(ptr, t, end, ROW: tl.constexpr, TILE: tl.constexpr):
-    return tl.load(_pointers(ptr, t, ROW, TILE), mask=(tl.arange(0, TILE) < end - t)[:, None], other=0.0)
+def _load(ptr, row, valid, ROW: constexpr, TILE: constexpr):
+    return tl.load(_pointers(ptr, row, ROW, TILE), mask=valid, other=0.0)
 
 
 @jit
-def _store(ptr, x, t, end, stored, ROW: tl.constexpr, TILE: tl.constexpr):
-    mask = stored[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
-    tl.store(_pointers(ptr, t, ROW, TILE), x.to(ptr.dtype.element_ty), mask=mask)
+def _store(ptr, x, row, valid, ROW: constexpr, TILE: constexpr):
+    tl.store(_pointers(ptr, row, ROW, TILE), x.to(ptr.dtype.element_ty), mask=valid)
+
+
+@jit
+def _load_vectors(ptr, offset, exists, STRIDE: constexpr, n: constexpr):
+    """A tuple of n vectors, one for each state; of zeros where ptr is None."""
+    h = ()
+    for i in tl.static_range(n):
+        if ptr is None:
+            h += (tl.zeros((32,), tl.float32),)
+        else:
+            h += (tl.load(ptr + offset + i * STRIDE, mask=exists, other=0.0),)
+    return h
+
+
+@jit
+def _store_vectors(ptr, h, exists, STRIDE: constexpr, n: constexpr):
+    for i in tl.static_range(n):
+        tl.store(ptr + i * STRIDE, h[i], mask=exists)
 
 
 @jit
@@ -772,7 +807,7 @@ def _row(x, k, i):
 
 
 @jit
-def _states(a, x, h, TILE: tl.constexpr):
+def _states(a, x, h, TILE: constexpr):
     """h_t = a_t h_{t−1} + x_t over a tile: the states after and before each step, and the last."""
     k = tl.arange(0, TILE)
     after, before = x, x
@@ -784,7 +819,7 @@ def _states(a, x, h, TILE: tl.constexpr):
 
 
 @jit
-def _adjoints(a, c, q, TILE: tl.constexpr):
+def _adjoints(a, c, q, TILE: constexpr):
     """g_t = c_t + q_{t+1} and q_t = a_t g_t over a tile, from its end: all g, all q, and the first q."""
     k = tl.arange(0, TILE)
     g, all_q = c, c
@@ -797,7 +832,7 @@ def _adjoints(a, c, q, TILE: tl.constexpr):
 
 
 @jit
-def _fold(x, y, bit: tl.constexpr):
+def _fold(x, y, bit: constexpr):
     """(32,): lanes without the bit get x + the x of the lane across it, those with it the same of y."""
     lane = tl.arange(0, 32)
     has = (lane & bit) != 0
@@ -808,8 +843,7 @@ def _fold(x, y, bit: tl.constexpr):
 def _channel_sums(x, y):
     """Sums over channels of two (4, 32) tiles, in as many exchanges as there are sums and one more: each fold halves
     the rows that a lane cares for. Lanes 4 r to 4 r + 3 get row r of x, and those from 16 on the rows of y."""
-    k = tl.arange(0, 4)
-    rows = ()
+    k, rows = tl.arange(0, 4), ()
     for r in tl.static_range(4):
         rows += (_fold(_row(x, k, r), _row(y, k, r), 16),)
     sums = _fold(_fold(rows[0], rows[2], 8), _fold(rows[1], rows[3], 8), 4)
@@ -818,27 +852,12 @@ def _channel_sums(x, y):
 
 
 @jit
-def _place(l, segment, d: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """Where a program works: row of the batch, row × segment, channels (those beyond d: clamped, and not stored), the
-    segment's first step and its end, and where in memory the row's first step lies."""
-    b = tl.program_id(0).to(tl.int64) // tl.cdiv(d, BLOCK)
-    channel = (tl.program_id(0) % tl.cdiv(d, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
-    begin = tl.program_id(1) * segment
-    origin = b * l + (0 if SIGN > 0 else l - 1)
-    stored = channel < d
-    if d % BLOCK:
-        channel = tl.minimum(channel, d - 1)
-    return b, b * tl.num_programs(1) + tl.program_id(1), channel, stored, begin, tl.minimum(begin + segment, l), origin
-
-
-@jit
 def _pack(
     B_ptr, C_ptr, mask_ptr, packed_ptr, l, B_row, B_col, C_row, C_col,
-    n: tl.constexpr, N: tl.constexpr, SIGN: tl.constexpr, TILE: tl.constexpr,
+    n: constexpr, N: constexpr, SIGN: constexpr, TILE: constexpr,
 ):  # fmt: skip
     """A tile of packed, from B, C (b l, n) and the mask (b l,); zeros beyond l. N: the power of 2 from n on."""
-    tiles = tl.cdiv(l, TILE)
-    program = tl.program_id(0).to(tl.int64)
+    tiles, program = tl.cdiv(l, TILE), tl.program_id(0).to(tl.int64)
     k, i = tl.arange(0, TILE), tl.arange(0, N)[:, None]
     t = program % tiles * TILE + k
     row = program // tiles * l + (t if SIGN > 0 else l - 1 - t)
@@ -856,35 +875,31 @@ def _pack(
 @jit
 def _ends(
     v_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, bias_ptr, ends_ptr, sums_ptr, l, segment,
-    d: tl.constexpr, n: tl.constexpr, v_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr,
-    SOFTPLUS: tl.constexpr, SIGN: tl.constexpr, ADJOINT: tl.constexpr, TILE: tl.constexpr,
+    d: constexpr, n: constexpr, v_row: constexpr, delta_row: constexpr, z_row: constexpr,
+    SOFTPLUS: constexpr, SIGN: constexpr, ADJOINT: constexpr, TILE: constexpr,
 ):  # fmt: skip
     """Where each segment ends that starts from zero, (b, segments, n, d), and its Σ Δ, (b, segments, d).
 
     With v = u, the last state; with v = dy and ADJOINT, on the way back, the first q.
     """
-    b, program, channel, stored, begin, end, origin = _place(l, segment, d, SIGN, 32)
-    v_ptr += origin * v_row + channel
-    delta_ptr += origin * delta_row + channel
+    b, program, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
     packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
-    bias = tl.load(bias_ptr + channel)[None, :]
-    A, h = (), ()
-    for i in tl.static_range(n):
-        A += (tl.load(A_ptr + channel * n + i) * LOG2E,)
-        h += (tl.zeros((32,), tl.float32),)
-    sums = tl.zeros((32,), tl.float32)
+    A, h = _load_vectors(A_ptr, channel * n, exists, 1, n), _load_vectors(None, 0, exists, 0, n)
+    bias, sums = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :], tl.zeros((32,), tl.float32)
     t = (end - 1) // TILE * TILE if ADJOINT else begin
-    next_v = _load(v_ptr, t, end, SIGN * v_row, TILE)
-    next_delta = _load(delta_ptr, t, end, SIGN * delta_row, TILE)
+    valid = exists[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
+    next_v = _load(v_ptr + channel, origin + t, valid, v_row, TILE)
+    next_delta = _load(delta_ptr + channel, origin + t, valid, delta_row, TILE)
     for _tile in tl.range(begin, end, TILE, num_stages=1):
         v, delta = next_v.to(tl.float32), next_delta.to(tl.float32) + bias
         if ADJOINT and z_ptr is not None:
-            z = _load(z_ptr + origin * z_row + channel, t, end, SIGN * z_row, TILE).to(tl.float32)
+            z = _load(z_ptr + channel, origin + t, valid, z_row, TILE).to(tl.float32)
             v *= z * _sigmoid(z)
         packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
         t = tl.maximum(t - TILE, 0) if ADJOINT else t + TILE
-        next_v = _load(v_ptr, t, end, SIGN * v_row, TILE)
-        next_delta = _load(delta_ptr, t, end, SIGN * delta_row, TILE)
+        valid = exists[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
+        next_v = _load(v_ptr + channel, origin + t, valid, v_row, TILE)
+        next_delta = _load(delta_ptr + channel, origin + t, valid, delta_row, TILE)
         real = tl.load(packed + 2 * n * TILE)[:, None]
         delta = (_softplus(delta) if SOFTPLUS else delta) * real
         sums += tl.sum(delta, 0)
@@ -893,77 +908,63 @@ def _ends(
         for i in tl.static_range(n):
             if i % 8 == 0:
                 tl.debug_barrier()
-            a = tl.exp2(delta * A[i][None, :])
+            a = tl.exp2(delta * (A[i] * LOG2E)[None, :])
             if ADJOINT:
-                h_i = _adjoints(a, v * tl.load(packed + (n + i) * TILE)[:, None], h[i], TILE)[2]
+                ends += (_adjoints(a, v * tl.load(packed + (n + i) * TILE)[:, None], h[i], TILE)[2],)
             else:
-                h_i = _states(a, v * tl.load(packed + i * TILE)[:, None], h[i], TILE)[2]
-            ends += (h_i,)
+                ends += (_states(a, v * tl.load(packed + i * TILE)[:, None], h[i], TILE)[2],)
         h = ends
-    for i in tl.static_range(n):
-        tl.store(ends_ptr + (program * n + i) * d + channel, h[i], mask=stored)
-    tl.store(sums_ptr + program * d + channel, sums, mask=stored)
+    _store_vectors(ends_ptr + program * (n * d) + channel, h, exists, d, n)
+    tl.store(sums_ptr + program * d + channel, sums, mask=exists)
 
 
 @jit
-def _carry(
-    ends_ptr, sums_ptr, A_ptr, segments,
-    d: tl.constexpr, n: tl.constexpr, ADJOINT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+def _carry(ends_ptr, sums_ptr, A_ptr, segments, d: constexpr, n: constexpr, ADJOINT: constexpr, TILE: constexpr):
     """Segments' ends to their starts, in place: h = exp(A Σ Δ) h + end, from the left, or with ADJOINT the right."""
-    blocks = tl.cdiv(n * d, 32)
-    j = tl.program_id(0) % blocks * 32 + tl.arange(0, 32)  # of n d
-    stored = j < n * d
-    if n * d % 32:
-        j = tl.minimum(j, n * d - 1)
-    A = tl.load(A_ptr + j % d * n + j // d)[None, :] * LOG2E
-    SIGN: tl.constexpr = -1 if ADJOINT else 1
-    first = tl.program_id(0).to(tl.int64) // blocks * segments + (segments - 1 if ADJOINT else 0)
-    ends_ptr += first * (n * d) + j
-    sums_ptr += first * d + j % d
+    j = tl.program_id(0) % tl.cdiv(n * d, 32) * 32 + tl.arange(0, 32)  # of n d
+    exists = j < n * d if n * d % 32 else tl.full((32,), True, tl.int1)
+    SIGN: constexpr = -1 if ADJOINT else 1
+    row = tl.program_id(0).to(tl.int64) // tl.cdiv(n * d, 32) * segments * SIGN - (segments - 1 if ADJOINT else 0)
+    A = tl.load(A_ptr + j % d * n + j // d, mask=exists, other=0.0)[None, :] * LOG2E
     h = tl.zeros((32,), tl.float32)
     for s in tl.range(0, segments, TILE, num_stages=1):
-        a = tl.exp2(A * _load(sums_ptr, s, segments, SIGN * d, TILE))
-        _, starts, h = _states(a, _load(ends_ptr, s, segments, SIGN * n * d, TILE), h, TILE)
-        _store(ends_ptr, starts, s, segments, stored, SIGN * n * d, TILE)
+        valid = exists[None, :] & (tl.arange(0, TILE) < segments - s)[:, None]
+        a = tl.exp2(A * _load(sums_ptr + j % d, row + s, valid, SIGN * d, TILE))
+        ends = _load(ends_ptr + j, row + s, valid, SIGN * n * d, TILE)
+        _, starts, h = _states(a, ends, h, TILE)
+        _store(ends_ptr + j, starts, row + s, valid, SIGN * n * d, TILE)
 
 
 @jit
 def _outputs(
     u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, starts_ptr, states_ptr, y_ptr, l, segment,
-    d: tl.constexpr, n: tl.constexpr, u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr,
-    SOFTPLUS: tl.constexpr, SIGN: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    d: constexpr, n: constexpr, u_row: constexpr, delta_row: constexpr, z_row: constexpr,
+    SOFTPLUS: constexpr, SIGN: constexpr, CHUNK: constexpr, TILE: constexpr,
 ):  # fmt: skip
     """y; and the state at the start of every chunk but the first, (b, chunks − 1, n, d), if states_ptr is given."""
-    b, program, channel, stored, begin, end, origin = _place(l, segment, d, SIGN, 32)
-    u_ptr += origin * u_row + channel
-    delta_ptr += origin * delta_row + channel
-    y_ptr += origin * d + channel
+    b, program, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
     packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
-    bias, D = tl.load(bias_ptr + channel)[None, :], tl.load(D_ptr + channel)[None, :]
-    A, h = (), ()
-    for i in tl.static_range(n):
-        A += (tl.load(A_ptr + channel * n + i) * LOG2E,)
-        if starts_ptr is None:
-            h += (tl.zeros((32,), tl.float32),)
-        else:
-            h += (tl.load(starts_ptr + (program * n + i) * d + channel),)
-    next_u = _load(u_ptr, begin, end, SIGN * u_row, TILE)
-    next_delta = _load(delta_ptr, begin, end, SIGN * delta_row, TILE)
+    A = _load_vectors(A_ptr, channel * n, exists, 1, n)
+    h = _load_vectors(starts_ptr, program * (n * d) + channel, exists, d, n)
+    bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
+    D = tl.load(D_ptr + channel, mask=exists, other=0.0)[None, :]
+    valid = exists[None, :] & (tl.arange(0, TILE) < end - begin)[:, None]
+    next_u = _load(u_ptr + channel, origin + begin, valid, u_row, TILE)
+    next_delta = _load(delta_ptr + channel, origin + begin, valid, delta_row, TILE)
     for t in tl.range(begin, end, TILE, num_stages=1):
         u, delta = next_u.to(tl.float32), next_delta.to(tl.float32) + bias
-        next_u = _load(u_ptr, t + TILE, end, SIGN * u_row, TILE)
-        next_delta = _load(delta_ptr, t + TILE, end, SIGN * delta_row, TILE)
+        coming = exists[None, :] & (tl.arange(0, TILE) < end - t - TILE)[:, None]
+        next_u = _load(u_ptr + channel, origin + t + TILE, coming, u_row, TILE)
+        next_delta = _load(delta_ptr + channel, origin + t + TILE, coming, delta_row, TILE)
+        valid = exists[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
         if z_ptr is not None:
-            z = _load(z_ptr + origin * z_row + channel, t, end, SIGN * z_row, TILE)
+            z = _load(z_ptr + channel, origin + t, valid, z_row, TILE)
+        if states_ptr is not None:
+            if t % CHUNK == 0 and t > 0:
+                states = states_ptr + (b * ((l - 1) // CHUNK) + t // CHUNK - 1) * (n * d) + channel
+                _store_vectors(states, h, exists, d, n)
         packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
         real = tl.load(packed + 2 * n * TILE)[:, None]
-        if states_ptr is not None:
-            if t % CHUNK == 0:
-                if t > 0:
-                    states = states_ptr + (b * ((l - 1) // CHUNK) + t // CHUNK - 1) * (n * d) + channel
-                    for i in tl.static_range(n):
-                        tl.store(states + i * d, h[i], mask=stored)
         delta = (_softplus(delta) if SOFTPLUS else delta) * real
         x, y = delta * u, D * u
         ends = ()
@@ -971,121 +972,101 @@ def _outputs(
             if i % 8 == 0:
                 tl.debug_barrier()
             B, C = tl.load(packed + i * TILE)[:, None], tl.load(packed + (n + i) * TILE)[:, None]
-            states, _, h_i = _states(tl.exp2(delta * A[i][None, :]), x * B, h[i], TILE)
+            states, _, h_i = _states(tl.exp2(delta * (A[i] * LOG2E)[None, :]), x * B, h[i], TILE)
             y += states * C
             ends += (h_i,)
         h = ends
         if z_ptr is not None:
             z = z.to(tl.float32)
             y *= z * _sigmoid(z)
-        _store(y_ptr, y * real, t, end, stored, SIGN * d, TILE)
+        _store(y_ptr + channel, y * real, origin + t, valid, SIGN * d, TILE)
 
 
 @jit
 def _gradients(
     dy_ptr, u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, states_ptr, starts_ptr,
     scratch_ptr, du_ptr, ddelta_ptr, dz_ptr, dBC_ptr, sums_ptr, l, segment,
-    d: tl.constexpr, n: tl.constexpr, dy_row: tl.constexpr, u_row: tl.constexpr, delta_row: tl.constexpr,
-    z_row: tl.constexpr, SOFTPLUS: tl.constexpr, SIGN: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    d: constexpr, n: constexpr, dy_row: constexpr, u_row: constexpr, delta_row: constexpr, z_row: constexpr,
+    SOFTPLUS: constexpr, SIGN: constexpr, CHUNK: constexpr, TILE: constexpr,
 ):  # fmt: skip
     """The gradients of u, delta and z, and each program's part of the others'.
 
     A is (n, d) here, and times log2 e. starts: q beyond each segment's end, or None for one segment. sums (b, segments,
     n + 2, d): of A, D and delta_bias. dBC (b, blocks, tiles, n, 2, 4): of B and C, summed over a program's channels.
     """
-    b, program, channel, stored, begin, end, origin = _place(l, segment, d, SIGN, 32)
-    dy_ptr += origin * dy_row + channel
-    u_ptr += origin * u_row + channel
-    delta_ptr += origin * delta_row + channel
+    b, program, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
     packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
     dBC_ptr += tl.program_id(0).to(tl.int64) * tl.cdiv(l, TILE) * (n * 8) + tl.arange(0, 32) // 4
     states_ptr += (b * ((l - 1) // CHUNK) - 1) * (n * d) + channel
-    scratch_ptr += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (
-        CHUNK // TILE * n * 32
-    ) + tl.arange(0, 32)
-    sums_ptr += program * ((n + 2) * d) + channel
-    bias, D = tl.load(bias_ptr + channel)[None, :], tl.load(D_ptr + channel)[None, :]
-    dbias, dD = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
-    q, dA = (), ()
-    for i in tl.static_range(n):
-        dA += (tl.zeros((32,), tl.float32),)
-        if starts_ptr is None:
-            q += (tl.zeros((32,), tl.float32),)
-        else:
-            q += (tl.load(starts_ptr + (program * n + i) * d + channel, mask=stored, other=0.0),)
+    own = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    scratch_ptr += own * (CHUNK // TILE * n * 32) + tl.arange(0, 32)
+    bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
+    D = tl.load(D_ptr + channel, mask=exists, other=0.0)[None, :]
+    q = _load_vectors(starts_ptr, program * (n * d) + channel, exists, d, n)
+    dA, dD, dbias = _load_vectors(None, 0, exists, 0, n), tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
     for j in tl.range(begin, end, CHUNK, num_stages=1):
         first = begin + (end - 1 - begin) // CHUNK * CHUNK - (j - begin)  # chunks from the right
         last = tl.minimum(first + CHUNK, end)
+        known = exists & (channel < tl.where(first > 0, d, 0))  # the row's first state is zero
+        h = _load_vectors(states_ptr, tl.cast(first // CHUNK, tl.int64) * (n * d), known, d, n)
         tl.debug_barrier()
-        h = ()
-        for i in tl.static_range(n):
-            state = states_ptr + tl.cast(first // CHUNK, tl.int64) * (n * d) + i * d
-            h_i = tl.load(state, mask=channel < tl.where(first > 0, d, 0), other=0.0)  # the row's first state is zero
-            tl.store(scratch_ptr + i * 32, h_i)
-            h += (h_i,)
+        _store_vectors(scratch_ptr, h, None, 32, n)
         for t in tl.range(first, last - TILE, TILE, num_stages=1):  # replay: keep the states before each tile
-            delta = _load(delta_ptr, t, last, SIGN * delta_row, TILE).to(tl.float32) + bias
-            u = _load(u_ptr, t, last, SIGN * u_row, TILE).to(tl.float32)
+            valid = exists[None, :] & (tl.arange(0, TILE) < last - t)[:, None]
+            delta = _load(delta_ptr + channel, origin + t, valid, delta_row, TILE).to(tl.float32) + bias
+            u = _load(u_ptr + channel, origin + t, valid, u_row, TILE).to(tl.float32)
             packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
             delta = (_softplus(delta) if SOFTPLUS else delta) * tl.load(packed + 2 * n * TILE)[:, None]
             x = delta * u
-            kept = scratch_ptr + ((t - first) // TILE + 1) * (n * 32)
             ends = ()
             for i in tl.static_range(n):
-                a = tl.exp2(delta * tl.load(A_ptr + i * d + channel)[None, :])
-                h_i = _states(a, x * tl.load(packed + i * TILE)[:, None], h[i], TILE)[2]
-                tl.store(kept + i * 32, h_i)
-                ends += (h_i,)
+                a = tl.exp2(delta * tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :])
+                ends += (_states(a, x * tl.load(packed + i * TILE)[:, None], h[i], TILE)[2],)
             h = ends
+            _store_vectors(scratch_ptr + ((t - first) // TILE + 1) * (n * 32), h, None, 32, n)
         tl.debug_barrier()
         for t_left in tl.range(first, last, TILE, num_stages=1):  # and back
             t = first + (last - 1 - first) // TILE * TILE - (t_left - first)
+            valid = exists[None, :] & (tl.arange(0, TILE) < last - t)[:, None]
+            rho = _load(delta_ptr + channel, origin + t, valid, delta_row, TILE).to(tl.float32) + bias
+            u = _load(u_ptr + channel, origin + t, valid, u_row, TILE).to(tl.float32)
+            dy = _load(dy_ptr + channel, origin + t, valid, dy_row, TILE).to(tl.float32)
             packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
-            dBC = dBC_ptr + t // TILE * (n * 8)
             real = tl.load(packed + 2 * n * TILE)[:, None]
-            rho = _load(delta_ptr, t, last, SIGN * delta_row, TILE).to(tl.float32) + bias
-            u = _load(u_ptr, t, last, SIGN * u_row, TILE).to(tl.float32)
-            dy = _load(dy_ptr, t, last, SIGN * dy_row, TILE).to(tl.float32) * real
-            if d % 32:
-                dy = tl.where(stored[None, :], dy, 0.0)  # a clamped channel must not count twice
-            delta = (_softplus(rho) if SOFTPLUS else rho) * real
-            x, y = delta * u, D * u
+            delta, dy = (_softplus(rho) if SOFTPLUS else rho) * real, dy * real
             dstate = dy  # of Σ C h + D u
             if z_ptr is not None:
-                z = _load(z_ptr + origin * z_row + channel, t, last, SIGN * z_row, TILE).to(tl.float32)
+                z = _load(z_ptr + channel, origin + t, valid, z_row, TILE).to(tl.float32)
                 gate = _sigmoid(z)
                 dstate = dy * z * gate
-            dx, ddelta = tl.zeros_like(u), tl.zeros_like(u)
+            x, y, dx, ddelta = delta * u, D * u, tl.zeros_like(u), tl.zeros_like(u)
             before, more_dA = (), ()
             for i in tl.static_range(n):
                 B, C = tl.load(packed + i * TILE)[:, None], tl.load(packed + (n + i) * TILE)[:, None]
-                A = tl.load(A_ptr + i * d + channel)[None, :]
-                a = tl.exp2(delta * A)
-                start = tl.load(scratch_ptr + (t - first) // TILE * (n * 32) + i * 32)
+                A = tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :]
+                a, start = tl.exp2(delta * A), tl.load(scratch_ptr + (t - first) // TILE * (n * 32) + i * 32)
                 states, previous, _ = _states(a, x * B, start, TILE)
                 g, all_q, q_i = _adjoints(a, dstate * C, q[i], TILE)
                 y += states * C
                 dx += g * B
                 w = all_q * previous
                 ddelta += w * A
-                more_dA += (dA[i] + tl.sum(w * delta, 0),)
-                tl.store(dBC + i * 8, _channel_sums(g * x, states * dstate))
+                tl.store(dBC_ptr + t // TILE * (n * 8) + i * 8, _channel_sums(g * x, states * dstate))
                 before += (q_i,)
+                more_dA += (dA[i] + tl.sum(w * delta, 0),)
             q, dA = before, more_dA
             ddelta = (ddelta * LN2 + u * dx) * real
             if SOFTPLUS:
                 ddelta *= _sigmoid(rho)
-            dbias += tl.sum(ddelta, 0)
-            dD += tl.sum(dstate * u, 0)
             if z_ptr is not None:
                 dz = dy * y * gate * (1.0 + z * (1.0 - gate))
-                _store(dz_ptr + origin * d + channel, dz, t, last, stored, SIGN * d, TILE)
-            _store(ddelta_ptr + origin * d + channel, ddelta, t, last, stored, SIGN * d, TILE)
-            _store(du_ptr + origin * d + channel, delta * dx + D * dstate, t, last, stored, SIGN * d, TILE)
-    for i in tl.static_range(n):
-        tl.store(sums_ptr + i * d, dA[i], mask=stored)
-    tl.store(sums_ptr + n * d, dD, mask=stored)
-    tl.store(sums_ptr + (n + 1) * d, dbias, mask=stored)
+                _store(dz_ptr + channel, dz, origin + t, valid, SIGN * d, TILE)
+            _store(ddelta_ptr + channel, ddelta, origin + t, valid, SIGN * d, TILE)
+            _store(du_ptr + channel, delta * dx + D * dstate, origin + t, valid, SIGN * d, TILE)
+            dbias += tl.sum(ddelta, 0)
+            dD += tl.sum(dstate * u, 0)
+    dA += (dD, dbias)
+    _store_vectors(sums_ptr + program * ((n + 2) * d) + channel, dA, exists, d, n + 2)
 
 
 def _chunk(b: int, l: int, d: int, n: int) -> int:
@@ -1102,14 +1083,14 @@ def _segment(b: int, l: int, blocks: int, chunk: int, device: torch.device) -> i
     return chunk * math.ceil(l / (chunk * (12 * processors // max(1, b * blocks))))
 
 
-def _rows(**tensors: Tensor | None) -> dict:
-    """Kernel arguments for (b, l, d) tensors: name_ptr, and name_row, from one row of d channels to the next."""
+def _rows(SIGN: int, **tensors: Tensor | None) -> dict:
+    """Kernel arguments for (b, l, d) tensors: name_ptr, and name_row, from a step's row of channels to the next's."""
     arguments = {}
     for name, x in tensors.items():
         if x is not None:
             x = x.reshape(-1, x.shape[-1])  # a view, where there can be one
             x = x if x.stride(1) == 1 else x.contiguous()
-        arguments |= {f"{name}_ptr": x, f"{name}_row": 0 if x is None else x.stride(0)}
+        arguments |= {f"{name}_ptr": x, f"{name}_row": 0 if x is None else SIGN * x.stride(0)}
     return arguments
 
 
@@ -1130,8 +1111,8 @@ def _starts(v, delta, z, packed, A, bias, segment, ADJOINT, **options):
         return None
     starts, sums = A.new_empty(b, segments, n, d), A.new_empty(b, segments, d)
     _ends[(b * triton.cdiv(d, 32), segments)](
-        **_rows(v=v, delta=delta, z=z), packed_ptr=packed, A_ptr=A, bias_ptr=bias, ends_ptr=starts, sums_ptr=sums,
-        l=l, segment=segment, ADJOINT=ADJOINT, **options,
+        **_rows(options["SIGN"], v=v, delta=delta, z=z), packed_ptr=packed, A_ptr=A, bias_ptr=bias, ends_ptr=starts,
+        sums_ptr=sums, l=l, segment=segment, ADJOINT=ADJOINT, **options,
     )  # fmt: skip
     _carry[(b * triton.cdiv(n * d, 32),)](starts, sums, A, segments, d=d, n=n, ADJOINT=ADJOINT, TILE=8, num_warps=1)
     return starts
@@ -1153,8 +1134,9 @@ def _scan_triton(
         packed = _pack_tiles(B, C, mask, reverse, TILE=8)
         starts = _starts(u, delta, None, packed, A, bias, segment, ADJOINT=False, **options)
         _outputs[(b * blocks, triton.cdiv(l, segment))](
-            **_rows(u=u, delta=delta, z=z), packed_ptr=packed, A_ptr=A, D_ptr=D, bias_ptr=bias, starts_ptr=starts,
-            states_ptr=states if keep else None, y_ptr=y, l=l, segment=segment, CHUNK=chunk, **options,
+            **_rows(options["SIGN"], u=u, delta=delta, z=z), packed_ptr=packed, A_ptr=A, D_ptr=D, bias_ptr=bias,
+            starts_ptr=starts, states_ptr=states if keep else None, y_ptr=y, l=l, segment=segment, CHUNK=chunk,
+            **options,
         )  # fmt: skip
     return y, states
 
@@ -1167,7 +1149,6 @@ def _scan_triton_backward(
     """The gradients of u, delta, A, B, C, D, z and bias; z's is empty where there is no z."""
     (b, l, d), n = u.shape, A.shape[1]
     A_, D_, bias_ = A.float().contiguous(), D.float().contiguous(), bias.float().contiguous()
-    rows = _rows(dy=dy, u=u, delta=delta, z=z)
     blocks, tiles = triton.cdiv(d, 32), triton.cdiv(l, 4)
     segment = _segment(b, l, blocks, chunk, u.device)
     segments = triton.cdiv(l, segment)
@@ -1179,9 +1160,10 @@ def _scan_triton_backward(
         packed = _pack_tiles(B, C, mask, reverse, TILE=4)
         starts = _starts(dy, delta, z, packed, A_, bias_, segment, ADJOINT=True, **options)
         _gradients[(b * blocks, segments)](
-            **rows, packed_ptr=packed, A_ptr=(A_.T / math.log(2)).contiguous(), D_ptr=D_, bias_ptr=bias_,
-            states_ptr=states, starts_ptr=starts, scratch_ptr=scratch, du_ptr=du, ddelta_ptr=ddelta, dz_ptr=dz,
-            dBC_ptr=dBC, sums_ptr=sums, l=l, segment=segment, CHUNK=chunk, **options,
+            **_rows(options["SIGN"], dy=dy, u=u, delta=delta, z=z), packed_ptr=packed,
+            A_ptr=(A_.T / math.log(2)).contiguous(), D_ptr=D_, bias_ptr=bias_, states_ptr=states, starts_ptr=starts,
+            scratch_ptr=scratch, du_ptr=du, ddelta_ptr=ddelta, dz_ptr=dz, dBC_ptr=dBC, sums_ptr=sums,
+            l=l, segment=segment, CHUNK=chunk, **options,
         )  # fmt: skip
     dBC = dBC.sum(1).permute(3, 0, 1, 4, 2).reshape(2, b, 4 * tiles, n)[:, :, :l]
     dB, dC = dBC.flip(2) if reverse else dBC

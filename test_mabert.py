@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -454,6 +455,33 @@ def test_kernels_in_a_compiled_model(model_class):
         outputs.append([y, *torch.autograd.grad(y.square().sum(), [*model.parameters()], allow_unused=True)])
     for compiled, eager in zip(*outputs):
         assert compiled is eager is None or relative(compiled, eager) < 1e-5
+
+
+@pytest.mark.parametrize("b, l", [(1, 1), (1, 512), (1, 4096), (1, 16384), (3, 1000), (11, 4096), (32, 128)])
+def test_segments_fill_a_gpu_and_are_whole_chunks(b, l, monkeypatch):
+    processors, blocks, chunk = 132, 48, mabert._chunk(b, l, 1536, 16)
+    properties = types.SimpleNamespace(multi_processor_count=processors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    segment = mabert._segment(b, l, blocks, chunk, torch.device("cuda"))
+    assert segment == l or segment % chunk == 0
+    warps = b * blocks * -(-l // segment)
+    assert segment in (l, chunk) or processors * 6 <= warps <= processors * 12
+    assert segment == l or b * blocks < 4 * processors
+
+
+@pytest.mark.parametrize("without_triton", [False, True])
+def test_backends_that_cannot_run_are_refused(without_triton):
+    code = (
+        f"import sys; sys.modules.update({{'triton': None}} if {without_triton} else {{}})\n"
+        "import torch; from mabert import selective_scan\n"
+        "x, A = torch.ones(1, 3, 2), -torch.ones(2, 2)\n"
+        "print(selective_scan(x, x, A, x, x).shape); selective_scan(x, x, A, x, x, backend='triton')"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "torch.Size([1, 3, 2])\n"
+    reason = "the package triton is not installed" if without_triton or not mabert.triton else "it needs a GPU"
+    assert f"RuntimeError: backend='triton' cannot run here: {reason}" in result.stderr
 
 
 @interpreted
