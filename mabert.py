@@ -603,13 +603,13 @@ class MaBERTForSequenceClassification(PretrainedModel):
 
 # ---- A loop ----
 
-CHUNK = 16  # steps. One state kept per chunk takes l / 16 · n · d numbers a row: with n = 16, as many as u
+LOOP_CHUNK = 16  # steps. One state kept per chunk takes l / 16 · n · d numbers a row: with n = 16, as many as u
 
 
 def _chunks(*tensors):
     """The chunks' slices, and the tensors cut to them, time first."""
-    for t in range(0, tensors[0].shape[1], CHUNK):
-        s = slice(t, t + CHUNK)
+    for t in range(0, tensors[0].shape[1], LOOP_CHUNK):
+        s = slice(t, t + LOOP_CHUNK)
         yield s, *(tensor[:, s].transpose(0, 1) for tensor in tensors)  # each (steps, b, ...)
 
 
@@ -684,7 +684,7 @@ def _empty_like(tensor):
 @_scan_loop.register_fake
 def _(delta, x, A, B, C):
     (b, l, d), n = x.shape, A.shape[1]
-    return _empty_like(x), x.new_empty(-(-l // CHUNK), b, n, d)
+    return _empty_like(x), x.new_empty(-(-l // LOOP_CHUNK), b, n, d)
 
 
 @_scan_loop_backward.register_fake
@@ -706,24 +706,33 @@ _scan_loop.register_autograd(_backward, setup_context=_setup_context)
 
 # ---- The same in Triton ----
 #
-# A program is one warp. It has 32 channels, one to a lane, and goes through time in tiles of TILE steps with the n
-# states of its channels in registers. A tile's steps lie in one thread, so the recurrence needs no exchange between
-# threads. Mask, softplus, D and z are part of the kernels. Where rows × blocks of channels are too few programs to fill
-# the GPU, time is cut into segments that run in parallel, in three phases: `_ends` finds where each segment ends that
-# starts from zero, `_carry` makes start states of these (a segment decays a state by exp(A Σ Δ)), and the main kernel
-# starts from them. That is `_outputs` forward. Backward it is `_gradients`, which takes chunks of CHUNK steps from the
-# right, replays each from the state that the forward pass kept at its start, and goes back over it (formulas at
-# _scan_loop_backward, with q_t for a_t g_t). No atomic adds: the same inputs give the same bits.
+# A program of the main kernels is one warp. It has 32 channels, one to a lane, and goes through time in tiles of TILE
+# steps with the n states of its channels in registers. A tile's steps lie in one thread, so the recurrence needs no
+# exchange between threads. Mask, softplus, D and z are part of the kernels. As many registers as there are give tiles
+# of 8 steps forward and 4 backward.
 #
-# In memory u, delta, z, dy are rows of channels, *_row apart from step to step; with `reverse` that is negative, and so
-# is SIGN. packed has what all channels share, (b, tiles, 2 n + 1, TILE) in float32: B, C and the mask, in the scan's
-# order of time.
+# Where rows × blocks of channels are too few programs to fill the GPU, time is cut into segments that run in parallel,
+# in three phases: `_ends` finds where each segment ends that starts from zero, `_carry` makes start states of these (a
+# segment decays a state by exp(A Σ Δ)), and the main kernel starts from them. That is `_outputs` forward. Backward it
+# is `_gradients`, which takes chunks from the right, replays each from the state that the forward pass kept at its
+# start, and goes back over it (formulas at _scan_loop_backward, with q_t for a_t g_t). A segment is whole chunks, a
+# chunk whole tiles; only the row's last may be cut off by l. Nothing is added atomically: the same call gives the same
+# bits.
+#
+# In memory u, delta, z, dy are rows of channels, *_row apart from step to step (negative with `reverse`); outputs are
+# contiguous, d apart, times SIGN, which is −1 with `reverse`. Between the kernels, all float32, time as the scan goes:
+#     packed   (b, tiles, 2 n + 1, TILE)    _pack, for all       B, C and the mask of a tile, which all channels share
+#     starts   (b, segments, n, d)          _ends and _carry     what segments end in, then their start states, or q
+#     kept     (b, chunks − 1, n, d)        _outputs             the states that all chunks but the first start from
+#     scratch  (programs, tiles, n, 32)     _gradients           the states before each tile of the chunk in work
+#     parts    (b, segments, n + 2, d)      _gradients           gradients of A, D and delta_bias, by segment
+#     dBC      (b, blocks, tiles, n, 2, 4)  _gradients           gradients of B and C, by block of channels
 #
 # What their machine code taught (bench.py scan --static reads it):
 # - `tl.multiple_of` on a tile's pointers makes Triton put all its rows into one thread; then picking a row and writing
 #   one with tl.where are free
-# - loads come a tile ahead of their use; a barrier every 8 states keeps the compiler from loading all of B and C at
-#   once, for which there are no registers
+# - in the forward pass u and delta come a tile ahead of their use, and a barrier every 8 states keeps the compiler from
+#   loading all of B and C at once, for which there are no registers
 # - exp2 and rsqrt are one instruction each; exp, log and a division are several
 # - `tl.sum` over channels shuffles each sum five times; `_channel_sums` shuffles each about once
 
@@ -734,6 +743,7 @@ LN2 = constexpr(math.log(2))
 
 
 def jit(function):
+    """triton.jit, where there is Triton; one compilation serves all lengths."""
     return triton.jit(function, do_not_specialize=["l", "segment", "segments"]) if triton else function
 
 
@@ -745,7 +755,8 @@ def _sigmoid(x):
 
 @jit
 def _softplus(x):
-    """max(x, 0) + log(1 + e), e = exp(−|x|); as log(1 + e) = 2 artanh(e / (2 + e)) it is accurate for tiny e too."""
+    """max(x, 0) + log(1 + e), e = exp(−|x|); as log(1 + e) = 2 artanh(e / (2 + e)) it is accurate for tiny e too. The
+    last coefficient of the series makes up for those left out."""
     e = tl.exp2(tl.abs(x) * -LOG2E)
     r = tl.rsqrt(2.0 + e)
     s = e * (r * r)
@@ -755,8 +766,8 @@ def _softplus(x):
 
 @jit
 def _place(l, segment, d: constexpr, SIGN: constexpr):
-    """Where a program works: row of the batch, row × segment, channels and which of them exist, the segment's first
-    step and its end, and the row of memory (times SIGN) that is step 0."""
+    """Where a program works: row b of the batch, index in (b, segments), channels and which of them exist, the
+    segment's first step and its end, and the row of memory (times SIGN) that is step 0."""
     b, channel = tl.program_id(0) // tl.cdiv(d, 32), tl.program_id(0) % tl.cdiv(d, 32) * 32 + tl.arange(0, 32)
     b = b.to(tl.int64)
     exists = channel < d if d % 32 else tl.full((32,), True, tl.int1)
@@ -802,7 +813,7 @@ def _store_vectors(ptr, h, exists, STRIDE: constexpr, n: constexpr):
 
 @jit
 def _row(x, k, i):
-    """Row i of a tile. As integers, zeros add nothing for the compiler too, and this costs nothing."""
+    """Row i of a tile. It costs nothing: an integer + 0 may be left out, which the compiler may not do with x + 0.0."""
     return tl.sum(tl.where((k == i)[:, None], x.to(tl.int32, bitcast=True), 0), 0).to(tl.float32, bitcast=True)
 
 
@@ -874,18 +885,16 @@ def _pack(
 
 @jit
 def _ends(
-    v_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, bias_ptr, ends_ptr, sums_ptr, l, segment,
+    v_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, bias_ptr, ends_ptr, delta_sums_ptr, l, segment,
     d: constexpr, n: constexpr, v_row: constexpr, delta_row: constexpr, z_row: constexpr,
     SOFTPLUS: constexpr, SIGN: constexpr, ADJOINT: constexpr, TILE: constexpr,
 ):  # fmt: skip
-    """Where each segment ends that starts from zero, (b, segments, n, d), and its Σ Δ, (b, segments, d).
-
-    With v = u, the last state; with v = dy and ADJOINT, on the way back, the first q.
-    """
-    b, program, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
+    """Where each segment ends that starts from zero, (b, segments, n, d), and its Σ Δ, (b, segments, d): with v = u,
+    the last state; with v = dy and ADJOINT, on the way back, the first q."""
+    b, row_segment, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
     packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
     A, h = _load_vectors(A_ptr, channel * n, exists, 1, n), _load_vectors(None, 0, exists, 0, n)
-    bias, sums = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :], tl.zeros((32,), tl.float32)
+    bias, delta_sums = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :], tl.zeros((32,), tl.float32)
     t = (end - 1) // TILE * TILE if ADJOINT else begin
     valid = exists[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
     next_v = _load(v_ptr + channel, origin + t, valid, v_row, TILE)
@@ -902,24 +911,24 @@ def _ends(
         next_delta = _load(delta_ptr + channel, origin + t, valid, delta_row, TILE)
         real = tl.load(packed + 2 * n * TILE)[:, None]
         delta = (_softplus(delta) if SOFTPLUS else delta) * real
-        sums += tl.sum(delta, 0)
+        delta_sums += tl.sum(delta, 0)
         v *= real if ADJOINT else delta
-        ends = ()
+        new_h = ()
         for i in tl.static_range(n):
             if i % 8 == 0:
                 tl.debug_barrier()
             a = tl.exp2(delta * (A[i] * LOG2E)[None, :])
             if ADJOINT:
-                ends += (_adjoints(a, v * tl.load(packed + (n + i) * TILE)[:, None], h[i], TILE)[2],)
+                new_h += (_adjoints(a, v * tl.load(packed + (n + i) * TILE)[:, None], h[i], TILE)[2],)
             else:
-                ends += (_states(a, v * tl.load(packed + i * TILE)[:, None], h[i], TILE)[2],)
-        h = ends
-    _store_vectors(ends_ptr + program * (n * d) + channel, h, exists, d, n)
-    tl.store(sums_ptr + program * d + channel, sums, mask=exists)
+                new_h += (_states(a, v * tl.load(packed + i * TILE)[:, None], h[i], TILE)[2],)
+        h = new_h
+    _store_vectors(ends_ptr + row_segment * (n * d) + channel, h, exists, d, n)
+    tl.store(delta_sums_ptr + row_segment * d + channel, delta_sums, mask=exists)
 
 
 @jit
-def _carry(ends_ptr, sums_ptr, A_ptr, segments, d: constexpr, n: constexpr, ADJOINT: constexpr, TILE: constexpr):
+def _carry(ends_ptr, delta_sums_ptr, A_ptr, segments, d: constexpr, n: constexpr, ADJOINT: constexpr, TILE: constexpr):
     """Segments' ends to their starts, in place: h = exp(A Σ Δ) h + end, from the left, or with ADJOINT the right."""
     j = tl.program_id(0) % tl.cdiv(n * d, 32) * 32 + tl.arange(0, 32)  # of n d
     exists = j < n * d if n * d % 32 else tl.full((32,), True, tl.int1)
@@ -929,7 +938,7 @@ def _carry(ends_ptr, sums_ptr, A_ptr, segments, d: constexpr, n: constexpr, ADJO
     h = tl.zeros((32,), tl.float32)
     for s in tl.range(0, segments, TILE, num_stages=1):
         valid = exists[None, :] & (tl.arange(0, TILE) < segments - s)[:, None]
-        a = tl.exp2(A * _load(sums_ptr + j % d, row + s, valid, SIGN * d, TILE))
+        a = tl.exp2(A * _load(delta_sums_ptr + j % d, row + s, valid, SIGN * d, TILE))
         ends = _load(ends_ptr + j, row + s, valid, SIGN * n * d, TILE)
         _, starts, h = _states(a, ends, h, TILE)
         _store(ends_ptr + j, starts, row + s, valid, SIGN * n * d, TILE)
@@ -937,15 +946,15 @@ def _carry(ends_ptr, sums_ptr, A_ptr, segments, d: constexpr, n: constexpr, ADJO
 
 @jit
 def _outputs(
-    u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, starts_ptr, states_ptr, y_ptr, l, segment,
+    u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, starts_ptr, kept_ptr, y_ptr, l, segment,
     d: constexpr, n: constexpr, u_row: constexpr, delta_row: constexpr, z_row: constexpr,
     SOFTPLUS: constexpr, SIGN: constexpr, CHUNK: constexpr, TILE: constexpr,
 ):  # fmt: skip
-    """y; and the state at the start of every chunk but the first, (b, chunks − 1, n, d), if states_ptr is given."""
-    b, program, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
+    """y; and kept, if kept_ptr is given."""
+    b, row_segment, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
     packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
     A = _load_vectors(A_ptr, channel * n, exists, 1, n)
-    h = _load_vectors(starts_ptr, program * (n * d) + channel, exists, d, n)
+    h = _load_vectors(starts_ptr, row_segment * (n * d) + channel, exists, d, n)
     bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
     D = tl.load(D_ptr + channel, mask=exists, other=0.0)[None, :]
     valid = exists[None, :] & (tl.arange(0, TILE) < end - begin)[:, None]
@@ -959,23 +968,23 @@ def _outputs(
         valid = exists[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
         if z_ptr is not None:
             z = _load(z_ptr + channel, origin + t, valid, z_row, TILE)
-        if states_ptr is not None:
+        if kept_ptr is not None:
             if t % CHUNK == 0 and t > 0:
-                states = states_ptr + (b * ((l - 1) // CHUNK) + t // CHUNK - 1) * (n * d) + channel
-                _store_vectors(states, h, exists, d, n)
+                kept = kept_ptr + (b * ((l - 1) // CHUNK) + t // CHUNK - 1) * (n * d) + channel
+                _store_vectors(kept, h, exists, d, n)
         packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
         real = tl.load(packed + 2 * n * TILE)[:, None]
         delta = (_softplus(delta) if SOFTPLUS else delta) * real
         x, y = delta * u, D * u
-        ends = ()
+        new_h = ()
         for i in tl.static_range(n):
             if i % 8 == 0:
                 tl.debug_barrier()
             B, C = tl.load(packed + i * TILE)[:, None], tl.load(packed + (n + i) * TILE)[:, None]
             states, _, h_i = _states(tl.exp2(delta * (A[i] * LOG2E)[None, :]), x * B, h[i], TILE)
             y += states * C
-            ends += (h_i,)
-        h = ends
+            new_h += (h_i,)
+        h = new_h
         if z_ptr is not None:
             z = z.to(tl.float32)
             y *= z * _sigmoid(z)
@@ -984,31 +993,31 @@ def _outputs(
 
 @jit
 def _gradients(
-    dy_ptr, u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, states_ptr, starts_ptr,
-    scratch_ptr, du_ptr, ddelta_ptr, dz_ptr, dBC_ptr, sums_ptr, l, segment,
+    dy_ptr, u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, kept_ptr, starts_ptr,
+    scratch_ptr, du_ptr, ddelta_ptr, dz_ptr, dBC_ptr, parts_ptr, l, segment,
     d: constexpr, n: constexpr, dy_row: constexpr, u_row: constexpr, delta_row: constexpr, z_row: constexpr,
     SOFTPLUS: constexpr, SIGN: constexpr, CHUNK: constexpr, TILE: constexpr,
 ):  # fmt: skip
-    """The gradients of u, delta and z, and each program's part of the others'.
-
-    A is (n, d) here, and times log2 e. starts: q beyond each segment's end, or None for one segment. sums (b, segments,
-    n + 2, d): of A, D and delta_bias. dBC (b, blocks, tiles, n, 2, 4): of B and C, summed over a program's channels.
-    """
-    b, program, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
+    """The gradients of u, delta and z, and each program's part of the others'. For each chunk from the right: replay
+    it from the state kept at its start, writing the state before each tile to scratch; then, tile by tile from the
+    right, all its states again, and g and q with them. A is (n, d) here, and times log2 e; starts are of q, or None."""
+    b, row_segment, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
     packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
     dBC_ptr += tl.program_id(0).to(tl.int64) * tl.cdiv(l, TILE) * (n * 8) + tl.arange(0, 32) // 4
-    states_ptr += (b * ((l - 1) // CHUNK) - 1) * (n * d) + channel
+    kept_ptr += (b * ((l - 1) // CHUNK) - 1) * (n * d) + channel
     own = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     scratch_ptr += own * (CHUNK // TILE * n * 32) + tl.arange(0, 32)
     bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
     D = tl.load(D_ptr + channel, mask=exists, other=0.0)[None, :]
-    q = _load_vectors(starts_ptr, program * (n * d) + channel, exists, d, n)
+    q = _load_vectors(starts_ptr, row_segment * (n * d) + channel, exists, d, n)
     dA, dD, dbias = _load_vectors(None, 0, exists, 0, n), tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
     for j in tl.range(begin, end, CHUNK, num_stages=1):
         first = begin + (end - 1 - begin) // CHUNK * CHUNK - (j - begin)  # chunks from the right
         last = tl.minimum(first + CHUNK, end)
-        known = exists & (channel < tl.where(first > 0, d, 0))  # the row's first state is zero
-        h = _load_vectors(states_ptr, tl.cast(first // CHUNK, tl.int64) * (n * d), known, d, n)
+        known = exists & (
+            channel < tl.where(first > 0, d, 0)
+        )  # the row's first state is zero (a block & a scalar is an integer)
+        h = _load_vectors(kept_ptr, tl.cast(first // CHUNK, tl.int64) * (n * d), known, d, n)
         tl.debug_barrier()
         _store_vectors(scratch_ptr, h, None, 32, n)
         for t in tl.range(first, last - TILE, TILE, num_stages=1):  # replay: keep the states before each tile
@@ -1018,29 +1027,29 @@ def _gradients(
             packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
             delta = (_softplus(delta) if SOFTPLUS else delta) * tl.load(packed + 2 * n * TILE)[:, None]
             x = delta * u
-            ends = ()
+            new_h = ()
             for i in tl.static_range(n):
                 a = tl.exp2(delta * tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :])
-                ends += (_states(a, x * tl.load(packed + i * TILE)[:, None], h[i], TILE)[2],)
-            h = ends
+                new_h += (_states(a, x * tl.load(packed + i * TILE)[:, None], h[i], TILE)[2],)
+            h = new_h
             _store_vectors(scratch_ptr + ((t - first) // TILE + 1) * (n * 32), h, None, 32, n)
         tl.debug_barrier()
         for t_left in tl.range(first, last, TILE, num_stages=1):  # and back
             t = first + (last - 1 - first) // TILE * TILE - (t_left - first)
             valid = exists[None, :] & (tl.arange(0, TILE) < last - t)[:, None]
-            rho = _load(delta_ptr + channel, origin + t, valid, delta_row, TILE).to(tl.float32) + bias
+            raw = _load(delta_ptr + channel, origin + t, valid, delta_row, TILE).to(tl.float32) + bias
             u = _load(u_ptr + channel, origin + t, valid, u_row, TILE).to(tl.float32)
             dy = _load(dy_ptr + channel, origin + t, valid, dy_row, TILE).to(tl.float32)
             packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
             real = tl.load(packed + 2 * n * TILE)[:, None]
-            delta, dy = (_softplus(rho) if SOFTPLUS else rho) * real, dy * real
+            delta, dy = (_softplus(raw) if SOFTPLUS else raw) * real, dy * real
             dstate = dy  # of Σ C h + D u
             if z_ptr is not None:
                 z = _load(z_ptr + channel, origin + t, valid, z_row, TILE).to(tl.float32)
                 gate = _sigmoid(z)
                 dstate = dy * z * gate
             x, y, dx, ddelta = delta * u, D * u, tl.zeros_like(u), tl.zeros_like(u)
-            before, more_dA = (), ()
+            new_q, new_dA = (), ()
             for i in tl.static_range(n):
                 B, C = tl.load(packed + i * TILE)[:, None], tl.load(packed + (n + i) * TILE)[:, None]
                 A = tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :]
@@ -1052,12 +1061,12 @@ def _gradients(
                 w = all_q * previous
                 ddelta += w * A
                 tl.store(dBC_ptr + t // TILE * (n * 8) + i * 8, _channel_sums(g * x, states * dstate))
-                before += (q_i,)
-                more_dA += (dA[i] + tl.sum(w * delta, 0),)
-            q, dA = before, more_dA
+                new_q += (q_i,)
+                new_dA += (dA[i] + tl.sum(w * delta, 0),)
+            q, dA = new_q, new_dA
             ddelta = (ddelta * LN2 + u * dx) * real
             if SOFTPLUS:
-                ddelta *= _sigmoid(rho)
+                ddelta *= _sigmoid(raw)
             if z_ptr is not None:
                 dz = dy * y * gate * (1.0 + z * (1.0 - gate))
                 _store(dz_ptr + channel, dz, origin + t, valid, SIGN * d, TILE)
@@ -1066,17 +1075,18 @@ def _gradients(
             dbias += tl.sum(ddelta, 0)
             dD += tl.sum(dstate * u, 0)
     dA += (dD, dbias)
-    _store_vectors(sums_ptr + program * ((n + 2) * d) + channel, dA, exists, d, n + 2)
+    _store_vectors(parts_ptr + row_segment * ((n + 2) * d) + channel, dA, exists, d, n + 2)
 
 
 def _chunk(b: int, l: int, d: int, n: int) -> int:
-    """Steps between the states that are kept for the backward pass; together these are no larger than the inputs."""
+    """Steps between the states that are kept for the backward pass: a power of 2, 16 at least and n at least, so that
+    the states are no more numbers than u, and in float32 no more bytes than u and delta in half precision."""
     return max(16 if b * l * d < 2**22 else 64, 1 << (n - 1).bit_length())
 
 
 def _segment(b: int, l: int, blocks: int, chunk: int, device: torch.device) -> int:
-    """Steps in a segment: l where rows × blocks of channels give each scheduler of the GPU a warp (a multiprocessor has
-    four schedulers), else the number of chunks that gives each about three."""
+    """Steps in a segment: all l where rows × blocks of channels give a warp to each scheduler of the GPU (there are
+    four to a multiprocessor), and on a CPU; else whole chunks, about three warps to a scheduler."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
     if b * blocks >= 4 * processors:
         return l
@@ -1112,7 +1122,7 @@ def _starts(v, delta, z, packed, A, bias, segment, ADJOINT, **options):
     starts, sums = A.new_empty(b, segments, n, d), A.new_empty(b, segments, d)
     _ends[(b * triton.cdiv(d, 32), segments)](
         **_rows(options["SIGN"], v=v, delta=delta, z=z), packed_ptr=packed, A_ptr=A, bias_ptr=bias, ends_ptr=starts,
-        sums_ptr=sums, l=l, segment=segment, ADJOINT=ADJOINT, **options,
+        delta_sums_ptr=sums, l=l, segment=segment, ADJOINT=ADJOINT, **options,
     )  # fmt: skip
     _carry[(b * triton.cdiv(n * d, 32),)](starts, sums, A, segments, d=d, n=n, ADJOINT=ADJOINT, TILE=8, num_warps=1)
     return starts
@@ -1135,7 +1145,7 @@ def _scan_triton(
         starts = _starts(u, delta, None, packed, A, bias, segment, ADJOINT=False, **options)
         _outputs[(b * blocks, triton.cdiv(l, segment))](
             **_rows(options["SIGN"], u=u, delta=delta, z=z), packed_ptr=packed, A_ptr=A, D_ptr=D, bias_ptr=bias,
-            starts_ptr=starts, states_ptr=states if keep else None, y_ptr=y, l=l, segment=segment, CHUNK=chunk,
+            starts_ptr=starts, kept_ptr=states if keep else None, y_ptr=y, l=l, segment=segment, CHUNK=chunk,
             **options,
         )  # fmt: skip
     return y, states
@@ -1153,7 +1163,7 @@ def _scan_triton_backward(
     segment = _segment(b, l, blocks, chunk, u.device)
     segments = triton.cdiv(l, segment)
     du, ddelta, dz = _empty_like(u), _empty_like(delta), u.new_empty(0) if z is None else _empty_like(z)
-    dBC, sums = A_.new_empty(b, blocks, tiles, n, 2, 4), A_.new_empty(b, segments, n + 2, d)
+    dBC, parts = A_.new_empty(b, blocks, tiles, n, 2, 4), A_.new_empty(b, segments, n + 2, d)
     scratch = A_.new_empty(b * blocks * segments * (chunk // 4) * n * 32)
     options = dict(d=d, n=n, SOFTPLUS=softplus, SIGN=-1 if reverse else 1, TILE=4, num_warps=1, enable_fp_fusion=True)
     with torch.cuda.device_of(u):
@@ -1161,13 +1171,13 @@ def _scan_triton_backward(
         starts = _starts(dy, delta, z, packed, A_, bias_, segment, ADJOINT=True, **options)
         _gradients[(b * blocks, segments)](
             **_rows(options["SIGN"], dy=dy, u=u, delta=delta, z=z), packed_ptr=packed,
-            A_ptr=(A_.T / math.log(2)).contiguous(), D_ptr=D_, bias_ptr=bias_, states_ptr=states, starts_ptr=starts,
-            scratch_ptr=scratch, du_ptr=du, ddelta_ptr=ddelta, dz_ptr=dz, dBC_ptr=dBC, sums_ptr=sums,
+            A_ptr=(A_.T / math.log(2)).contiguous(), D_ptr=D_, bias_ptr=bias_, kept_ptr=states, starts_ptr=starts,
+            scratch_ptr=scratch, du_ptr=du, ddelta_ptr=ddelta, dz_ptr=dz, dBC_ptr=dBC, parts_ptr=parts,
             l=l, segment=segment, CHUNK=chunk, **options,
         )  # fmt: skip
     dBC = dBC.sum(1).permute(3, 0, 1, 4, 2).reshape(2, b, 4 * tiles, n)[:, :, :l]
     dB, dC = dBC.flip(2) if reverse else dBC
-    dA, dD, dbias = sums.sum((0, 1)).split((n, 1, 1))
+    dA, dD, dbias = parts.sum((0, 1)).split((n, 1, 1))
     copies = (_empty_like(x).copy_(dx) for x, dx in ((A, dA.T), (B, dB), (C, dC), (D, dD[0]), (bias, dbias[0])))
     dA, dB, dC, dD, dbias = copies
     return du, ddelta, dA, dB, dC, dD, dz, dbias
@@ -1195,8 +1205,9 @@ def _setup_triton_context(ctx, inputs, output):
 def _triton_backward(ctx, dy, _):
     if dy is None:
         return (None,) * 14
-    *gradients, dz, dbias = _scan_triton_backward(dy, *ctx.saved_tensors, ctx.softplus, ctx.reverse, ctx.chunk)
-    return *gradients, dz if ctx.saved_tensors[7] is not None else None, dbias, *(None,) * 6
+    gradients = _scan_triton_backward(dy, *ctx.saved_tensors, ctx.softplus, ctx.reverse, ctx.chunk)
+    *of_u_to_D, dz, dbias = gradients
+    return *of_u_to_D, dz if dz.numel() else None, dbias, *(None,) * 6  # none for mask ... dtype
 
 
 _scan_triton.register_autograd(_triton_backward, setup_context=_setup_triton_context)
@@ -1207,15 +1218,14 @@ def _no_triton(u: Tensor) -> str | None:
     if triton is None:
         return "the package triton is not installed"
     if not u.is_cuda and not INTERPRETED:
-        return (
-            f"it needs a GPU, and u is on {u.device} (for tests, TRITON_INTERPRET=1 in the environment runs it there)"
-        )
+        return f"it needs a GPU, and u is on {u.device} (TRITON_INTERPRET=1, set before Python starts, runs it, slowly)"
     if u.dtype == torch.float64:
         return "its arithmetic is in float32, and u is float64"
 
 
 def _selective_scan_triton(u, delta, A, B, C, D, z, bias, softplus, mask, reverse):
-    """Groups of 16 states: a thread has no registers for more. SiLU(z) gates a sum, so it may gate each part of it."""
+    """Groups of 16 states, since a thread has no registers for more. SiLU(z) gates a sum, so it may gate each part of
+    it; y is summed in float32, the gradients of u, delta and z in their dtypes."""
     (b, l, d), n = u.shape, A.shape[1]
     zeros = A.new_zeros(d)
     chunk = _chunk(b, l, d, n)
@@ -1251,8 +1261,11 @@ def selective_scan(
     reverse: the recurrence runs from the right end.
     backend: "triton" (float32 arithmetic, on a GPU), "loop", or None for Triton where it can run and else the loop.
 
-    Raises ValueError for shapes or a mask that do not fit, RuntimeError for a backend that cannot run here.
+    Raises ValueError for shapes or a mask that do not fit (the mask's values are looked at on a CPU only), RuntimeError
+    for a backend that cannot run here. Gradients of gradients are not implemented.
     """
+    if not u.is_floating_point():
+        raise ValueError(f"u is {u.dtype}; it must be floating-point")
     if u.dim() != 3 or u.shape[1] == 0:
         raise ValueError(f"u has shape {tuple(u.shape)}; it must be (batch, length, d) with a length of at least 1")
     (b, l, d), n = u.shape, A.shape[-1]
@@ -1261,7 +1274,8 @@ def selective_scan(
     given = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
     for name, tensor in given.items():
         if tensor is not None and tensor.shape != expected[name]:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with u {(b, l, d)} it must be {expected[name]}")
+            told = f"with u (batch, length, d) {(b, l, d)} it must be {expected[name]}"
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {told}")
     if backend not in SCAN_BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {SCAN_BACKENDS}")
     mask = check_mask(mask, (b, l))
