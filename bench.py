@@ -10,7 +10,8 @@ Keep a table with a redirection: python bench.py drift > results/drift.md
 import argparse
 import collections
 import concurrent.futures
-import importlib.util
+import contextlib
+import importlib.metadata
 import itertools
 import os
 import platform
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train_mlm.py
 
@@ -40,13 +42,20 @@ def header() -> str:
         model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
         device = f"{model[1] if model else platform.processor() or platform.machine()}, "
         device += f"{torch.get_num_threads()} thread(s)"
-    versions = f"torch {torch.__version__}" + (f", triton {triton.__version__}" if triton else "")
+    versions = f"torch {torch.__version__}"
+    for package in ("triton", "mamba_ssm", "mambapy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions += f", {package} {importlib.metadata.version(package)}"
     command = " ".join(["python", "bench.py", *sys.argv[1:]])
     return f"`{command}` on {device}, {versions}\n"
 
 
+def table_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+    return "\n".join(map(table_row, [head, ["---"] * len(head), *rows]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -92,14 +101,18 @@ def pscan(u, delta, A, B, C, D, z, bias):
     return ((pscan(a, x) @ C.to(x.dtype)[..., None]).squeeze(3) + D * u) * F.silu(z)
 
 
+PACKAGES = {"mamba_ssm": "mamba_ssm.ops.selective_scan_interface", "pscan": "mambapy.pscan"}
+
+
 def contenders(names: list[str]) -> list:
     found = []
     for name in names:
-        package = {"mamba_ssm": "mamba_ssm", "pscan": "mambapy"}.get(name)
-        if package is None or importlib.util.find_spec(package):
+        try:
+            if name in PACKAGES:
+                importlib.import_module(PACKAGES[name])
             found.append(globals()[name])
-        else:
-            print(f"{package} is not installed, and not in the comparison", file=sys.stderr)
+        except ImportError as error:
+            print(f"{name} is not in the comparison: {error}", file=sys.stderr)
     return found
 
 
@@ -173,28 +186,40 @@ def bench_scan_cpu(args):
 
 # On a GPU: device time is that of a CUDA graph's replays, without the gaps between launches; wall time has them.
 
+WARM_UP = 3
 
-def prepare(run, scan, size):
-    """A CUDA graph of a run, its inputs, and the bytes it needs beyond these; None where memory does not suffice."""
+
+class Prepared(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple  # which the graph reads
+    wall_ms: float
+    peak_bytes: int  # beyond the inputs
+
+
+def prepare(run, scan, size, runs) -> Prepared | None:
+    """A CUDA graph of a run, with its wall time and memory without one; None where memory does not suffice."""
     try:
         inputs, dy = scan_inputs(*size, scan, "cuda", torch.bfloat16)
-        stream = torch.cuda.Stream()
+        stream, walls = torch.cuda.Stream(), []
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # capture wants a warm-up beside the default stream
-            run(scan, inputs, dy)
+            for _ in range(WARM_UP):
+                run(scan, inputs, dy)
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            run(scan, inputs, dy)
-            torch.cuda.synchronize()
+            for _ in range(runs):
+                start = time.perf_counter()
+                run(scan, inputs, dy)
+                torch.cuda.synchronize()
+                walls.append((time.perf_counter() - start) * 1e3)
             peak = torch.cuda.max_memory_allocated() - before
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run(scan, inputs, dy)
-        return graph, inputs, dy, peak
+        return Prepared(graph, (inputs, dy), statistics.median(walls), peak)
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
         return None
 
 
@@ -207,12 +232,40 @@ def device_ms(graph) -> float:
     return start.elapsed_time(end)
 
 
-def wall_ms(run, scan, inputs, dy) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run(scan, inputs, dy)
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
+def gpu_cells(run, scans, size, runs) -> dict:
+    """Of each scan the cells of a run: device time with its ratios, wall time, peak memory."""
+    prepared = {}
+    for scan in scans:
+        torch.cuda.empty_cache()
+        prepared[scan] = prepare(run, scan, size, runs)
+    times = {scan: [] for scan in scans if prepared[scan]}
+    for _ in range(WARM_UP + runs):  # the scans take turns
+        for scan in times:
+            times[scan].append(device_ms(prepared[scan].graph))
+    median = {scan: statistics.median(ms[WARM_UP:]) for scan, ms in times.items()}
+    exponentials, memory = bounds_ms(run, *size)
+    cells = {scan: ["out of memory", "", ""] for scan in scans}
+    for scan, ms in median.items():
+        own = f"{ms / median[kernels]:.2f}×, " if kernels in median else ""
+        ratios = f"{own}{ms / exponentials:.1f}× exp., {ms / memory:.1f}× memory"
+        wall, peak = prepared[scan].wall_ms, prepared[scan].peak_bytes / 1e6
+        cells[scan] = [f"{ms:.3f} ({ratios})", f"{wall:.3f}", f"{peak:.0f}"]
+    return cells
+
+
+def check_on_gpu(scans):
+    """Prints how far values and gradients are from the loop in float64, relative to its norm, on inputs in bf16."""
+    size, rows = (2, 300, 256, 16), []
+    inputs, dy = scan_inputs(*size, loop, "cuda", torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = [forward(loop, exact, None), *forward_backward(loop, exact, dy.double())]
+    for scan in scans:
+        inputs, dy = scan_inputs(*size, scan, "cuda", torch.bfloat16)
+        results = [forward(scan, inputs, dy), *forward_backward(scan, inputs, dy)]
+        errors = [((x.double() - exact).norm() / exact.norm()).item() for x, exact in zip(results, expected)]
+        rows.append([scan.__name__, *(f"{error:.0e}" for error in errors)])
+    print(f"Relative error of y and of the gradients at {size}, bf16, against the loop in float64:\n")
+    print(table(["scan", "y", "u", "delta", "A", "B", "C", "D", "z", "delta_bias"], rows) + "\n", flush=True)
 
 
 def bounds_ms(run, b, l, d, n) -> tuple[float, float]:
@@ -228,44 +281,29 @@ def bounds_ms(run, b, l, d, n) -> tuple[float, float]:
 def bench_scan_gpu(args):
     sizes = [(32, 128), (32, 512), (32, 2048), (32, 4096), (1, 512), (1, 4096), (1, 16384)]
     sizes = args.sizes or [[b, l, 1536, 16] for b, l in sizes]
-    scans, warm_up, rows = contenders(["kernels", "mamba_ssm", "loop", "pscan"]), 3, []
-    for size in tqdm(sizes):
-        cells = {scan: [] for scan in scans}
-        for run in (forward, forward_backward):
-            prepared = {scan: prepare(run, scan, size) for scan in scans}
-            prepared = {scan: what for scan, what in prepared.items() if what}
-            device, wall = ({scan: [] for scan in prepared} for _ in range(2))
-            for _ in range(warm_up + args.runs):  # the scans take turns
-                for scan, (graph, inputs, dy, _) in prepared.items():
-                    device[scan].append(device_ms(graph))
-                    wall[scan].append(wall_ms(run, scan, inputs, dy))
-            exponentials, memory = bounds_ms(run, *size)
-            for scan in scans:
-                if scan not in prepared:
-                    cells[scan] += ["out of memory", "", ""]
-                    continue
-                ms, own = (statistics.median(device[which][warm_up:]) for which in (scan, kernels))
-                ratios = f"{ms / own:.2f}×, {ms / exponentials:.1f}× exp., {ms / memory:.1f}× memory"
-                wall_time, peak = statistics.median(wall[scan][warm_up:]), prepared[scan][3] / 1e6
-                cells[scan] += [f"{ms:.3f} ({ratios})", f"{wall_time:.3f}", f"{peak:.0f}"]
-            del prepared
-            torch.cuda.empty_cache()
-        rows += [[str(tuple(size)), scan.__name__, *row] for scan, row in cells.items()]
+    scans = contenders(["kernels", "mamba_ssm", "loop", "pscan"])
     print(header())
-    print(f"bf16, medians of {args.runs} runs in turns. Device time: replays of a CUDA graph; in brackets its ratio to "
-          "that of `kernels`, to the time of the exponentials alone and of the memory traffic alone. Peak memory: "
-          "beyond the inputs.\n")  # fmt: skip
+    check_on_gpu(scans)
+    print(f"bf16, medians of {args.runs} runs. Device time: replays of CUDA graphs, in turns; in brackets its ratio to "
+          "that of `kernels`, to the time of the exponentials alone and of the memory traffic alone. Forward: without "
+          "gradients. Peak memory: beyond the inputs.\n")  # fmt: skip
     head = [f"{run}, {what}" for run in ("forward", "forward + backward") for what in ("ms", "wall ms", "peak MB")]
-    print(table(["(b, l, d, n)", "scan", *head], rows))
+    print(table(["(b, l, d, n)", "scan", *head], []), flush=True)
+    for size in tqdm(sizes):
+        cells, more = (gpu_cells(run, scans, size, args.runs) for run in (forward, forward_backward))
+        for scan in scans:
+            tqdm.write(table_row([str(tuple(size)), scan.__name__, *cells[scan], *more[scan]]), file=sys.stdout)
 
 
 # Without a GPU: what the compiler makes of the kernels, read from the machine code.
 
-STATIC_CASES = {  # kernel: TILE, constants. An iteration of a time loop makes TILE · n state updates a lane
-    "_outputs": (8, {"starts_ptr": None}),  # saves the chunks' states
+STATIC_CASES = {  # kernel: TILE, constants
+    "_pack": (8, {}),
     "_ends": (8, {"ADJOINT": False, "z_ptr": None}),
     "_ends (adjoint)": (4, {"ADJOINT": True}),
-    "_gradients": (4, {"starts_ptr": None}),
+    "_carry": (8, {"ADJOINT": False}),
+    "_outputs": (8, {}),  # from start states, and keeping the chunks' states
+    "_gradients": (4, {}),
 }
 
 
@@ -276,10 +314,10 @@ def compile_kernel(name: str, arch: int, dtype: str) -> bytes:
 
     tile, constants = STATIC_CASES[name]
     kernel = getattr(mabert, name.split()[0])
-    sizes = dict(d=1536, n=16, u_row=1536, v_row=1536, dy_row=1536, delta_row=1536, z_row=3072)
+    sizes = dict(d=1536, n=16, N=16, u_row=1536, v_row=1536, dy_row=1536, delta_row=1536, z_row=3072)
     sizes |= dict(SOFTPLUS=True, SIGN=1, CHUNK=64, TILE=tile, **constants)
     constexprs = {argument: value for argument, value in sizes.items() if argument in kernel.arg_names}
-    half = ["u_ptr", "v_ptr", "delta_ptr", "z_ptr", "y_ptr", "dy_ptr", "du_ptr", "ddelta_ptr", "dz_ptr"]
+    half = "u_ptr v_ptr delta_ptr z_ptr y_ptr dy_ptr du_ptr ddelta_ptr dz_ptr B_ptr C_ptr".split()
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
         pointer = argument.endswith("_ptr")
@@ -319,9 +357,9 @@ def static_row(case: tuple) -> list:
     last three per state update and lane."""
     name, arch, dtype = case
     resources, loops = machine_code(compile_kernel(*case))
-    updates = STATIC_CASES[name][0] * 16
+    updates = STATIC_CASES[name][0] * (1 if name == "_carry" else 16)  # of an iteration, in a lane
     count = lambda *ops: sum(loop[op] for loop in loops for op in loop if op.startswith(ops)) / updates  # noqa: E731
-    each = [loop.total() / updates for loop in loops]
+    each = [loop.total() / updates for loop in loops] or [0.0]  # _pack has no loop
     return [name, f"sm_{arch}", dtype, *resources.values(), each, count("MUFU"), count("SHFL")]
 
 
@@ -335,7 +373,7 @@ def bench_scan_static(args):
         row[6:] = [f"{instructions:.2f}" for instructions in row[6:]]
     print(header())
     print("Compiled, not run: d 1536, n 16, softplus, D, z. Instructions of the time loops per state update and lane; "
-          "_outputs saves states for the backward pass, _gradients has two loops, replay and reverse.\n")  # fmt: skip
+          "_outputs keeps states for the backward pass, _gradients has two loops, replay and reverse.\n")  # fmt: skip
     head = "kernel, architecture, inputs, registers, stack bytes, instructions, exponential pipe, shuffles".split(", ")
     print(table(head, [list(map(str, row)) for row in rows]))
 

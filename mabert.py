@@ -869,7 +869,7 @@ def _pack(
 ):  # fmt: skip
     """A tile of packed, from B, C (b l, n) and the mask (b l,); zeros beyond l. N: the power of 2 from n on."""
     tiles, program = tl.cdiv(l, TILE), tl.program_id(0).to(tl.int64)
-    k, i = tl.arange(0, TILE), tl.arange(0, N)[:, None]
+    k, i = tl.arange(0, TILE), tl.arange(0, N).to(tl.int64)[:, None]
     t = program % tiles * TILE + k
     row = program // tiles * l + (t if SIGN > 0 else l - 1 - t)
     real = t < l
@@ -1205,9 +1205,11 @@ def _setup_triton_context(ctx, inputs, output):
 def _triton_backward(ctx, dy, _):
     if dy is None:
         return (None,) * 14
-    gradients = _scan_triton_backward(dy, *ctx.saved_tensors, ctx.softplus, ctx.reverse, ctx.chunk)
-    *of_u_to_D, dz, dbias = gradients
-    return *of_u_to_D, dz if dz.numel() else None, dbias, *(None,) * 6  # none for mask ... dtype
+    saved = ctx.saved_tensors
+    gradients = list(_scan_triton_backward(dy, *saved, ctx.softplus, ctx.reverse, ctx.chunk))
+    for i, tensor in enumerate(saved[1:9]):  # u, delta, A, B, C, D, z, bias; the mask and the rest get none
+        gradients[i] = None if tensor is None else gradients[i]
+    return *gradients, *(None,) * 6
 
 
 _scan_triton.register_autograd(_triton_backward, setup_context=_setup_triton_context)
@@ -1231,11 +1233,12 @@ def _selective_scan_triton(u, delta, A, B, C, D, z, bias, softplus, mask, revers
     chunk = _chunk(b, l, d, n)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, bias))
     bias = zeros if bias is None else bias
-    y, dtype = 0, u.dtype if n <= 16 else torch.float32
+    y, dtype = None, u.dtype if n <= 16 else torch.float32
     for i in range(0, n, 16):
         D_ = zeros if D is None or i > 0 else D
         group = A[:, i : i + 16], B[..., i : i + 16], C[..., i : i + 16]
-        y = y + _scan_triton(u, delta, *group, D_, z, bias, mask, softplus, reverse, chunk, keep, dtype)[0]
+        part, _ = _scan_triton(u, delta, *group, D_, z, bias, mask, softplus, reverse, chunk, keep, dtype)
+        y = part if y is None else y + part
     return y.to(u.dtype)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 import bench
 import mabert
@@ -272,7 +273,8 @@ def test_scan_refuses_what_it_cannot_take():
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 interpreted = pytest.mark.skipif(
-    DEVICE == "cpu" and not mabert.INTERPRETED, reason="test_the_kernels_in_the_interpreter runs it"
+    not mabert.triton or (DEVICE == "cpu" and not mabert.INTERPRETED),
+    reason="test_the_kernels_in_the_interpreter runs it",
 )
 
 
@@ -281,7 +283,8 @@ interpreted = pytest.mark.skipif(
 def test_the_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "kernels_in"]
     result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0 and re.search(r"\d\d passed", result.stdout), result.stdout + result.stderr
+    counts = re.search(r"(\d+) passed, 1 skipped", result.stdout)  # itself
+    assert result.returncode == 0 and counts and int(counts[1]) > 40, result.stdout + result.stderr
 
 
 def masks(l):
@@ -358,7 +361,8 @@ def test_kernels_in_softplus_are_accurate_at_both_ends():
     one = torch.ones(1, 1, 1, device=DEVICE)
     for rho in (-80.0, -30.0, -12.0, -3.0, 0.0, 3.0, 30.0, 1e4):  # y = Δ, as h starts from zero
         y = selective_scan(one, rho * one, -one[0], one, one, delta_softplus=True, backend="triton")
-        assert y.item() == pytest.approx(F.softplus(torch.tensor(rho, dtype=torch.float64)).item(), rel=1e-6)
+        exact = F.softplus(torch.tensor(rho, dtype=torch.float64)).item()
+        assert y.item() == pytest.approx(exact, rel=1e-5, abs=0)
 
 
 @interpreted
@@ -430,10 +434,23 @@ def test_kernels_in_the_backward_pass_need_only_inputs_and_chunk_states():
 @interpreted
 def test_kernels_in_custom_ops_are_registered_soundly():
     inputs = [x.detach().float().to(DEVICE).requires_grad_() for x in scan_inputs(1, 20, 3, 2)]
-    mask = masks(20)[3:4].to(DEVICE)
-    for z, mask_ in ((inputs[6], mask), (None, None)):
-        arguments = (*inputs[:6], z, inputs[7], mask_, True, True, 16, True, torch.float32)
-        torch.library.opcheck(mabert._scan_triton, arguments)
+    strided = [x.detach().bfloat16().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for x in inputs]
+    mask, without_z = masks(20)[3:4].to(DEVICE), [*inputs[:6], None, inputs[7]]
+    for tensors, mask_, flag in ((inputs, mask, True), (without_z, None, False), (strided, mask, False)):
+        torch.library.opcheck(mabert._scan_triton, (*tensors, mask_, flag, flag, 16, True, torch.float32))
+
+
+@interpreted
+def test_kernels_in_checkpoints_and_with_an_empty_batch():
+    inputs = [x.detach().float().to(DEVICE).requires_grad_() for x in scan_inputs(1, 20, 3, 2)]
+    checkpointed = torch.utils.checkpoint.checkpoint(scan, *inputs, backend="triton", use_reentrant=False)
+    gradients = (torch.autograd.grad(y.sum(), inputs) for y in (checkpointed, scan(*inputs, backend="triton")))
+    assert all(map(torch.equal, *gradients))
+    empty = [x[:0] if x.dim() == 3 else x for x in inputs]
+    y = scan(*empty, backend="triton")
+    assert y.shape == (0, 20, 3)
+    shapes = [gradient.shape for gradient in torch.autograd.grad(y.sum(), empty)]
+    assert shapes == [x.shape for x in empty]
 
 
 @interpreted
@@ -452,7 +469,8 @@ def test_kernels_in_a_compiled_model(model_class):
     for call in (torch.compile(model, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager"), model):
         y = call(ids, mask)
         y = y if model_class is MaBERT else y.logits
-        outputs.append([y, *torch.autograd.grad(y.square().sum(), [*model.parameters()], allow_unused=True)])
+        direction = torch.linspace(-1, 2, y.numel(), device=DEVICE).view_as(y)
+        outputs.append([y, *torch.autograd.grad((y * direction).sum(), [*model.parameters()], allow_unused=True)])
     for compiled, eager in zip(*outputs):
         assert compiled is eager is None or relative(compiled, eager) < 1e-5
 
@@ -495,13 +513,11 @@ def test_machine_code_of_the_kernels(tmp_path):
     command = [sys.executable, str(ROOT / "bench.py"), "scan", "--static"]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=tmp_path).stdout
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| _")]
-    assert len(rows) == 16
+    most = {"_pack": 0, "_ends": 6.5, "_ends (adjoint)": 7.5, "_carry": 12, "_outputs": 9.0, "_gradients": 36.0}
+    assert len(rows) == 4 * len(most)
     for kernel, _, _, registers, stack, instructions, exponentials, shuffles in rows:
-        instructions = float(instructions.split()[-1])  # of _gradients the sum
-        most, stack_bytes = {"_outputs": (9.0, 0), "_ends": (6.5, 0), "_ends (adjoint)": (7.5, 0)}.get(
-            kernel, (36.0, 0)
-        )
-        assert instructions <= most and int(stack) <= stack_bytes and int(registers) <= 170
+        assert float(instructions.split()[-1]) <= most[kernel]  # of _gradients the sum
+        assert int(stack) == 0 and int(registers) <= 170
         assert float(exponentials) <= (2.6 if kernel == "_gradients" else 1.3)
         assert kernel == "_gradients" or float(shuffles) == 0
 
@@ -510,44 +526,58 @@ def test_machine_code_of_the_kernels(tmp_path):
 @gpu
 @pytest.mark.parametrize("b, l", [(1, 3000), (4, 700)])
 def test_kernels_on_a_gpu_at_the_size_of_the_base_model(b, l):
-    mask = torch.rand(b, l) > 0.2
-    compare_with_the_loop(scan_inputs(b, l, 1536, 16), mask=mask)
-    compare_with_the_loop(scan_inputs(b, l, 1536, 16), torch.bfloat16, 5e-3, mask=mask, reverse=True)
+    inputs, mask = scan_inputs(b, l, 1536, 16), torch.rand(b, l) > 0.2
+    inputs[2] = -torch.arange(1.0, 17).expand(1536, 16)  # the model's A: states that remember 1000 steps add up errors
+    compare_with_the_loop(inputs, mask=mask)
+    compare_with_the_loop(inputs, torch.bfloat16, 8e-3, mask=mask, reverse=True)
 
 
 @pytest.mark.gpu
 @gpu
-def test_kernels_on_a_gpu_beyond_32_bits():
+def test_kernels_on_a_gpu_beyond_32_bits(monkeypatch):
+    monkeypatch.setattr(mabert, "_segment", lambda b, l, *_: l)  # the same order of steps for one row as for many
     b, l, d = 180, 8192, 1536  # 2.3 · 10⁹ elements, 4.5 GB a tensor
     u = torch.randn(b, l, d, device="cuda", dtype=torch.bfloat16)
     B, A = torch.randn(b, l, 1, device="cuda", dtype=torch.bfloat16), -torch.ones(d, 1, device="cuda")
-    y = selective_scan(u, u, A, B, B, delta_softplus=True, backend="triton")
-    last = [x[-1:].clone() for x in (u, u, B, B)]
-    assert torch.equal(y[-1:], selective_scan(last[0], last[1], A, *last[2:], delta_softplus=True, backend="triton"))
+    results = []
+    for rows in (slice(None), slice(b - 1, b)):
+        part = u[rows].detach().requires_grad_()
+        y = selective_scan(part, part, A, B[rows], B[rows], delta_softplus=True, backend="triton")
+        results.append((y[-1:].detach(), torch.autograd.grad(y.sum(), part)[0][-1:]))
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.gpu
 @gpu
-def test_kernels_on_a_gpu_under_autocast_and_in_a_cuda_graph():
+@pytest.mark.parametrize("model_class", [MaBERT, MaBERTForSequenceClassification])
+def test_kernels_on_a_gpu_under_autocast_and_in_a_cuda_graph(model_class):
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = MaBERTForSequenceClassification(tiny("MMT")).eval()
+        model = model_class(tiny("MMT"))
         ids = torch.randint(1, 60, (2, 24))
         mask = torch.arange(24) < torch.tensor([[24], [10]])
+    parameters = list(model.parameters())
     assert model.config.scan_backend is None  # the kernels are what runs on a GPU
-    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
-        expected = model(ids, mask).logits
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            model(ids, mask)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = model(ids, mask).logits
+
+    def run(autocast=True):
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
+            y = model(ids, mask)
+        y = (y if model_class is MaBERT else y.logits).float()
+        direction = torch.linspace(-1, 2, y.numel(), device="cuda").view_as(y)
+        return y, *torch.autograd.grad((y * direction).sum(), parameters, allow_unused=True)
+
+    expected = run()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
     graph.replay()
-    assert torch.equal(logits, expected)
-    exact = model(ids, mask).logits
-    assert (expected - exact).norm() < 0.05 * exact.norm() + 0.05
+    assert all(x is x2 is None or relative(x, x2) < 1e-3 for x, x2 in zip(captured, expected))
+    assert relative(expected[0], run(autocast=False)[0]) < 0.05
 
 
 # ----------------------------------------------------------------------------------------------------------------------
