@@ -6,8 +6,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -1295,7 +1297,7 @@ def test_trouble_in_training_is_explained(tmp_path, monkeypatch):
             patch.setattr(owner, name, out_of_memory)
             with pytest.raises(SystemExit, match="lower --micro-batch-size"):
                 train_mlm.main(arguments(tmp_path, "--overwrite"))
-    with pytest.raises(SystemExit, match="the loss is nan around step"):
+    with pytest.raises(SystemExit, match=r"not finite in \d+ steps in a row, by step .* last checkpoint "):
         train_mlm.main(arguments(tmp_path, "--overwrite", "--lr", "1e30"))
 
     def full_disk(_, folder):
@@ -1306,6 +1308,157 @@ def test_trouble_in_training_is_explained(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"cannot write .*step-0000050.*No space left"):
         train_mlm.main(arguments(tmp_path, "--overwrite"))
     assert not list((tmp_path / "run").glob("*.partial"))
+
+
+# What a run leaves behind, and how it goes on
+
+
+def start(tmp_path, *more, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "train_mlm.py"), *arguments(tmp_path, *more)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    return subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def stop_at(process, checkpoint, number):
+    while not checkpoint.exists():
+        assert process.poll() is None, process.communicate()[0].decode()
+        time.sleep(0.01)
+    process.send_signal(number)
+    return process.communicate()[0].decode()
+
+
+def trained(folder):
+    """The weights as one vector, and the log without its speeds."""
+    weights = MaBERTForMaskedLM.from_pretrained(folder).state_dict().values()
+    with open(folder / "log.csv") as file:
+        log = [row | {"tokens_per_s": ""} for row in csv.DictReader(file)]
+    return torch.cat([weight.flatten() for weight in weights]), log
+
+
+LONGER = "--steps", "90", "--save-every", "10", "--log-every", "7", "--eval-every", "30", "--micro-batch-size", "8"
+
+
+def test_a_stopped_run_goes_on_bit_by_bit(tmp_path):
+    train_mlm.main(arguments(tmp_path, *LONGER, "--dropout", "0.1"))
+    expected = trained(tmp_path / "run")
+    run = tmp_path / "stopped"
+    flags = *LONGER, "--dropout", "0.1", "--out", str(run), "--resume"
+    process = start(tmp_path, *flags)
+    stop_at(process, run / "step-0000020", signal.SIGKILL)
+    (run / "step-0000099.partial").mkdir()  # killed in saving
+    process = start(tmp_path, *flags)
+    said = stop_at(process, run / "step-0000050", signal.SIGTERM)
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM after step" in said
+    assert len(list(run.glob("step-*"))) == 3  # --keep
+    process = start(tmp_path, *flags)
+    stop_at(process, run / "step-0000070", signal.SIGINT)
+    assert process.returncode == 128 + signal.SIGINT
+    train_mlm.main(arguments(tmp_path, *flags))
+    weights, log = trained(run)
+    assert torch.equal(weights, expected[0]) and log == expected[1]
+
+
+def test_two_processes_train_the_same_model(tmp_path):
+    train_mlm.main(arguments(tmp_path, *LONGER))
+    expected = trained(tmp_path / "run")
+    flags = *LONGER, "--out", str(tmp_path / "two"), "--resume"
+    process = start(tmp_path, *flags, processes=2)
+    said = process.communicate()[0].decode()
+    assert process.returncode == 0 and said.count("shared by 2 processes") == 1, said
+    process = start(tmp_path, *LONGER, "--out", str(tmp_path / "changing"), "--resume")
+    stop_at(process, tmp_path / "changing" / "step-0000020", signal.SIGKILL)
+    process = start(tmp_path, *LONGER, "--out", str(tmp_path / "changing"), "--resume", processes=2)
+    assert process.communicate() and process.returncode == 0
+    for folder in ("two", "changing"):
+        weights, log = trained(tmp_path / folder)
+        assert relative(weights, expected[0]) < 1e-5
+        losses = ([float(row["loss"] or 0) for row in rows] for rows in (log, expected[1]))
+        assert next(losses) == pytest.approx(next(losses), abs=2e-4)
+    process = start(tmp_path, *LONGER, "--micro-batch-size", "32", "--overwrite", processes=2)
+    said = process.communicate()[0].decode()
+    assert process.returncode != 0 and "with --micro-batch-size 16 each has one" in said
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(tmp_path, capsys):
+    flags = "--steps", "6", "--save-every", "2"
+    train_mlm.main(arguments(tmp_path, *flags))
+    run = tmp_path / "run"
+    expected = trained(run)
+    newest, middle, oldest = sorted(run.glob("step-*"), reverse=True)
+    with open(newest / "training.pt", "r+b") as file:  # one byte
+        file.seek(file.seek(0, os.SEEK_END) // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    with open(middle / "model.pt", "r+b") as file:
+        file.truncate(1000)
+    train_mlm.main(arguments(tmp_path, *flags, "--resume"))
+    printed = capsys.readouterr().out
+    assert f"{newest} is damaged" in printed and f"{middle} is damaged" in printed and f"resuming {oldest}" in printed
+    weights, log = trained(run)
+    assert torch.equal(weights, expected[0]) and log == expected[1]
+    train_mlm.main(arguments(tmp_path, *flags, "--resume"))  # now whole, and complete
+    assert f"resuming {newest}" in capsys.readouterr().out
+    for folder in (newest, middle, oldest):
+        (folder / "training.pt").unlink()
+    with pytest.raises(SystemExit, match=r"no checkpoint in .* is whole"):
+        train_mlm.main(arguments(tmp_path, *flags, "--resume"))
+
+
+def test_another_run_is_not_resumed(tmp_path):
+    flags = "--steps", "4", "--save-every", "2"
+    train_mlm.main(arguments(tmp_path, *flags))
+    before = (tmp_path / "run" / "log.csv").read_text()
+    for change, said in (
+        (("--lr", "0.5"), "lr was .* and is now 0.5"),
+        (("--steps", "5"), "steps was 4 and is now 5"),
+        (("--pattern", "TM"), "pattern was .* and is now TM"),
+        (("--length-schedule", "16:1"), "length_schedule was"),
+    ):
+        with pytest.raises(SystemExit, match=f"belongs to another run: .*{said}"):
+            train_mlm.main(arguments(tmp_path, *flags, *change, "--resume"))
+    tokenizer = json.loads((tmp_path / "run" / "tokenizer.json").read_text())
+    pieces = tokenizer["model"]["vocab"]
+    pieces["cat"], pieces["dog"] = pieces["dog"], pieces["cat"]
+    (tmp_path / "other.json").write_text(json.dumps(tokenizer))
+    flags_with_tokenizer = arguments(tmp_path, *flags, "--tokenizer", str(tmp_path / "other.json"), "--resume")
+    i = flags_with_tokenizer.index("--vocab-size")
+    del flags_with_tokenizer[i : i + 2]
+    with pytest.raises(SystemExit, match="tokenizer was"):
+        train_mlm.main(flags_with_tokenizer)
+    (tmp_path / "corpus.txt").write_text((tmp_path / "corpus.txt").read_text() * 2)
+    with pytest.raises(SystemExit, match="corpus was"):
+        train_mlm.main(arguments(tmp_path, *flags, "--resume"))
+    assert (tmp_path / "run" / "log.csv").read_text() == before
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch):
+    args = train_mlm.parse_args(arguments(tmp_path))
+    ids = np.random.default_rng(0).integers(5, 60, (32, 12))
+    batch = ids, np.ones_like(ids, dtype=bool), np.where(ids % 3 == 0, ids, train_mlm.IGNORED)
+    model = build(MaBERTForMaskedLM, tiny("MT"), torch.float32)
+    optimizer = train_mlm.make_optimizer(model, 0.01)
+    assert train_mlm.train_step(model, optimizer, batch, 0, args)[1] == 0
+    before = [p.detach().clone() for p in model.parameters()]
+    states = [value.clone() for state in optimizer.state.values() for value in state.values()]
+    hook = model.decoder_bias.register_hook(lambda gradient: gradient * math.inf)
+    assert train_mlm.train_step(model, optimizer, batch, 1, args)[1] == 1
+    assert all(map(torch.equal, before, model.parameters()))
+    assert all(map(torch.equal, states, (value for state in optimizer.state.values() for value in state.values())))
+    hook.remove()
+    assert train_mlm.train_step(model, optimizer, batch, 1, args)[1] == 0
+
+    calls, clip = [], train_mlm.clip_grad_norm_
+
+    def sometimes_nan(*arguments):
+        calls.append(clip(*arguments))
+        return calls[-1] * (math.nan if len(calls) in (3, 4, 12) else 1)
+
+    monkeypatch.setattr(train_mlm, "clip_grad_norm_", sometimes_nan)
+    train_mlm.main(arguments(tmp_path, "--steps", "20", "--log-every", "5"))
+    skipped = [int(row["skipped_steps"]) for row in trained(tmp_path / "run")[1]]
+    assert skipped == [0, 2, 2, 3, 3]
 
 
 def test_an_unreachable_hub_and_a_bad_folder_are_explained(tmp_path):

@@ -3,31 +3,39 @@
     python train_mlm.py --demo                          # minutes on a laptop: no network, no GPU
     python train_mlm.py --steps 100000                  # the paper's 10 % budget: Wikipedia + BookCorpus from the hub
     python train_mlm.py --data texts/ --vocab-size 8192 --steps 5000 --hidden-size 256 --num-heads 4 ...
+    python train_mlm.py ... --resume                    # goes on after the newest checkpoint of a stopped run
+    torchrun --nproc-per-node 8 train_mlm.py ...        # the same run, shared by eight GPUs
 
-In order: arguments · text · tokenizer · tokens on disk · rows and masking · evaluation · the training loop.
+In order: arguments · text · tokenizer · tokens on disk · rows and masking · evaluation · checkpoints · training.
 
-Everything random is a function of the seed and the step: which rows a step reads, where they are masked, dropout.
+Everything random is a function of the seed, the step and the micro-batch: which rows a step reads, where they are
+masked, dropout. So there is no random state to keep, and neither resuming nor the number of processes changes a run.
 The run's folder (--out) ends with config.json, model.pt and tokenizer.json, which `from_pretrained(out)` reads, beside
-log.csv, args.json and one folder per checkpoint (step-0050000/), which `from_pretrained` reads too.
+log.csv, args.json and a folder for each of the last checkpoints (step-0050000/), which `from_pretrained` reads too.
 """
 
 import argparse
 import ast
 import contextlib
 import csv
+import dataclasses
+import datetime
 import functools
 import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
+import signal
 import sys
 import sysconfig
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 # Idle OpenMP threads spin for milliseconds by default: beside any other busy process that slows a run down many times
 # over. Without any spinning a small model's many short operations wait for threads to wake up. Read when torch loads.
@@ -36,11 +44,19 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from mabert import PSM_STAGES, MaBERTConfig, MaBERTForMaskedLM
+
+RANK, LOCAL_RANK, PROCESSES = (
+    int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+)
+if RANK > 0:  # of torchrun's processes the first speaks
+    tqdm = functools.partial(tqdm, disable=True)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's protocol, where it gives one, else BERT's
@@ -73,6 +89,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "flags override its own")  # fmt: skip
     add("--out", default="out/mlm", help="the run's folder")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
+    add("--resume", action="store_true", help="go on after the newest checkpoint in --out, or from the start where "
+        "there is none")  # fmt: skip
     group = parser.add_argument_group("text")
     add = group.add_argument
     add("--data", nargs="+", metavar="PATH", help=".txt, .json, .jsonl or .parquet files, or folders of them (with a "
@@ -107,7 +125,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--weight-decay", type=float, default=0.01, help="on matrices; none on biases, norms, A_log and D")
     add("--mask-rate", type=float, default=0.15, help="share of the tokens to predict")
     add("--seed", type=int, default=0)
-    add("--save-every", type=int, help="steps between checkpoints; None is a tenth of --steps")
+    add("--save-every", type=int, default=1_000, help="steps between checkpoints")
+    add("--keep", type=int, default=3, help="checkpoints to keep, the last ones")
     add("--eval-every", type=int, default=1_000, help="steps between held-out losses")
     add("--log-every", type=int, default=100, help="steps between lines of log.csv")
     add("--compile", action="store_true", help="torch.compile the encoder")
@@ -120,18 +139,19 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     if args.demo and args.tokenizer:
         args.vocab_size = None
-    if args.save_every is None:
-        args.save_every = max(1, args.steps // 10)
     try:
         pairs = [pair.split(":") for pair in args.length_schedule]
         args.length_schedule = [(int(length), float(share)) for length, share in pairs]
     except ValueError:
         parser.error(f"--length-schedule takes TOKENS:SHARE ..., as in 128:0.9 512:0.1, not {args.length_schedule}")
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
-    for name in ("steps", "batch_size", "micro_batch_size", "save_every", "eval_every", "log_every"):
+    for name in ("steps", "batch_size", "micro_batch_size", "save_every", "keep", "eval_every", "log_every"):
         require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be positive")
     require(args.batch_size % args.micro_batch_size == 0, f"--batch-size ({args.batch_size}) must be a multiple of "
             f"--micro-batch-size ({args.micro_batch_size})")  # fmt: skip
+    micro_batches = args.batch_size // args.micro_batch_size
+    require(micro_batches % PROCESSES == 0, f"{PROCESSES} processes cannot share the {micro_batches} micro-batches of "
+            f"a step evenly; with --micro-batch-size {max(1, args.batch_size // PROCESSES)} each has one")  # fmt: skip
     require(0 < args.mask_rate < 1, "--mask-rate must be between 0 and 1")
     require(args.lr > 0, "--lr must be positive")
     for name in ("warmup_steps", "weight_decay", "seed"):
@@ -144,6 +164,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     vocab_fits = args.vocab_size is None or 100 <= args.vocab_size <= MAX_VOCAB
     require(vocab_fits, f"--vocab-size must be in [100, {MAX_VOCAB}]")
     require(not (args.demo and args.data), "--demo brings its own text; leave out --demo or --data")
+    require(not (args.resume and args.overwrite), "--resume and --overwrite exclude each other")
     try:
         model_config(args, vocab_size=100, pad_token_id=0)
     except ValueError as error:
@@ -511,9 +532,9 @@ class HeldOut(NamedTuple):
         """The mean masked-token loss in nats."""
         model.eval()
         total = 0.0
-        batches = micro_batches(self, micro_batch_size, model.decoder_bias.device)
-        total_batches = -(-len(self.inputs) // micro_batch_size)
-        for inputs, real, labels in tqdm(batches, "held-out loss", total_batches, leave=False, delay=5):
+        device = model.decoder_bias.device
+        for i in tqdm(range(-(-len(self.inputs) // micro_batch_size)), "held-out loss", leave=False, delay=5):
+            inputs, real, labels = micro_batch(self, i, micro_batch_size, device)
             with autocast(model):
                 total += model(inputs, real, labels=labels, reduction="sum").loss.item()
         model.train()
@@ -535,11 +556,11 @@ def autocast(model: torch.nn.Module):
     return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
 
 
-def micro_batches(batch: tuple[np.ndarray, ...], size: int, device: torch.device) -> Iterator[list[torch.Tensor]]:
-    """(inputs, real, labels) on the device, `size` rows at a time, cut to the longest row rounded up to 32 tokens."""
-    for i in range(0, len(batch[0]), size):
-        longest = 32 * -(-int(batch[1][i : i + size].sum(axis=1).max()) // 32)
-        yield [torch.from_numpy(part[i : i + size, :longest]).to(device) for part in batch]
+def micro_batch(batch: tuple[np.ndarray, ...], i: int, size: int, device: torch.device) -> list[torch.Tensor]:
+    """(inputs, real, labels) of the i-th `size` rows on the device, cut to the longest rounded up to 32 tokens."""
+    rows = slice(i * size, (i + 1) * size)
+    longest = 32 * -(-int(batch[1][rows].sum(axis=1).max()) // 32)
+    return [torch.from_numpy(part[rows, :longest]).to(device) for part in batch]
 
 
 @torch.no_grad()
@@ -567,51 +588,8 @@ def show_guesses(model: MaBERTForMaskedLM, tokenizer: Tokenizer, rows: Rows, cou
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training
+# All that training reads
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up from 0, then linear decay to 0; steps count from 0."""
-    return peak * min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
-
-
-def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    decays = {name: p.dim() >= 2 and not name.endswith("A_log") for name, p in model.named_parameters()}
-    groups = [
-        dict(params=[p for name, p in model.named_parameters() if decays[name] == flag], weight_decay=decay)
-        for flag, decay in ((True, weight_decay), (False, 0.0))
-    ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6, fused=True)
-
-
-def train_step(
-    model: MaBERTForMaskedLM, optimizer: torch.optim.Optimizer, batch: tuple, step: int, args: argparse.Namespace
-) -> torch.Tensor:
-    """One optimizer step over all micro-batches; returns the mean loss over the batch's labelled tokens, unread."""
-    labelled = max(1, int((batch[2] != IGNORED).sum()))
-    total = torch.zeros((), device=model.decoder_bias.device)
-    for i, (inputs, real, labels) in enumerate(micro_batches(batch, args.micro_batch_size, total.device)):
-        torch.manual_seed(int(rng(args.seed, 3, step, i).integers(2**63)))  # for dropout
-        with autocast(model):
-            loss = model(inputs, real, labels=labels, reduction="sum").loss / labelled
-        loss.backward()
-        total += loss.detach()
-    clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return total
-
-
-def save(folder: Path, model: MaBERTForMaskedLM, tokenizer: Tokenizer):
-    """Writes a folder for from_pretrained."""
-    try:
-        model.save_pretrained(folder)
-        tokenizer.save(str(folder / "tokenizer.json"))
-    except Exception as error:  # a full disk: OSError, RuntimeError from torch, or Exception from tokenizers
-        if folder.suffix == ".partial":
-            shutil.rmtree(folder, ignore_errors=True)  # it fills the disk for nothing
-        raise SystemExit(f"cannot write {folder}: {error}\nearlier checkpoints are untouched") from error
 
 
 class Data(NamedTuple):
@@ -621,6 +599,7 @@ class Data(NamedTuple):
     held_rows: Rows
     held_out: HeldOut
     baselines: tuple[float, float]
+    corpus_digest: str
 
 
 def prepare(args: argparse.Namespace) -> Data:
@@ -647,7 +626,128 @@ def prepare(args: argparse.Namespace) -> Data:
     if (held_out.labels == IGNORED).all():
         raise SystemExit("the corpus is too short, or --mask-rate too low: no held-out token is masked")
     print(f"{tokens.offsets[-1]} tokens of text; held-out loss on {len(held_out.inputs)} rows of {len(held_rows)}")
-    return Data(tokenizer, vocabulary, phases, held_rows, held_out, held_out.baselines(tokens, held, vocabulary))
+    corpus_digest = digest(tokens.offsets.tobytes(), tokens.counts.tobytes())
+    baselines = held_out.baselines(tokens, held, vocabulary)
+    return Data(tokenizer, vocabulary, phases, held_rows, held_out, baselines, corpus_digest)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+STEP_FOLDER = "step-" + "[0-9]" * 7
+
+
+def digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def identity_of(args: argparse.Namespace, data: Data) -> dict:
+    """What a run is a function of; a checkpoint of another cannot be resumed."""
+    names = "steps length_schedule batch_size micro_batch_size lr warmup_steps weight_decay mask_rate seed".split()
+    config = model_config(args, vocab_size(data.tokenizer), data.vocabulary.pad)
+    tokenizer = digest(data.tokenizer.to_str().encode("utf-8", "replace"))
+    own = {name: getattr(args, name) for name in names} | dict(tokenizer=tokenizer, corpus=data.corpus_digest)
+    return json.loads(json.dumps(dataclasses.asdict(config) | own))  # tuples become lists, as they are when read back
+
+
+def save(folder: Path, model: MaBERTForMaskedLM, tokenizer: Tokenizer, training: dict | None = None):
+    """Writes a folder for from_pretrained, and what resuming needs beside it."""
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        if training:
+            torch.save(training, folder / "training.pt")
+    except Exception as error:  # a full disk: OSError, RuntimeError from torch, or Exception from tokenizers
+        if folder.suffix == ".partial":
+            shutil.rmtree(folder, ignore_errors=True)  # it fills the disk for nothing
+        raise SystemExit(f"cannot write {folder}: {error}\nearlier checkpoints are untouched") from error
+
+
+def save_checkpoint(out: Path, step: int, keep: int, *contents):
+    """Writes out/step-{step}, which appears whole or not at all, and then removes all but the last `keep`."""
+    folder = out / f"step-{step:07d}"
+    partial = folder.with_suffix(".partial")
+    save(partial, *contents)
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one, if any
+    os.replace(partial, folder)
+    for old in sorted(out.glob(STEP_FOLDER))[:-keep]:
+        shutil.rmtree(old)
+
+
+def newest_checkpoint(out: Path, identity: dict) -> tuple[Path, dict, dict] | None:
+    """(folder, weights, training) of the newest checkpoint that is whole, or None where there is none at all."""
+    folders = sorted(out.glob(STEP_FOLDER), reverse=True)
+    for folder in folders:
+        try:
+            files = folder / "model.pt", folder / "training.pt"
+            for file in files:
+                with zipfile.ZipFile(
+                    file
+                ) as parts:  # what torch.save writes; torch.load does not look at the checksums
+                    if broken := parts.testzip():
+                        raise ValueError(f"wrong checksum of {broken} in {file.name}")
+            weights, training = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
+        except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            print(f"the checkpoint {folder} is damaged ({error})")
+            continue
+        differ = [name for name in identity if training["identity"].get(name) != identity[name]]
+        if differ:
+            told = "; ".join(
+                f"{name} was {training['identity'].get(name)} and is now {identity[name]}" for name in differ
+            )
+            raise SystemExit(f"--resume: {folder} belongs to another run: {told}")
+        return folder, weights, training
+    if folders:
+        raise SystemExit(f"--resume: no checkpoint in {out} is whole; --overwrite starts the run anew")
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up from 0, then linear decay to 0; steps count from 0."""
+    return peak * min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
+
+
+def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    decays = {name: p.dim() >= 2 and not name.endswith("A_log") for name, p in model.named_parameters()}
+    groups = [
+        dict(params=[p for name, p in model.named_parameters() if decays[name] == flag], weight_decay=decay)
+        for flag, decay in ((True, weight_decay), (False, 0.0))
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6, fused=True)
+
+
+def train_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: tuple, step: int, args: argparse.Namespace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step over all micro-batches of all processes, on the device, where nothing is read back.
+
+    Returns this process's part of the mean loss over the batch's labelled tokens, and whether a gradient was not finite
+    (0. or 1.), in which case the weights and the optimizer stay as they are. Of n processes, the r-th takes every n-th
+    micro-batch from the r-th on; gradients are exchanged once, with the last.
+    """
+    labelled = max(1, int((batch[2] != IGNORED).sum()))
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
+    own = range(RANK, args.batch_size // args.micro_batch_size, PROCESSES)
+    for i in own:
+        inputs, real, labels = micro_batch(batch, i, args.micro_batch_size, device)
+        torch.manual_seed(int(rng(args.seed, 3, step, i).integers(2**63)))  # for dropout
+        with contextlib.nullcontext() if PROCESSES == 1 or i == own[-1] else model.no_sync():
+            with autocast(model):
+                loss = model(inputs, real, labels=labels, reduction="sum").loss / labelled
+            (loss * PROCESSES).backward()  # DistributedDataParallel takes the mean over processes; the sum is meant
+        total += loss.detach()
+    not_finite = (~clip_grad_norm_(model.parameters(), 1.0).isfinite()).float()
+    optimizer.found_inf = not_finite  # a fused optimizer then does nothing
+    optimizer.step()
+    optimizer.zero_grad()
+    return total, not_finite
 
 
 @contextlib.contextmanager
@@ -664,75 +764,180 @@ def explained_out_of_memory(args: argparse.Namespace):
         ) from error
 
 
+@contextlib.contextmanager
+def signals() -> Iterator[list[int]]:
+    """A list that gets the number of the first SIGTERM or SIGINT (Ctrl-C), to end after the step; a second ends now."""
+    received = []
+
+    def note(number, _):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def over_processes(value: float, reduction: str = "sum") -> float:
+    """The sum of a number over all processes, or its "max"."""
+    if PROCESSES == 1:
+        return value
+    value = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(value, dist.ReduceOp.MAX if reduction == "max" else dist.ReduceOp.SUM)
+    return value.item()
+
+
+LOG = "step", "loss", "held_out_loss", "lr", "tokens_per_s", "skipped_steps"
+
+
+def open_log(file: Path, step: int) -> TextIO:
+    """log.csv to write on, with its lines up to this step; those beyond are written again by a resumed run."""
+    if RANK > 0:
+        return open(os.devnull, "w")
+    kept = []
+    if step and file.exists():
+        with open(file, newline="", encoding="utf-8") as old:
+            kept = [row for row in csv.reader(old) if len(row) == len(LOG) and row[0].isdigit() and int(row[0]) <= step]
+    new = open(file, "w", newline="", encoding="utf-8")
+    csv.writer(new).writerows([LOG, *kept])
+    return new
+
+
 def main(argv: list[str]):
     args = parse_args(argv)
     out = Path(args.out)
-    names = "log.csv", "args.json", "config.json", "model.pt", "tokenizer.json", "step-" + "[0-9]" * 7 + "*"
+    names = "log.csv", "args.json", "config.json", "model.pt", "tokenizer.json", STEP_FOLDER + "*"
     old = [path for name in names for path in out.glob(name)]  # all that a run writes
-    if old and not (args.overwrite or (args.demo and out == Path("out/demo"))):
-        raise SystemExit(f"{out} holds a run or a model already; choose another --out, or --overwrite it")
+    if old and not (args.overwrite or args.resume or (args.demo and out == Path("out/demo"))):
+        raise SystemExit(f"{out} holds a run or a model already; choose another --out, --overwrite it, or --resume it")
     out.mkdir(parents=True, exist_ok=True)
-    data = prepare(args)
-    for path in old:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if PROCESSES > 1:
+        # the others wait while the first prepares the corpus; torchrun ends all when one dies
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+    for turn in (LOCAL_RANK == 0, LOCAL_RANK > 0):
+        if turn:
+            data = prepare(args)
+        if PROCESSES > 1:
+            over_processes(0)
+    identity = identity_of(args, data)
+    if PROCESSES > 1:
+        identities = [None] * PROCESSES
+        dist.all_gather_object(identities, identity)
+        if any(other != identities[0] for other in identities):
+            raise SystemExit("the processes see different corpora or tokenizers; let them share --cache-dir and --data")
+    checkpoint = newest_checkpoint(out, identity) if args.resume else None
+    if RANK == 0:
+        if not args.resume:
+            for path in old:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in out.glob(STEP_FOLDER + ".partial"):
+            shutil.rmtree(path)
     with explained_out_of_memory(args):
-        train(args, data, out)
+        train(args, data, out, identity, checkpoint)
+    if PROCESSES > 1:
+        dist.destroy_process_group()
 
 
-def train(args: argparse.Namespace, data: Data, out: Path):
+def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, checkpoint: tuple[Path, dict, dict] | None):
     # Model, optimizer, schedule
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.manual_seed(args.seed)
     model = MaBERTForMaskedLM(model_config(args, vocab_size(data.tokenizer), data.vocabulary.pad)).to(device)
     if args.compile:
         model.encoder.compile()
     optimizer = make_optimizer(model, args.weight_decay)
+    first = 0
+    if checkpoint:
+        folder, weights, training = checkpoint
+        first = training["step"]
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(training["optimizer"])
+        print(f"resuming {folder}")
+    elif args.resume:
+        print(f"{out} has no checkpoint; starting at step 0")
+    shared = model if PROCESSES == 1 else DistributedDataParallel(model)
     warmup = min(args.warmup_steps, args.steps // 10)
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{args.pattern}, {size:.1f} M parameters, on {device}; {args.steps} steps of {args.batch_size} rows")
+    print(f"{args.pattern}, {size:.1f} M parameters, on {device}; {args.steps} steps of {args.batch_size} rows", end="")
+    print(f", shared by {PROCESSES} processes" if PROCESSES > 1 else "")
     if warmup < args.warmup_steps:
         print(f"warm-up shortened from {args.warmup_steps} to {warmup} steps, a tenth of the run")
 
-    # The loop
-    held_out = data.held_out
-    (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n", encoding="utf-8")
-    with open(out / "log.csv", "w", newline="", encoding="utf-8") as log_file:
+    # The loop; sums since the last line of the log stay on the device until the next
+    losses, skipped, in_a_row, most_in_a_row = torch.zeros(4, device=device)
+    skipped_before, since = 0, first
+    if checkpoint:
+        since, skipped_before = training["since"], training["skipped"]
+        if RANK == 0:
+            losses += training["losses"]
+    held_out, held_out_loss = data.held_out, math.nan
+    if RANK == 0:
+        (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n", encoding="utf-8")
+    with signals() as received, open_log(out / "log.csv", first) as log_file:
         log = csv.writer(log_file)
-        log.writerow(["step", "loss", "held_out_loss", "lr", "tokens_per_s"])
-        held_out_loss = held_out.loss(model, args.micro_batch_size)
-        log.writerow([0, "", f"{held_out_loss:.4f}", "", ""])
-
-        losses, real_tokens, since = torch.zeros((), device=device), 0, (0, time.perf_counter())
-        progress = tqdm(range(1, args.steps + 1), unit="step", desc="training")
+        if first == 0:
+            held_out_loss = held_out.loss(model, args.micro_batch_size) if RANK == 0 else math.nan
+            log.writerow([0, "", f"{held_out_loss:.4f}", "", "", 0])
+        real_tokens, start = 0, time.perf_counter()
+        progress = tqdm(range(first + 1, args.steps + 1), unit="step", desc="training", initial=first, total=args.steps)
         for step in progress:
             lr = learning_rate(step - 1, args.steps, args.lr, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = batch_of_step(step - 1, data.phases, data.vocabulary, args)
-            losses += train_step(model, optimizer, batch, step - 1, args)
+            loss, not_finite = train_step(shared, optimizer, batch, step - 1, args)
+            losses += loss.where(not_finite == 0, 0)
+            skipped += not_finite
+            in_a_row += 1
+            in_a_row *= not_finite
+            most_in_a_row.copy_(torch.maximum(most_in_a_row, in_a_row))
             real_tokens += int(batch[1].sum())
 
+            stopped_by = int(over_processes(received[0] if received else 0, "max"))
+            saves = step % args.save_every == 0 or stopped_by
             evaluates = step % args.eval_every == 0 or step == args.steps
-            if evaluates or step % args.log_every == 0:
-                loss = losses.item() / (step - since[0])
-                if not math.isfinite(loss):
+            logs = evaluates or step % args.log_every == 0
+            if logs or saves:
+                loss, new_skipped = over_processes(losses.item()), int(skipped.item())
+            if logs:
+                if most_in_a_row.item() >= 10:
+                    last = max(out.glob(STEP_FOLDER), default="none")
                     raise SystemExit(
-                        f"the loss is {loss} around step {step}; a lower --lr or more --warmup-steps helps"
+                        f"gradients were not finite in {int(most_in_a_row.item())} steps in a row, by step {step}, at "
+                        f"learning rate {lr:.2e}: a lower --lr or more --warmup-steps helps; last checkpoint {last}"
                     )
-                speed = real_tokens / (time.perf_counter() - since[1])
-                row = dict(loss=f"{loss:.4f}", held_out="", lr=f"{lr:.2e}", tok_s=f"{speed:.0f}")
-                if evaluates:
+                loss /= max(1, step - since - new_skipped)
+                skipped_before += new_skipped
+                speed = real_tokens / (time.perf_counter() - start)
+                row = dict(
+                    loss=f"{loss:.4f}", held_out="", lr=f"{lr:.2e}", tok_s=f"{speed:.0f}", skipped=skipped_before
+                )
+                if evaluates and RANK == 0:
                     held_out_loss = held_out.loss(model, args.micro_batch_size)
                     row["held_out"] = f"{held_out_loss:.4f}"
                 log.writerow([step, *row.values()])
                 log_file.flush()
                 progress.set_postfix(row | dict(held_out=f"{held_out_loss:.4f}"))
-                losses.zero_()
-                real_tokens, since = 0, (step, time.perf_counter())
-            if step % args.save_every == 0:
-                partial = out / f"step-{step:07d}.partial"
-                save(partial, model, data.tokenizer)
-                os.replace(partial, out / f"step-{step:07d}")
+                for total in (losses, skipped, most_in_a_row):
+                    total.zero_()
+                loss, new_skipped, real_tokens, since, start = 0.0, 0, 0, step, time.perf_counter()
+            if saves and RANK == 0:
+                training = dict(step=step, since=since, losses=loss, skipped=skipped_before + new_skipped)
+                training |= dict(optimizer=optimizer.state_dict(), identity=identity)
+                save_checkpoint(out, step, args.keep, model, data.tokenizer, training)
+            if stopped_by:
+                name = signal.Signals(stopped_by).name
+                print(f"\nstopped by {name} after step {step}, which is saved; --resume goes on")
+                raise SystemExit(128 + stopped_by)
+    if RANK > 0:
+        return
     save(out, model, data.tokenizer)
 
     # What came of it
@@ -749,9 +954,13 @@ def train(args: argparse.Namespace, data: Data, out: Path):
 
 
 if __name__ == "__main__":
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; what was saved is in the step-* folders under --out") from None
+        raise SystemExit(
+            "interrupted; what was saved is in the step-* folders under --out, and --resume goes on"
+        ) from None
     except OSError as error:  # a full disk, a folder that may not be written
         raise SystemExit(f"cannot go on: {error}") from error
