@@ -1007,10 +1007,16 @@ def test_compiled_training_gives_the_same_weights(tmp_path):
     assert relative(*weights) < 1e-4
 
 
+def some_batch():
+    ids = torch.randint(5, 60, (32, 12), generator=torch.Generator().manual_seed(0))
+    labelled = ids % 3 == 0
+    parts = ids, torch.ones_like(ids, dtype=torch.bool), ids.where(labelled, train_mlm.IGNORED)
+    return train_mlm.Batch([parts], int(labelled.sum()), ids.numel(), ids.numel())
+
+
 def test_dropout_is_a_function_of_seed_and_step(tmp_path):
     args = train_mlm.parse_args(arguments(tmp_path))
-    ids = np.random.default_rng(0).integers(5, 60, (32, 12))
-    batch = ids, np.ones_like(ids, dtype=bool), np.where(ids % 3 == 0, ids, train_mlm.IGNORED)
+    batch = some_batch()
 
     def weights(step, noise):
         model = build(MaBERTForMaskedLM, MaBERTConfig(**vars(tiny("MT")) | dict(dropout=0.5)), torch.float32)
@@ -1023,16 +1029,55 @@ def test_dropout_is_a_function_of_seed_and_step(tmp_path):
 
 
 def test_batches_are_functions_of_seed_and_step(tmp_path):
-    args, tokens, vocabulary, train, _ = prepared(tmp_path)
+    args, tokens, vocabulary, train, _ = prepared(tmp_path, "--micro-batch-size", "32")
     phases = [(0, train_mlm.Rows(tokens, train, 16, vocabulary)), (30, train_mlm.Rows(tokens, train, 32, vocabulary))]
-    batches = {step: train_mlm.batch_of_step(step, phases, vocabulary, args) for step in (29, 30, 5, 6)}
-    for step, batch in batches.items():
-        for part, again in zip(batch, train_mlm.batch_of_step(step, phases, vocabulary, args)):
+    batches = train_mlm.Batches(phases, args)
+    some = {step: batches.whole(step) for step in (29, 30, 5, 6)}
+    for step, batch in some.items():
+        for part, again in zip(batch, batches.whole(step)):
             assert np.array_equal(part, again)
-    assert batches[29][0].shape[1] <= 16 < batches[30][0].shape[1] <= 32
-    assert not np.array_equal(batches[5][0], batches[6][0])
+    assert some[29][0].shape[1] <= 16 < some[30][0].shape[1] <= 32
+    assert not np.array_equal(some[5][0], some[6][0])
+    for workers in (0, 2):  # in the same order, whoever prepares them
+        ahead = train_mlm.load(batches, range(27, 33), workers, pin=False)
+        for step, batch in zip(range(27, 33), ahead):
+            inputs, real, labels = batches.whole(step)
+            assert batch.labelled == (labels != train_mlm.IGNORED).sum() and batch.real == real.sum() < batch.padded
+            (own,) = batch.micro_batches
+            assert np.array_equal(own[0][:, : inputs.shape[1]], inputs) and not own[1][:, inputs.shape[1] :].any()
     args.seed = 1
-    assert not np.array_equal(train_mlm.batch_of_step(5, phases, vocabulary, args)[0], batches[5][0])
+    assert not np.array_equal(batches.whole(5)[0], some[5][0])
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 64, 65, 3000])
+def test_shuffling_is_a_permutation(n):
+    order = train_mlm.shuffled(np.arange(n), n, 0, 1)
+    assert np.array_equal(np.sort(order), np.arange(n))
+    if n == 3000:
+        other = train_mlm.shuffled(np.arange(n), n, 0, 2)
+        for x, y in ((np.arange(n), order), (order[1:], order[:-1]), (order, other)):
+            assert abs(np.corrcoef(x, y)[0, 1]) < 0.08  # four standard deviations
+        assert abs((np.diff(order) > 0).mean() - 0.5) < 0.04
+
+
+def test_shuffling_takes_no_more_memory_for_more_rows():
+    few = train_mlm.shuffled(np.arange(1000), 2**44 + 1, 3)
+    assert len(np.unique(few)) == 1000 and few.min() >= 0 and few.max() <= 2**44
+    assert abs(few.mean() / 2**43 - 1) < 0.08
+
+
+def test_buckets_have_the_same_rows_and_less_padding(tmp_path):
+    args, tokens, vocabulary, train, _ = prepared(tmp_path, "--batch-size", "8", "--micro-batch-size", "4")
+    rows = train_mlm.Rows(tokens, train, 128, vocabulary)
+    steps, waste = range(100, 100 + 2 * train_mlm.POOL), {}
+    seen = {}
+    for args.bucket in (False, True):
+        numbers = [train_mlm.rows_of_step(step, 100, rows, args) for step in steps]
+        seen[args.bucket] = np.sort(np.concatenate(numbers))
+        waste[args.bucket] = sum((~rows.batch(batch)[1]).sum() for batch in numbers)
+        assert len({len(batch) for batch in numbers}) == 1
+    assert np.array_equal(seen[False], seen[True])
+    assert waste[True] < waste[False] / 2
 
 
 def test_an_epoch_has_every_training_token_once_and_no_held_out_one(tmp_path):
@@ -1040,8 +1085,8 @@ def test_an_epoch_has_every_training_token_once_and_no_held_out_one(tmp_path):
     rows = train_mlm.Rows(tokens, train, 16, vocabulary)
     args.batch_size = 7
     steps = len(rows) // 7
-    seen = [train_mlm.batch_of_step(step, [(0, rows)], vocabulary, args)[:2] for step in range(steps)]
-    rest = train_mlm._shuffled(args.seed, 0, 0, len(rows))[steps * 7 :]
+    seen = [train_mlm.Batches([(0, rows)], args).whole(step)[:2] for step in range(steps)]
+    rest = train_mlm.rows_of_step(steps, 0, rows, args)[: len(rows) - 7 * steps]
     assert len(rest)  # so that the loop above has not seen all
     seen.append(rows.batch(rest))
     for ids, real in seen:
@@ -1073,41 +1118,136 @@ def test_masking_statistics():
     assert not is_special[others].any() and len(np.unique(others)) > 900
 
 
-def test_tokens_are_cached_by_corpus_and_tokenizer(tmp_path, monkeypatch):
-    def folders():
-        return {
-            folder.name: (folder / "ids.bin").stat().st_mtime_ns
-            for folder in tmp_path.glob("cache/*")
-            if folder.is_dir()
-        }
+def test_tokens_are_cached_by_corpus_and_tokenizer(tmp_path):
+    def shards():
+        return {shard: (shard / "ids.npy").stat().st_mtime_ns for shard in tmp_path.glob("cache/*/shard-*")}
 
     _, tokens, *_ = prepared(tmp_path)
-    first = folders()
+    first = shards()
     _, again, *_ = prepared(tmp_path)
-    assert folders() == first and np.array_equal(tokens.ids, again.ids)  # reused
-
+    assert shards() == first and np.array_equal(all_of(tokens), all_of(again))  # reused
     os.utime(tmp_path / "corpus.txt", ns=(1, 1))  # the file has changed
-    real = train_mlm.dataset_corpus
-
-    def interrupted(*arguments):
-        corpus = real(*arguments)
-        return corpus._replace(batches=lambda: iter([["the cat"], None]))
-
-    args = train_mlm.parse_args(arguments(tmp_path))
-    tokenizer = train_mlm.trained_tokenizer(train_mlm.local_corpus(args.data, "line"), 100, args.cache_dir)
-    monkeypatch.setattr(train_mlm, "dataset_corpus", interrupted)
-    with pytest.raises(TypeError):
-        train_mlm.tokenize(train_mlm.local_corpus(args.data, "line"), tokenizer, args.cache_dir)
-    assert [name for name in folders() if not name.endswith(".partial")] == list(first)
-    monkeypatch.undo()
-    rebuilt = train_mlm.tokenize(train_mlm.local_corpus(args.data, "line"), tokenizer, args.cache_dir)
-    assert np.array_equal(rebuilt.ids, tokens.ids) and len(folders()) == 2
-
-    (new,) = folders().keys() - first.keys()
-    with open(tmp_path / "cache" / new / "ids.bin", "r+b") as file:
-        file.truncate(100)
+    _, rebuilt, *_ = prepared(tmp_path)
+    assert np.array_equal(all_of(tokens), all_of(rebuilt)) and len(shards()) == 2
+    (new,) = shards().keys() - first.keys()
+    with open(new / "ids.npy", "r+b") as file:
+        file.truncate(200)
+    with pytest.raises(SystemExit, match=r"shard-00000 is damaged .*remove that folder"):
+        prepared(tmp_path)
+    np.save(new / "ids.npy", np.zeros(100, dtype=np.uint16))
     with pytest.raises(SystemExit, match="damaged"):
-        train_mlm.tokenize(train_mlm.local_corpus(args.data, "line"), tokenizer, args.cache_dir)
+        prepared(tmp_path)
+
+
+def all_of(tokens):
+    return np.concatenate(tokens.ids.ids)
+
+
+def test_preparation_goes_on_after_the_last_whole_shard(tmp_path, monkeypatch):
+    corpus = write_corpus(tmp_path)
+    corpus.write_text(corpus.read_text().replace(".\n", ".\n\n", 20))  # documents without a token
+    _, whole, *_ = prepared(tmp_path)
+    shutil.rmtree(next(path for path in (tmp_path / "cache").iterdir() if path.is_dir()))
+    code = """if True:
+        import os, signal, sys, train_mlm
+        train_mlm.SHARD, replace, calls = 3000, os.replace, []
+        def killed(*paths):
+            calls.append(paths)
+            replace(*paths) if len(calls) < 3 else os.kill(os.getpid(), signal.SIGKILL)
+        os.replace = killed
+        train_mlm.main(sys.argv[1:])"""
+    process = subprocess.run([sys.executable, "-c", code, *arguments(tmp_path)], cwd=ROOT, env=quiet(tmp_path))
+    assert process.returncode == -signal.SIGKILL
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    made = {shard.name: (shard / "ids.npy").stat().st_mtime_ns for shard in folder.glob("shard-0000[0-9]")}
+    assert sorted(made) == ["shard-00000", "shard-00001"]
+    (partial,) = folder.glob("*.partial")
+    os.utime(partial, (0, 0))
+    monkeypatch.setattr(train_mlm, "SHARD", 3000)
+    _, tokens, *_ = prepared(tmp_path)
+    assert not partial.exists() and len(tokens.ids.ids) > 3
+    assert all((folder / name / "ids.npy").stat().st_mtime_ns == when for name, when in made.items())
+    assert np.array_equal(all_of(tokens), all_of(whole)) and np.array_equal(tokens.counts, whole.counts)
+    assert np.array_equal(tokens.offsets, whole.offsets)
+    for start, end in zip(whole.offsets[:-1], whole.offsets[1:]):
+        assert np.array_equal(tokens.ids[start:end], all_of(whole)[start:end])
+
+
+def test_text_that_is_not_utf8_is_refused_with_its_place_or_replaced(tmp_path, capsys):
+    good, bad = b"the cat sees the dog .\n" * 50, b"the \xff cat .\n"
+    (tmp_path / "a.txt").write_bytes(good)
+    (tmp_path / "b.txt").write_bytes(good + bad)
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "good"}\n{"text": "not \xc3("}\n')
+    for name, byte in (("b.txt", len(good) + 4), ("c.jsonl", 31)):
+        paths = [str(tmp_path / "a.txt"), str(tmp_path / name)]
+        with pytest.raises(SystemExit, match=rf"{name}, byte {byte}: not UTF-8 .*--replace-invalid-utf8"):
+            list(train_mlm.local_corpus(paths, "line").batches(0))
+    replaced = list(train_mlm.local_corpus([str(tmp_path)], "line", "replace").batches(0))
+    texts = [text for batch in replaced for text in batch]
+    assert texts[100] == "the \N{REPLACEMENT CHARACTER} cat ." and texts[-2:] == [
+        "good",
+        "not \N{REPLACEMENT CHARACTER}(",
+    ]
+    train_mlm.main(arguments(tmp_path, "--data", str(tmp_path), "--steps", "1", "--replace-invalid-utf8"))
+    assert "2 characters of shard-00000 are U+FFFD" in capsys.readouterr().out
+
+
+def test_the_corpus_of_the_hub_as_local_shards_of_parquet(tmp_path, monkeypatch):
+    """The same calls of `datasets`, with folders in place of the hub's names."""
+    import datasets
+
+    sources = []
+    for name, column in (("wikipedia", "title"), ("books", "isbn")):
+        for shard in range(2):
+            file = tmp_path / name / "data" / f"train-{shard:05d}-of-00002.parquet"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            texts = [f"{name} {shard} {i}" for i in range(150)] + [None, ""]
+            datasets.Dataset.from_dict({"text": texts, column: ["x"] * len(texts)}).to_parquet(file)
+        sources.append((str(tmp_path / name), "default"))
+    monkeypatch.setattr(train_mlm, "HUB_CORPUS", sources)
+    corpus = train_mlm.hub_corpus()
+    texts = [text for batch in corpus.batches(0) for text in batch]
+    assert corpus.num_documents == len(texts) == 4 * 152
+    assert texts[0] == "wikipedia 0 0" and texts[-3:] == ["books 1 149", "", ""]
+    assert [text for batch in corpus.batches(77) for text in batch] == texts[77:]
+
+
+@pytest.mark.parametrize("writer", ["write_shard", "save_checkpoint"])
+def test_a_full_disk_is_explained_and_leaves_what_was_whole(tmp_path, writer):
+    """A limit on the size of files stands in for a full disk."""
+    flags = arguments(tmp_path, "--steps", "4", "--save-every", "2", "--resume")
+    prepared(tmp_path)
+    oldest = tmp_path / "run" / "step-0000002" / "training.pt"
+    if writer == "write_shard":
+        shutil.rmtree(next(path for path in (tmp_path / "cache").iterdir() if path.is_dir()))
+        size = 20_000
+    else:
+        train_mlm.main(flags)
+        shutil.rmtree(tmp_path / "run" / "step-0000004")
+        before = oldest.read_bytes()
+        size = len(before) - 1000  # the optimizer's file is the largest
+    code = f"""if True:
+        import resource, sys, train_mlm
+        write = train_mlm.{writer}
+        def limited(*arguments):
+            resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+            write(*arguments)
+        train_mlm.{writer} = limited
+        train_mlm.main(sys.argv[1:])"""
+    command = [sys.executable, "-c", code, *flags]
+    process = subprocess.run(command, cwd=ROOT, env=quiet(tmp_path), capture_output=True, text=True)
+    assert process.returncode == 1
+    if writer == "write_shard":
+        assert "File too large" in process.stderr and not list(tmp_path.glob("cache/*/shard*"))
+        prepared(tmp_path)
+    else:
+        assert "cannot write" in process.stderr and "earlier checkpoints are untouched" in process.stderr
+        assert list((tmp_path / "run").glob("step-*")) == [oldest.parent] and oldest.read_bytes() == before
+        train_mlm.main(flags)
+
+
+def quiet(tmp_path):
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
 
 
 def test_local_text_in_every_format(tmp_path):
@@ -1316,8 +1456,9 @@ def test_trouble_in_training_is_explained(tmp_path, monkeypatch):
 def start(tmp_path, *more, processes=1):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     command = [sys.executable, *launcher, str(ROOT / "train_mlm.py"), *arguments(tmp_path, *more)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
-    return subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command, env=quiet(tmp_path), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def stop_at(process, checkpoint, number):
@@ -1380,6 +1521,33 @@ def test_two_processes_train_the_same_model(tmp_path):
     assert process.returncode != 0 and "with --micro-batch-size 16 each has one" in said
 
 
+def test_a_process_that_dies_ends_all_and_torchrun_starts_them_again(tmp_path):
+    train_mlm.main(arguments(tmp_path, *LONGER))
+    expected, _ = trained(tmp_path / "run")
+    again = tmp_path / "again"
+    code = f"""if True:
+        import os, pathlib, signal, sys, train_mlm
+        step = train_mlm.train_step
+        def dies(*arguments):
+            if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and arguments[3] == 45:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*arguments)
+        train_mlm.train_step = dies
+        train_mlm.main({arguments(tmp_path, *LONGER, "--out", str(again), "--resume")})"""
+    (tmp_path / "dies.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts"]
+    environment = quiet(tmp_path) | {"PYTHONPATH": str(ROOT)}
+    for restarts in (0, 1):
+        process = subprocess.run(
+            [*command, str(restarts), str(tmp_path / "dies.py")], env=environment, capture_output=True, text=True
+        )
+        if restarts == 0:
+            assert process.returncode != 0 and "Signal 9 (SIGKILL)" in process.stderr
+            shutil.rmtree(again)
+    assert process.returncode == 0 and "resuming" in process.stdout, process.stderr
+    assert relative(trained(again)[0], expected) < 1e-5
+
+
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(tmp_path, capsys):
     flags = "--steps", "6", "--save-every", "2"
     train_mlm.main(arguments(tmp_path, *flags))
@@ -1433,10 +1601,73 @@ def test_another_run_is_not_resumed(tmp_path):
     assert (tmp_path / "run" / "log.csv").read_text() == before
 
 
+def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
+    flags = "--steps", "5", "--dropout", "0.1"
+    train_mlm.main(arguments(tmp_path, *flags))
+    expected = trained(tmp_path / "run")
+    train_mlm.main(arguments(tmp_path, *flags, "--activation-checkpointing", "--overwrite"))
+    weights, log = trained(tmp_path / "run")
+    assert torch.equal(weights, expected[0]) and log == expected[1]
+
+    def kept(*flag):
+        args = train_mlm.parse_args(arguments(tmp_path, *flag))
+        model, _, _ = train_mlm.build(args, train_mlm.prepare(args))
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            model.encoder(torch.ones(8, 32, dtype=torch.long))
+        return sum(sizes)
+
+    assert kept("--activation-checkpointing") < kept() / 5
+
+
+def test_the_profile_covers_the_step(tmp_path, capsys):
+    flags = "--profile", "2", "--length-schedule", "16:0.9", "32:0.1"
+    train_mlm.main(arguments(tmp_path, *flags))
+    assert not (tmp_path / "run").exists()
+    sections = capsys.readouterr().out.split("\nrows of ")[1:]
+    assert [section.split()[0] for section in sections] == ["16", "32"]
+    for section in sections:
+        parts = dict(re.findall(r"^  (\S.*?)  .*?([\d.]+)%$", section, re.MULTILINE))
+        kinds = [f"{way}, {kind}" for way in ("forward", "backward") for kind in ("M layers", "T layers", "rest")]
+        assert parts.keys() == {"waiting for data", "optimizer", *kinds}
+        assert sum(map(float, parts.values())) == pytest.approx(100, abs=0.5) and float(parts["forward, M layers"]) > 1
+
+
+def test_flops_per_token():
+    config = MaBERTConfig()
+    short, long = (train_mlm.flops_per_token(config, length, 0.15) for length in (128, 512))
+    h, mamba = 768, 8 * (768 * 2 * 1536 + 1536 * (48 + 32) + 48 * 1536 + 1536 * 768 + 2 * 768 * 3072)
+    transformer = 4 * (4 * h * h + 2 * h * 3072)
+    convolution, head = 8 * 1536 * 4, 0.15 * h * (h + 30522)
+    assert short == pytest.approx(6 * (mamba + transformer + convolution + head + 4 * 2 * 128 * h), rel=0.01)
+    assert long - short == pytest.approx(6 * 4 * 2 * (512 - 128) * h, rel=0.01)
+
+
+def test_time_left_counts_the_longer_rows(tmp_path):
+    args = train_mlm.parse_args(arguments(tmp_path, "--steps", "100", "--length-schedule", "16:0.9", "32:0.1"))
+    phases = train_mlm.prepare(args).phases
+    assert train_mlm.planned_tokens(args, phases, 0, 100) == 32 * (90 * 16 + 10 * 32)
+    assert train_mlm.planned_tokens(args, phases, 88, 93) == 32 * (2 * 16 + 3 * 32)
+
+
+def test_the_log_as_curve_and_for_tensorboard(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = "--steps", "20", "--log-every", "5", "--save-every", "10", "--tensorboard"
+    train_mlm.main(arguments(tmp_path, *flags))
+    shutil.rmtree(tmp_path / "run" / "step-0000020")
+    train_mlm.main(arguments(tmp_path, *flags, "--resume"))
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    _, log = trained(tmp_path / "run")
+    expected = [(int(row["step"]), pytest.approx(float(row["loss"]))) for row in log if row["loss"]]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch):
     args = train_mlm.parse_args(arguments(tmp_path))
-    ids = np.random.default_rng(0).integers(5, 60, (32, 12))
-    batch = ids, np.ones_like(ids, dtype=bool), np.where(ids % 3 == 0, ids, train_mlm.IGNORED)
+    batch = some_batch()
     model = build(MaBERTForMaskedLM, tiny("MT"), torch.float32)
     optimizer = train_mlm.make_optimizer(model, 0.01)
     assert train_mlm.train_step(model, optimizer, batch, 0, args)[1] == 0

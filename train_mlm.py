@@ -22,6 +22,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -35,7 +36,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 # Idle OpenMP threads spin for milliseconds by default: beside any other busy process that slows a run down many times
 # over. Without any spinning a small model's many short operations wait for threads to wake up. Read when torch loads.
@@ -48,9 +49,11 @@ import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from mabert import PSM_STAGES, MaBERTConfig, MaBERTForMaskedLM
+from mabert import PSM_STAGES, MaBERT, MaBERTConfig, MaBERTForMaskedLM
 
 RANK, LOCAL_RANK, PROCESSES = (
     int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
@@ -97,6 +100,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "column 'text'), instead of English Wikipedia and BookCorpus from the hub")  # fmt: skip
     add("--sample-by", choices=("document", "paragraph", "line"), default="document", help="what is one document in a "
         ".txt file: all of it, a block between blank lines, a line")  # fmt: skip
+    add("--replace-invalid-utf8", action="store_true", help="put U+FFFD where text is not UTF-8 instead of stopping")
     add("--tokenizer", help=f"a tokenizer.json or a name on the hub; without --vocab-size, {HUB_TOKENIZER}")
     add("--vocab-size", type=int, help="train a WordPiece tokenizer of this size on the corpus instead")
     add("--cache-dir", default="out/tokens", help="where text becomes token ids, once for all runs")
@@ -124,12 +128,19 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--warmup-steps", type=int, default=10_000, help="linear warm-up, never more than a tenth of the run")
     add("--weight-decay", type=float, default=0.01, help="on matrices; none on biases, norms, A_log and D")
     add("--mask-rate", type=float, default=0.15, help="share of the tokens to predict")
+    add("--bucket", action="store_true", help="gather rows of like length from 32 batches at a time: less padding, the "
+        "same rows in an epoch")  # fmt: skip
+    add("--activation-checkpointing", action="store_true", help="keep only the layers' inputs for the backward pass, "
+        "and compute the rest again: less memory, about a third more time")  # fmt: skip
     add("--seed", type=int, default=0)
     add("--save-every", type=int, default=1_000, help="steps between checkpoints")
     add("--keep", type=int, default=3, help="checkpoints to keep, the last ones")
     add("--eval-every", type=int, default=1_000, help="steps between held-out losses")
     add("--log-every", type=int, default=100, help="steps between lines of log.csv")
     add("--compile", action="store_true", help="torch.compile the encoder")
+    add("--tensorboard", action="store_true", help="write the log for TensorBoard too, into a folder of --out")
+    add("--profile", type=int, metavar="STEPS", help="instead of training, say where the time of so many steps of each "
+        "row length goes")  # fmt: skip
 
     args = parser.parse_args([*DEMO, *argv] if "--demo" in argv else argv)
 
@@ -165,6 +176,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     require(vocab_fits, f"--vocab-size must be in [100, {MAX_VOCAB}]")
     require(not (args.demo and args.data), "--demo brings its own text; leave out --demo or --data")
     require(not (args.resume and args.overwrite), "--resume and --overwrite exclude each other")
+    require(args.profile is None or args.profile > 0, "--profile must be positive")
+    if args.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            parser.error(f"--tensorboard needs the package tensorboard: pip install tensorboard ({error})")
     try:
         model_config(args, vocab_size=100, pad_token_id=0)
     except ValueError as error:
@@ -190,7 +207,7 @@ def model_config(args: argparse.Namespace, vocab_size: int, pad_token_id: int) -
 class Corpus(NamedTuple):
     identity: str  # changes when the text does
     num_documents: int
-    batches: Callable[[], Iterator[list[str]]]  # all documents, some at a time
+    batches: Callable[[int], Iterator[list[str]]]  # the documents from the given one on, some at a time
 
 
 def demo_corpus() -> Corpus:
@@ -212,10 +229,10 @@ def demo_corpus() -> Corpus:
             texts += [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
     texts = [text.encode("utf-8", "replace").decode() for text in dict.fromkeys(texts)]  # many stand in several places
     identity = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    return Corpus(identity, len(texts), lambda: iter([texts]))
+    return Corpus(identity, len(texts), lambda first: iter([texts[first:]]))
 
 
-def local_corpus(paths: list[str], sample_by: str) -> Corpus:
+def local_corpus(paths: list[str], sample_by: str, utf8_errors: str = "strict") -> Corpus:
     builders = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     files = []
     for path in map(Path, paths):
@@ -231,9 +248,11 @@ def local_corpus(paths: list[str], sample_by: str) -> Corpus:
         data_files = [str(file) for file in files if builders[file.suffix.lower()] == builder]
         if not data_files:
             continue
-        calls.append((builder, dict(data_files=data_files) | (dict(sample_by=sample_by) if builder == "text" else {})))
+        of_text = dict(sample_by=sample_by, encoding_errors=utf8_errors) if builder == "text" else {}
+        calls.append((builder, dict(data_files=data_files) | of_text))
     identity = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return dataset_corpus(calls, f"{identity} {sample_by}", "check the files that --data names")
+    identity = f"{identity} {sample_by} {utf8_errors}"
+    return dataset_corpus(calls, identity, "check the files that --data names", utf8_errors)
 
 
 def hub_corpus() -> Corpus:
@@ -241,25 +260,56 @@ def hub_corpus() -> Corpus:
     return dataset_corpus(calls, f"{HUB_CORPUS}", WITHOUT_HUB)
 
 
-def dataset_corpus(calls: list[tuple[str, dict]], identity: str, advice: str) -> Corpus:
+def dataset_corpus(calls: list[tuple[str, dict]], identity: str, advice: str, utf8_errors: str = "strict") -> Corpus:
     """A corpus from calls of datasets.load_dataset."""
     import datasets  # takes seconds, and --demo needs none
+    import pyarrow
 
+    files = [file for builder, options in calls if builder != "parquet" for file in options.get("data_files", ())]
     parts = []
     for builder, options in calls:
         try:
             part = datasets.load_dataset(builder, split="train", **options)
             if "text" in part.column_names:
-                part = part.select_columns("text").cast_column("text", datasets.Value("string"))
+                part = part.select_columns("text")
+                if getattr(part.features["text"], "dtype", None) not in ("string", "large_string"):
+                    part = part.cast_column("text", datasets.Value("string"))
         except Exception as error:  # datasets raises many kinds, most of them with the reason one level down
             reason = error.__cause__ or error
+            if isinstance(reason, UnicodeDecodeError):
+                raise not_utf8(files, builder) from error
             raise SystemExit(f"cannot load {builder} {options}: {type(reason).__name__}: {reason}\n{advice}") from error
         if "text" not in part.column_names:
             raise SystemExit(f"{builder} {options} has no column 'text', only {part.column_names}")
         parts.append(part)
-    corpus = datasets.concatenate_datasets(parts)
-    batches = lambda: ([text or "" for text in batch["text"]] for batch in corpus.iter(batch_size=100))  # noqa: E731
+    corpus = datasets.concatenate_datasets(parts).with_format("arrow")
+
+    def batches(first: int, size: int = 100) -> Iterator[list[str]]:
+        for start in range(first, len(corpus), size):
+            texts = corpus[start : start + size]["text"].cast(pyarrow.large_binary()).to_pylist()
+            try:
+                yield [(text or b"").decode(errors=utf8_errors) for text in texts]
+            except UnicodeDecodeError as error:
+                raise not_utf8(files, f"one of the documents {start} to {start + size - 1}") from error
+
     return Corpus(identity, len(corpus), batches)
+
+
+def not_utf8(files: list[str], elsewhere: str) -> SystemExit:
+    """The error that names the first of the files, and the place in it, that is not UTF-8."""
+    for file in files:
+        position = 0
+        with open(file, "rb") as lines:
+            for line in lines:
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    place = f"{file}, byte {position + error.start}"
+                    return SystemExit(
+                        f"{place}: not UTF-8 ({error.reason}); convert it, or pass --replace-invalid-utf8"
+                    )
+                position += len(line)
+    return SystemExit(f"{elsewhere}: not UTF-8; convert it, or pass --replace-invalid-utf8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -318,7 +368,7 @@ def trained_tokenizer(corpus: Corpus, size: int, cache_dir: str | os.PathLike) -
     file = Path(cache_dir) / f"tokenizer-{identity}.json"
     if not file.exists():
         print(f"training a tokenizer of {size} word pieces")
-        tokenizer = train_tokenizer((text for texts in corpus.batches() for text in texts), size)
+        tokenizer = train_tokenizer((text for texts in corpus.batches(0) for text in texts), size)
         file.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(f"{file}.partial")
         os.replace(f"{file}.partial", file)
@@ -330,60 +380,103 @@ def trained_tokenizer(corpus: Corpus, size: int, cache_dir: str | os.PathLike) -
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+SHARD = 2**25  # tokens; an interrupted preparation loses what followed the last whole shard
+
+
+class Shards:
+    """Token ids in several memory maps (uint16), one after another."""
+
+    def __init__(self, ids: list[np.ndarray]):
+        self.ids, self.starts = ids, np.cumsum([0, *map(len, ids)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        """The ids of a span within one document; no document goes over the end of a shard."""
+        i = np.searchsorted(self.starts, span.start, side="right") - 1
+        return self.ids[i][span.start - self.starts[i] : span.stop - self.starts[i]]
+
+
 class Tokens(NamedTuple):
-    ids: np.ndarray  # (tokens,) uint16, a memory map: the documents one after another, without special tokens
-    offsets: np.ndarray  # (documents + 1,) int64
+    ids: Shards  # the documents one after another, without special tokens
+    offsets: np.ndarray  # (documents + 1,) int64, of documents that are not empty
     counts: np.ndarray  # (vocabulary,) int64: how often each id occurs
 
 
 def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | os.PathLike) -> Tokens:
-    """The corpus as token ids, from the cache where the same corpus and tokenizer have been seen before.
+    """The corpus as token ids, from the cache as far as the same corpus and tokenizer have been seen before.
 
-    They are written under a temporary name and renamed when whole, so that an interrupted run leaves no half cache.
+    Memory does not grow with the corpus. A shard is written under a temporary name and renamed when whole, so that an
+    interrupted preparation goes on where the last whole one ends.
     """
-    key = hashlib.sha256(f"{corpus.identity} {tokenizer.to_str()}".encode("utf-8", "replace")).hexdigest()[:16]
-    folder, partial = Path(cache_dir) / key, Path(cache_dir) / f"{key}.{os.getpid()}.partial"
-    if not folder.exists():
-        try:
-            _write_tokens(corpus, tokenizer, partial)
-            if not folder.exists():  # another run may have been faster
-                os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    try:
-        offsets, counts = np.load(folder / "offsets.npy"), np.load(folder / "counts.npy")
-        size = (folder / "ids.bin").stat().st_size
-    except (OSError, ValueError, EOFError) as error:
-        raise SystemExit(f"the token cache {folder} is damaged ({error}); remove that folder and run again") from error
-    if size != 2 * offsets[-1]:
-        raise SystemExit(f"the token cache {folder} is damaged (wrong size); remove that folder and run again")
-    if size == 0:
-        raise SystemExit("the corpus is empty: no text, or nothing that the tokenizer keeps")
-    return Tokens(np.memmap(folder / "ids.bin", dtype=np.uint16, mode="r"), offsets, counts)
-
-
-def _write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path):
+    key = hashlib.sha256(f"{corpus.identity} {tokenizer.to_str()} shards".encode("utf-8", "replace")).hexdigest()[:16]
+    folder = Path(cache_dir) / key
     folder.mkdir(parents=True, exist_ok=True)
-    lengths, counts = [], np.zeros(vocab_size(tokenizer), dtype=np.int64)
-    progress = tqdm(total=corpus.num_documents, unit="doc", desc="tokenizing")
-    with open(folder / "ids.bin", "wb") as file, progress:
-        for texts in corpus.batches():
-            tokens_of = np.zeros(len(texts), dtype=np.int64)
-            for pieces in _pieces(texts):
-                encodings = tokenizer.encode_batch_fast([text for _, text in pieces], add_special_tokens=False)
-                for (document, _), encoding in zip(pieces, encodings):
-                    ids = np.array(encoding.ids, dtype=np.uint16)
-                    file.write(ids.tobytes())
-                    tokens_of[document] += len(ids)
-                    np.add.at(counts, ids, 1)
-            lengths += tokens_of[tokens_of > 0].tolist()
-            progress.update(len(texts))
-    np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    np.save(folder / "counts.npy", counts)
+    ids, lengths, counts, document = [], [], np.zeros(vocab_size(tokenizer), dtype=np.int64), 0
+    with tqdm(total=corpus.num_documents, unit="doc", desc="tokenizing", delay=1) as progress:
+        while document < corpus.num_documents:
+            shard = folder / f"shard-{len(ids):05d}"
+            if not shard.exists():
+                write_shard(shard, corpus.batches(document), tokenizer, progress)
+            try:
+                shard_ids, shard_lengths = (
+                    np.load(shard / f"{name}.npy", mmap_mode="r") for name in ("ids", "lengths")
+                )
+                if len(shard_ids) != shard_lengths.sum() or not len(shard_lengths):
+                    raise ValueError("wrong size")
+                counts += np.load(shard / "counts.npy")
+            except (OSError, ValueError, EOFError) as error:
+                raise SystemExit(
+                    f"the token cache {shard} is damaged ({error}); remove that folder and run again"
+                ) from error
+            ids.append(shard_ids)
+            lengths.append(shard_lengths)
+            document += len(shard_lengths)
+            progress.update(document - progress.n)
+    for partial in folder.glob("*.partial"):  # left by a killed run
+        if time.time() - partial.stat().st_mtime > 3600:
+            shutil.rmtree(partial, ignore_errors=True)
+    lengths = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
+    offsets = np.cumsum([0, *lengths[lengths > 0]], dtype=np.int64)
+    if offsets[-1] == 0:
+        raise SystemExit("the corpus is empty: no text, or nothing that the tokenizer keeps")
+    return Tokens(Shards(ids), offsets, counts)
 
 
-def _pieces(texts: list[str], longest: int = 100_000, together: int = 1_000_000) -> Iterator[list[tuple[int, str]]]:
-    """(document, text) some at a time, long documents cut at spaces: a tokenizer takes 100 bytes per character."""
+def write_shard(shard: Path, batches: Iterator[list[str]], tokenizer: Tokenizer, progress: tqdm):
+    """Tokenizes documents, on all cores, until they make a shard."""
+    ids, lengths, total, replaced, start = [], [], 0, 0, time.perf_counter()
+    for texts in batches:
+        lengths.append(np.zeros(len(texts), dtype=np.int64))
+        for pieces in _pieces(texts):
+            encodings = tokenizer.encode_batch_fast([text for _, text in pieces], add_special_tokens=False)
+            ids.append(np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), dtype=np.uint16))
+            np.add.at(lengths[-1], [document for document, _ in pieces], [len(e) for e in encodings])
+            total += len(ids[-1])
+            progress.set_postfix_str(f"{total / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
+        replaced += sum(text.count("\N{REPLACEMENT CHARACTER}") for text in texts)
+        progress.update(len(texts))
+        if total >= SHARD:
+            break
+    if replaced:
+        progress.write(f"{replaced} characters of {shard.name} are U+FFFD, which stands where text was not UTF-8")
+    ids = np.concatenate([np.zeros(0, dtype=np.uint16), *ids])
+    arrays = dict(ids=ids, lengths=np.concatenate(lengths), counts=np.bincount(ids, minlength=vocab_size(tokenizer)))
+    partial = shard.with_name(f"{shard.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        for name, array in arrays.items():
+            np.save(partial / f"{name}.npy", array)
+        if not shard.exists():  # another run may have been faster
+            os.replace(partial, shard)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _pieces(texts: list[str], longest: int = 20_000, together: int = 2_000_000) -> Iterator[list[tuple[int, str]]]:
+    """(document, text) some at a time, long documents cut at spaces: a tokenizer takes 100 bytes per character, and
+    shares the pieces between all cores."""
     pieces, size = [], 0
     for document, text in enumerate(texts):
         start = 0
@@ -451,28 +544,29 @@ class Rows:
     """
 
     def __init__(self, tokens: Tokens, segments: np.ndarray, length: int, vocabulary: Vocabulary):
-        self.ids, self.segments, self.vocabulary = tokens.ids, segments, vocabulary
+        self.ids, self.segments, self.length, self.vocabulary = tokens.ids, segments, length, vocabulary
         self.windows = -(-(segments[:, 1] - segments[:, 0]) // (length - 2))  # of each segment
         self.ends = np.cumsum(self.windows)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
+    def spans(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the rows of these numbers start and end in the tokens."""
+        segment = np.searchsorted(self.ends, numbers, side="right")
+        (start, end), windows = self.segments[segment].T, self.windows[segment]
+        window = numbers - (self.ends[segment] - windows)
+        return start + (end - start) * window // windows, start + (end - start) * (window + 1) // windows
+
     def batch(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows of these numbers, padded to the longest: (ids int64, real bool), both (rows, length)."""
-        rows = []
-        for number in numbers:
-            segment = np.searchsorted(self.ends, number, side="right")
-            (start, end), windows = self.segments[segment], self.windows[segment]
-            window = number - (self.ends[segment] - windows)
-            first, last = ((end - start) * place // windows for place in (window, window + 1))
-            rows.append(self.ids[start + first : start + last])
-        lengths = np.array([len(row) + 2 for row in rows])
-        ids = np.full((len(rows), lengths.max()), self.vocabulary.pad, dtype=np.int64)
+        starts, ends = self.spans(numbers)
+        lengths = ends - starts + 2
+        ids = np.full((len(numbers), lengths.max()), self.vocabulary.pad, dtype=np.int64)
         ids[:, 0] = self.vocabulary.cls
-        for i, row in enumerate(rows):
-            ids[i, 1 : len(row) + 1] = row
-            ids[i, len(row) + 1] = self.vocabulary.sep
+        for i, (start, end) in enumerate(zip(starts, ends)):
+            ids[i, 1 : lengths[i] - 1] = self.ids[start:end]
+        ids[np.arange(len(ids)), lengths - 1] = self.vocabulary.sep
         return ids, np.arange(ids.shape[1]) < lengths[:, None]
 
 
@@ -492,21 +586,105 @@ def mask_tokens(
     return np.where(chosen & (fate >= 0.9), random_ids, inputs), labels
 
 
-def batch_of_step(
-    step: int, phases: list[tuple[int, Rows]], vocabulary: Vocabulary, args: argparse.Namespace
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(input ids, real, labels) of a step, (batch, length) each. phases: the first step and the rows of each length."""
-    first, rows = [phase for phase in phases if phase[0] <= step][-1]
-    epoch, place = np.divmod((step - first) * args.batch_size + np.arange(args.batch_size), len(rows))
-    numbers = np.concatenate([_shuffled(args.seed, first, e, len(rows))[place[epoch == e]] for e in np.unique(epoch)])
-    ids, real = rows.batch(numbers)
-    inputs, labels = mask_tokens(ids, vocabulary, args.mask_rate, rng(args.seed, 1, step))
-    return inputs, real, labels
+def shuffled(places: np.ndarray, n: int, *key: int) -> np.ndarray:
+    """The numbers at these places (int64) of a random order of range(n), of which nothing else is computed or kept.
+
+    A Feistel network permutes range(4^k), the next that holds n. What falls outside range(n) goes through again until
+    it is inside (cycle walking), which permutes range(n).
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    keys = rng(*key).integers(2**64, size=6, dtype=np.uint64)
+
+    def permute(x):
+        left, right = x >> half, x & low
+        for k in keys:
+            mixed = (right ^ k) * np.uint64(0x9E3779B97F4A7C15)  # an odd number: 2^64 over the golden ratio
+            mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15)
+            left, right = right, left ^ (mixed >> np.uint64(32) & low)
+        return left << half | right
+
+    numbers = permute(places.astype(np.uint64))
+    while (outside := numbers >= n).any():
+        numbers[outside] = permute(numbers[outside])
+    return numbers.astype(np.int64)
 
 
-@functools.lru_cache(maxsize=2)
-def _shuffled(seed: int, phase: int, epoch: int, n: int) -> np.ndarray:
-    return rng(seed, 2, phase, epoch).permutation(n)
+POOL = 32  # batches that --bucket sorts together
+
+
+def rows_of_step(step: int, first: int, rows: Rows, args: argparse.Namespace) -> np.ndarray:
+    """The numbers of the rows of a step, in a phase that began with step `first`: epoch after epoch, each shuffled."""
+
+    def in_order(start, count):
+        epochs, places = np.divmod(np.arange(start, start + count), len(rows))
+        parts = [shuffled(places[epochs == e], len(rows), args.seed, 2, first, e) for e in np.unique(epochs)]
+        return np.concatenate(parts)
+
+    if not args.bucket:
+        return in_order((step - first) * args.batch_size, args.batch_size)
+    pool, place = divmod(step - first, POOL)
+    numbers = in_order(pool * POOL * args.batch_size, POOL * args.batch_size)
+    starts, ends = rows.spans(numbers)
+    batches = numbers[np.argsort(ends - starts, kind="stable")].reshape(POOL, args.batch_size)
+    return batches[rng(args.seed, 4, first, pool).permutation(POOL)[place]]
+
+
+class Batch(NamedTuple):
+    """What a process trains on in a step: some of the micro-batches, and counts of them all."""
+
+    micro_batches: list[tuple[torch.Tensor, ...]]  # (input ids, real, labels), each (micro-batch, length)
+    labelled: int  # labelled tokens
+    real: int  # tokens that are not pads
+    padded: int  # tokens, pads included
+
+
+class Batches(torch.utils.data.Dataset):
+    """The batch of every step, a function of the seed and the step alone."""
+
+    def __init__(self, phases: list[tuple[int, Rows]], args: argparse.Namespace):
+        self.phases, self.args = phases, args
+
+    def whole(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(input ids, real, labels), each (batch, length)."""
+        first, rows = [phase for phase in self.phases if phase[0] <= step][-1]
+        ids, real = rows.batch(rows_of_step(step, first, rows, self.args))
+        inputs, labels = mask_tokens(ids, rows.vocabulary, self.args.mask_rate, rng(self.args.seed, 1, step))
+        return inputs, real, labels
+
+    def __getitem__(self, step: int) -> Batch:
+        inputs, real, labels = self.whole(step)
+        parts = micro_batches((inputs, real, labels), self.args.micro_batch_size)
+        padded = sum(part[0].numel() for part in parts)
+        return Batch(parts[RANK::PROCESSES], max(1, int((labels != IGNORED).sum())), int(real.sum()), padded)
+
+
+def micro_batches(batch: tuple[np.ndarray, ...], size: int) -> list[tuple[torch.Tensor, ...]]:
+    """(inputs, real, labels) of `size` rows each, cut to the longest rounded up to 32 tokens."""
+    parts = []
+    for start in range(0, len(batch[0]), size):
+        rows = slice(start, start + size)
+        longest = 32 * -(-int(batch[1][rows].sum(axis=1).max()) // 32)
+        parts.append(tuple(torch.from_numpy(np.ascontiguousarray(part[rows, :longest])) for part in batch))
+    return parts
+
+
+def load(batches: Batches, steps: range, workers: int, pin: bool) -> torch.utils.data.DataLoader:
+    """The batches of these steps, prepared ahead of time by so many processes; with none, when they are asked for."""
+
+    def ignore_signals(_):  # those are for the process that trains
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+    return torch.utils.data.DataLoader(
+        batches,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=ignore_signals,
+        multiprocessing_context="fork" if workers else None,  # others would copy the corpus
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -533,8 +711,8 @@ class HeldOut(NamedTuple):
         model.eval()
         total = 0.0
         device = model.decoder_bias.device
-        for i in tqdm(range(-(-len(self.inputs) // micro_batch_size)), "held-out loss", leave=False, delay=5):
-            inputs, real, labels = micro_batch(self, i, micro_batch_size, device)
+        for part in tqdm(micro_batches(self, micro_batch_size), "held-out loss", leave=False, delay=5):
+            inputs, real, labels = (tensor.to(device) for tensor in part)
             with autocast(model):
                 total += model(inputs, real, labels=labels, reduction="sum").loss.item()
         model.train()
@@ -554,13 +732,6 @@ def autocast(model: torch.nn.Module):
     """bf16 on a GPU, nothing elsewhere."""
     device = next(model.parameters()).device.type
     return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
-
-
-def micro_batch(batch: tuple[np.ndarray, ...], i: int, size: int, device: torch.device) -> list[torch.Tensor]:
-    """(inputs, real, labels) of the i-th `size` rows on the device, cut to the longest rounded up to 32 tokens."""
-    rows = slice(i * size, (i + 1) * size)
-    longest = 32 * -(-int(batch[1][rows].sum(axis=1).max()) // 32)
-    return [torch.from_numpy(part[rows, :longest]).to(device) for part in batch]
 
 
 @torch.no_grad()
@@ -605,7 +776,12 @@ class Data(NamedTuple):
 def prepare(args: argparse.Namespace) -> Data:
     """Everything that training reads."""
     tokenizer = None if args.vocab_size else load_tokenizer(args.tokenizer or HUB_TOKENIZER)
-    corpus = demo_corpus() if args.demo else local_corpus(args.data, args.sample_by) if args.data else hub_corpus()
+    if args.demo:
+        corpus = demo_corpus()
+    elif args.data:
+        corpus = local_corpus(args.data, args.sample_by, "replace" if args.replace_invalid_utf8 else "strict")
+    else:
+        corpus = hub_corpus()
     tokenizer = tokenizer or trained_tokenizer(corpus, args.vocab_size, args.cache_dir)
     tokens = tokenize(corpus, tokenizer, args.cache_dir)
     vocabulary = vocabulary_of(tokenizer)
@@ -644,7 +820,9 @@ def digest(*parts: bytes) -> str:
 
 def identity_of(args: argparse.Namespace, data: Data) -> dict:
     """What a run is a function of; a checkpoint of another cannot be resumed."""
-    names = "steps length_schedule batch_size micro_batch_size lr warmup_steps weight_decay mask_rate seed".split()
+    names = (
+        "steps length_schedule batch_size micro_batch_size bucket lr warmup_steps weight_decay mask_rate seed".split()
+    )
     config = model_config(args, vocab_size(data.tokenizer), data.vocabulary.pad)
     tokenizer = digest(data.tokenizer.to_str().encode("utf-8", "replace"))
     own = {name: getattr(args, name) for name in names} | dict(tokenizer=tokenizer, corpus=data.corpus_digest)
@@ -723,30 +901,38 @@ def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.A
 
 
 def train_step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: tuple, step: int, args: argparse.Namespace
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    step: int,
+    args: argparse.Namespace,
+    mark: Callable[[str], None] = lambda name: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step over all micro-batches of all processes, on the device, where nothing is read back.
 
     Returns this process's part of the mean loss over the batch's labelled tokens, and whether a gradient was not finite
     (0. or 1.), in which case the weights and the optimizer stay as they are. Of n processes, the r-th takes every n-th
-    micro-batch from the r-th on; gradients are exchanged once, with the last.
+    micro-batch from the r-th on; gradients are exchanged once, with the last. `mark` is told what has just ended.
     """
-    labelled = max(1, int((batch[2] != IGNORED).sum()))
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
-    own = range(RANK, args.batch_size // args.micro_batch_size, PROCESSES)
-    for i in own:
-        inputs, real, labels = micro_batch(batch, i, args.micro_batch_size, device)
-        torch.manual_seed(int(rng(args.seed, 3, step, i).integers(2**63)))  # for dropout
-        with contextlib.nullcontext() if PROCESSES == 1 or i == own[-1] else model.no_sync():
+    for i, micro_batch in enumerate(batch.micro_batches):
+        inputs, real, labels = (tensor.to(device, non_blocking=True) for tensor in micro_batch)
+        seed = rng(args.seed, 3, step, RANK + i * PROCESSES).integers(2**63)
+        torch.manual_seed(int(seed))  # for dropout
+        last = i + 1 == len(batch.micro_batches)
+        with contextlib.nullcontext() if PROCESSES == 1 or last else model.no_sync():
             with autocast(model):
-                loss = model(inputs, real, labels=labels, reduction="sum").loss / labelled
+                loss = model(inputs, real, labels=labels, reduction="sum").loss / batch.labelled
+            mark("forward, rest")
             (loss * PROCESSES).backward()  # DistributedDataParallel takes the mean over processes; the sum is meant
+            mark("backward, rest")
         total += loss.detach()
     not_finite = (~clip_grad_norm_(model.parameters(), 1.0).isfinite()).float()
     optimizer.found_inf = not_finite  # a fused optimizer then does nothing
     optimizer.step()
     optimizer.zero_grad()
+    mark("optimizer")
     return total, not_finite
 
 
@@ -782,6 +968,18 @@ def signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def join_processes():
+    backend, store = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store keeps the addresses of the processes before a restart (pytorch issue 135712)
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    timeout = datetime.timedelta(
+        days=7
+    )  # they wait while the first prepares the corpus; torchrun ends all when one dies
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=PROCESSES, timeout=timeout)
+
+
 def over_processes(value: float, reduction: str = "sum") -> float:
     """The sum of a number over all processes, or its "max"."""
     if PROCESSES == 1:
@@ -791,34 +989,73 @@ def over_processes(value: float, reduction: str = "sum") -> float:
     return value.item()
 
 
-LOG = "step", "loss", "held_out_loss", "lr", "tokens_per_s", "skipped_steps"
+class Log:
+    """log.csv, and the same for TensorBoard. Lines beyond `step`, where a resumed run begins, are written again."""
+
+    columns = "step", "loss", "held_out_loss", "lr", "tokens_per_s", "padding", "skipped_steps"
+
+    def __init__(self, out: Path, step: int, tensorboard: bool):
+        self.files = contextlib.ExitStack()
+        file, kept, self.board = out / "log.csv", [], None
+        if RANK > 0:
+            file, tensorboard = os.devnull, False
+        elif step and file.exists():
+            with open(file, newline="", encoding="utf-8") as old:
+                rows = [row for row in csv.reader(old) if len(row) == len(self.columns)]
+            kept = [row for row in rows if row[0].isdigit() and int(row[0]) <= step]
+        self.csv = self.files.enter_context(open(file, "w", newline="", encoding="utf-8"))
+        csv.writer(self.csv).writerows([self.columns, *kept])
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = self.files.enter_context(SummaryWriter(str(out / "tensorboard"), purge_step=step + 1))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.files.close()
+
+    def write(self, step: int, **values):
+        row = dict(step=step) | values
+        csv.writer(self.csv).writerow([row.get(column, "") for column in self.columns])
+        self.csv.flush()
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, float(value), step)
 
 
-def open_log(file: Path, step: int) -> TextIO:
-    """log.csv to write on, with its lines up to this step; those beyond are written again by a resumed run."""
-    if RANK > 0:
-        return open(os.devnull, "w")
-    kept = []
-    if step and file.exists():
-        with open(file, newline="", encoding="utf-8") as old:
-            kept = [row for row in csv.reader(old) if len(row) == len(LOG) and row[0].isdigit() and int(row[0]) <= step]
-    new = open(file, "w", newline="", encoding="utf-8")
-    csv.writer(new).writerows([LOG, *kept])
-    return new
+def draw_curve(out: Path) -> Path:
+    """The loss curves of log.csv as loss.png, where matplotlib is there; returns the file to look at."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return out / "log.csv"
+    with open(out / "log.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, label in (("loss", "training"), ("held_out_loss", "held out")):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        axes.plot(*zip(*points), label=label)
+    axes.set(xlabel="step", ylabel="nats per masked token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out / "loss.png", dpi=150)
+    return out / "loss.png"
 
 
 def main(argv: list[str]):
     args = parse_args(argv)
     out = Path(args.out)
-    names = "log.csv", "args.json", "config.json", "model.pt", "tokenizer.json", STEP_FOLDER + "*"
-    old = [path for name in names for path in out.glob(name)]  # all that a run writes
-    if old and not (args.overwrite or args.resume or (args.demo and out == Path("out/demo"))):
+    names = "log.csv loss.png tensorboard args.json config.json model.pt tokenizer.json".split()
+    old = [path for name in (*names, STEP_FOLDER + "*") for path in out.glob(name)]  # all that a run writes
+    if old and not (args.profile or args.overwrite or args.resume or (args.demo and out == Path("out/demo"))):
         raise SystemExit(f"{out} holds a run or a model already; choose another --out, --overwrite it, or --resume it")
-    out.mkdir(parents=True, exist_ok=True)
+    if not args.profile:
+        out.mkdir(parents=True, exist_ok=True)
     if PROCESSES > 1:
-        # the others wait while the first prepares the corpus; torchrun ends all when one dies
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+        join_processes()
     for turn in (LOCAL_RANK == 0, LOCAL_RANK > 0):
         if turn:
             data = prepare(args)
@@ -830,6 +1067,9 @@ def main(argv: list[str]):
         dist.all_gather_object(identities, identity)
         if any(other != identities[0] for other in identities):
             raise SystemExit("the processes see different corpora or tokenizers; let them share --cache-dir and --data")
+    if args.profile:
+        with explained_out_of_memory(args):
+            return profile(args, data)
     checkpoint = newest_checkpoint(out, identity) if args.resume else None
     if RANK == 0:
         if not args.resume:
@@ -843,16 +1083,42 @@ def main(argv: list[str]):
         dist.destroy_process_group()
 
 
-def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, checkpoint: tuple[Path, dict, dict] | None):
-    # Model, optimizer, schedule
+def build(args: argparse.Namespace, data: Data) -> tuple[MaBERTForMaskedLM, torch.nn.Module, torch.optim.Optimizer]:
+    """(model, the same or its DistributedDataParallel, optimizer)."""
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.manual_seed(args.seed)
     model = MaBERTForMaskedLM(model_config(args, vocab_size(data.tokenizer), data.vocabulary.pad)).to(device)
+    if args.activation_checkpointing:
+        for layer in model.encoder.layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     if args.compile:
         model.encoder.compile()
-    optimizer = make_optimizer(model, args.weight_decay)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{args.pattern}, {size:.1f} M parameters, on {device}; {args.steps} steps of {args.batch_size} rows", end="")
+    print(f", shared by {PROCESSES} processes" if PROCESSES > 1 else "")
+    return model, model if PROCESSES == 1 else DistributedDataParallel(model), make_optimizer(model, args.weight_decay)
+
+
+def batches_ahead(
+    args: argparse.Namespace, phases: list[tuple[int, Rows]], steps: range
+) -> torch.utils.data.DataLoader:
+    """Beside a GPU, two processes prepare batches, in pinned memory; a CPU has no core to spare for them."""
+    on_gpu = torch.cuda.is_available()
+    can_fork = "fork" in torch.multiprocessing.get_all_start_methods()
+    return load(Batches(phases, args), steps, workers=2 * (on_gpu and can_fork), pin=on_gpu)
+
+
+def planned_tokens(args: argparse.Namespace, phases: list[tuple[int, Rows]], first: int, last: int) -> int:
+    """The tokens of steps first to last - 1 if all rows were full: their time is about in proportion."""
+    ends = [begins for begins, _ in phases[1:]] + [args.steps]
+    steps = (max(0, min(last, end) - max(first, begins)) for (begins, _), end in zip(phases, ends))
+    return args.batch_size * sum(rows.length * n for (_, rows), n in zip(phases, steps))
+
+
+def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, checkpoint: tuple[Path, dict, dict] | None):
+    model, shared, optimizer = build(args, data)
     first = 0
     if checkpoint:
         folder, weights, training = checkpoint
@@ -862,16 +1128,12 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
         print(f"resuming {folder}")
     elif args.resume:
         print(f"{out} has no checkpoint; starting at step 0")
-    shared = model if PROCESSES == 1 else DistributedDataParallel(model)
     warmup = min(args.warmup_steps, args.steps // 10)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{args.pattern}, {size:.1f} M parameters, on {device}; {args.steps} steps of {args.batch_size} rows", end="")
-    print(f", shared by {PROCESSES} processes" if PROCESSES > 1 else "")
     if warmup < args.warmup_steps:
         print(f"warm-up shortened from {args.warmup_steps} to {warmup} steps, a tenth of the run")
 
     # The loop; sums since the last line of the log stay on the device until the next
-    losses, skipped, in_a_row, most_in_a_row = torch.zeros(4, device=device)
+    losses, skipped, in_a_row, most_in_a_row = torch.zeros(4, device=model.decoder_bias.device)
     skipped_before, since = 0, first
     if checkpoint:
         since, skipped_before = training["since"], training["skipped"]
@@ -880,25 +1142,25 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
     held_out, held_out_loss = data.held_out, math.nan
     if RANK == 0:
         (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n", encoding="utf-8")
-    with signals() as received, open_log(out / "log.csv", first) as log_file:
-        log = csv.writer(log_file)
+    with signals() as received, Log(out, first, args.tensorboard) as log:
         if first == 0:
             held_out_loss = held_out.loss(model, args.micro_batch_size) if RANK == 0 else math.nan
-            log.writerow([0, "", f"{held_out_loss:.4f}", "", "", 0])
-        real_tokens, start = 0, time.perf_counter()
-        progress = tqdm(range(first + 1, args.steps + 1), unit="step", desc="training", initial=first, total=args.steps)
-        for step in progress:
+            log.write(0, held_out_loss=f"{held_out_loss:.4f}", skipped_steps=0)
+        real, padded, timed_from, start = 0, 0, first, time.perf_counter()
+        batches = batches_ahead(args, data.phases, range(first, args.steps))
+        shown = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+        progress = tqdm(batches, "training", args.steps, unit="step", initial=first, bar_format=shown)
+        for step, batch in enumerate(progress, first + 1):
             lr = learning_rate(step - 1, args.steps, args.lr, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batch = batch_of_step(step - 1, data.phases, data.vocabulary, args)
             loss, not_finite = train_step(shared, optimizer, batch, step - 1, args)
             losses += loss.where(not_finite == 0, 0)
             skipped += not_finite
             in_a_row += 1
             in_a_row *= not_finite
             most_in_a_row.copy_(torch.maximum(most_in_a_row, in_a_row))
-            real_tokens += int(batch[1].sum())
+            real, padded = real + batch.real, padded + batch.padded
 
             stopped_by = int(over_processes(received[0] if received else 0, "max"))
             saves = step % args.save_every == 0 or stopped_by
@@ -915,19 +1177,27 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
                     )
                 loss /= max(1, step - since - new_skipped)
                 skipped_before += new_skipped
-                speed = real_tokens / (time.perf_counter() - start)
-                row = dict(
-                    loss=f"{loss:.4f}", held_out="", lr=f"{lr:.2e}", tok_s=f"{speed:.0f}", skipped=skipped_before
-                )
+                seconds = time.perf_counter() - start
+                row = dict(loss=f"{loss:.4f}", lr=f"{lr:.2e}", tokens_per_s=f"{real / seconds:.0f}")
+                row |= dict(padding=f"{1 - real / padded:.3f}", skipped_steps=skipped_before)
                 if evaluates and RANK == 0:
                     held_out_loss = held_out.loss(model, args.micro_batch_size)
-                    row["held_out"] = f"{held_out_loss:.4f}"
-                log.writerow([step, *row.values()])
-                log_file.flush()
-                progress.set_postfix(row | dict(held_out=f"{held_out_loss:.4f}"))
+                    row["held_out_loss"] = f"{held_out_loss:.4f}"
+                log.write(step, **row)
+                speed = planned_tokens(args, data.phases, timed_from, step) / seconds
+                left = datetime.timedelta(seconds=round(planned_tokens(args, data.phases, step, args.steps) / speed))
+                progress.set_postfix(row | dict(held_out_loss=f"{held_out_loss:.4f}", left=left))
                 for total in (losses, skipped, most_in_a_row):
                     total.zero_()
-                loss, new_skipped, real_tokens, since, start = 0.0, 0, 0, step, time.perf_counter()
+                loss, new_skipped, real, padded, since, timed_from, start = (
+                    0.0,
+                    0,
+                    0,
+                    0,
+                    step,
+                    step,
+                    time.perf_counter(),
+                )
             if saves and RANK == 0:
                 training = dict(step=step, since=since, losses=loss, skipped=skipped_before + new_skipped)
                 training |= dict(optimizer=optimizer.state_dict(), identity=identity)
@@ -939,6 +1209,7 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
     if RANK > 0:
         return
     save(out, model, data.tokenizer)
+    curve = draw_curve(out)
 
     # What came of it
     unigram, uniform = data.baselines
@@ -948,9 +1219,87 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
     side = "below" if held_out_loss < unigram else "above"
     print(f"{abs(unigram - held_out_loss):.2f} nats {side} the word frequencies. Held-out text with one word masked:")
     show_guesses(model, data.tokenizer, data.held_rows)
-    print(f"\nThe model is in {out}, its curve in {out / 'log.csv'}. In Python:")
+    print(f"\nThe model is in {out}, its curve in {curve}. In Python:")
     print(f"  model = MaBERTForMaskedLM.from_pretrained({str(out)!r})  # from mabert import MaBERTForMaskedLM")
     print(f"  tokenizer = Tokenizer.from_file({str(out / 'tokenizer.json')!r})  # from tokenizers import Tokenizer")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where the time goes
+# ----------------------------------------------------------------------------------------------------------------------
+
+PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989}  # dense bf16, from NVIDIA's data sheets
+
+
+class Stopwatch:
+    """Sums time by the names that the ends of the intervals are given; on a GPU, by its own clock, without waiting."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu, self.marks = device.type == "cuda", []
+
+    def __call__(self, name: str):
+        now = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
+        if self.on_gpu:
+            now.record()
+        self.marks.append((name, now))
+
+    def seconds(self) -> dict[str, float]:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        total = {}
+        for (_, begin), (name, end) in zip(self.marks, self.marks[1:]):
+            total[name] = total.get(name, 0) + (begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin)
+        return total
+
+
+def flops_per_token(config: MaBERTConfig, length: int, mask_rate: float) -> float:
+    """Floating-point operations of matrix products and convolutions, forward and backward, for one token of a row."""
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        MaBERT(config)(torch.zeros(1, length, dtype=torch.long))
+    head = 2 * config.hidden_size * (config.hidden_size + config.vocab_size) * mask_rate
+    return 3 * (counter.get_total_flops() / length + head)
+
+
+def profile(args: argparse.Namespace, data: Data, warm_up: int = 2):
+    """Prints, for each row length, where the time of args.profile training steps goes. Writes nothing."""
+    model, shared, optimizer = build(args, data)
+    device = model.decoder_bias.device
+    watch = Stopwatch(device)
+    for kind, layer in zip(args.pattern, model.encoder.layers):
+        if not args.compile:  # hooks would cut the graph
+            layer.register_forward_pre_hook(lambda *_: watch("forward, rest"))
+            layer.register_forward_hook(lambda *_, kind=kind: watch(f"forward, {kind} layers"))
+            layer.register_full_backward_pre_hook(lambda *_: watch("backward, rest"))
+            layer.register_full_backward_hook(lambda *_, kind=kind: watch(f"backward, {kind} layers"))
+    for _, rows in data.phases:
+        real = padded = 0
+        for i, batch in enumerate(batches_ahead(args, [(0, rows)], range(warm_up + args.profile))):
+            watch("waiting for data")
+            train_step(shared, optimizer, batch, i, args, watch)
+            if i < warm_up:
+                watch.marks = watch.marks[-1:]
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+            else:
+                real, padded = real + batch.real, padded + batch.padded
+        parts = watch.seconds()
+        seconds = sum(parts.values())
+        tflops = flops_per_token(model.config, rows.length, args.mask_rate) * real / seconds / PROCESSES / 1e12
+        print(
+            f"\nrows of {rows.length} tokens: {seconds / args.profile:.3f} s a step, {real / seconds:.0f} tokens/s, ",
+            end="",
+        )
+        print(f"{1 - real / padded:.1%} padding, {tflops:.3g} TFLOP/s a device", end="")
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name()
+            peak = next((peak for known, peak in PEAK_TFLOPS.items() if known in name), math.nan)
+            print(f" ({tflops / peak:.1%} of the {name}'s {peak})", end="")
+            print(f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most", end="")
+        print()
+        for name, part in parts.items():
+            print(f"  {name:20}{1000 * part / args.profile:10.1f} ms a step{part / seconds:8.1%}")
+    if PROCESSES > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
