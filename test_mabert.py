@@ -1238,7 +1238,7 @@ def test_a_full_disk_is_explained_and_leaves_what_was_whole(tmp_path, writer):
     process = subprocess.run(command, cwd=ROOT, env=quiet(tmp_path), capture_output=True, text=True)
     assert process.returncode == 1
     if writer == "write_shard":
-        assert "File too large" in process.stderr and not list(tmp_path.glob("cache/*/shard*"))
+        assert "is the disk full?" in process.stderr and not list(tmp_path.glob("cache/*/shard*"))
         prepared(tmp_path)
     else:
         assert "cannot write" in process.stderr and "earlier checkpoints are untouched" in process.stderr

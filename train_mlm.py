@@ -470,6 +470,10 @@ def write_shard(shard: Path, batches: Iterator[list[str]], tokenizer: Tokenizer,
             np.save(partial / f"{name}.npy", array)
         if not shard.exists():  # another run may have been faster
             os.replace(partial, shard)
+    except OSError as error:
+        raise SystemExit(
+            f"cannot write {partial}: {error}\nis the disk full? whole shards are kept, to go on from"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
