@@ -516,7 +516,8 @@ class MaBERTForMaskedLM(PretrainedModel):
     - without labels: loss None, logits (b, l, vocab)
     - with labels, integer (b, l), -100 where there is nothing to predict: the vocabulary projection runs on the
       labelled positions alone, and logits are (number labelled, vocab) in row-major order. The loss is the mean
-      cross-entropy in nats over them (0 where there are none), or their sum with reduction="sum".
+      cross-entropy in nats over them (0 where there are none), or their sum with reduction="sum". Labels may be on
+      the CPU while the rest is on a GPU: counting them is then no reason to wait for it.
     """
 
     def __init__(self, config: MaBERTConfig):
@@ -542,8 +543,9 @@ class MaBERTForMaskedLM(PretrainedModel):
             raise ValueError(f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}")
         x = self.encoder(input_ids, attention_mask, token_type_ids)  # (b, l, h)
         if labels is not None:
-            labelled = labels != -100
-            x, labels = x[labelled], labels[labelled].long()  # (number labelled, h), (number labelled,)
+            places = (labels.flatten() != -100).nonzero().squeeze(1)  # (number labelled,)
+            labels = labels.flatten()[places].long().to(x.device, non_blocking=True)
+            x = x.flatten(0, 1).index_select(0, places.to(x.device, non_blocking=True))  # (number labelled, h)
         logits = F.linear(self.transform(x), self.encoder.word_embeddings.weight, self.decoder_bias)
         if labels is None:
             return Output(None, logits)

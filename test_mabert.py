@@ -1262,7 +1262,7 @@ def test_local_text_in_every_format(tmp_path):
 
     def texts(path, sample_by="line"):
         corpus = train_mlm.local_corpus([str(path)], sample_by)
-        found = [text for batch in corpus.batches() for text in batch]
+        found = [text for batch in corpus.batches(0) for text in batch]
         assert len(found) == corpus.num_documents
         return [" ".join(text.split()) for text in found if text.strip()]
 
@@ -1290,10 +1290,10 @@ def test_a_trained_tokenizer_encodes_pairs_and_decodes():
 def test_long_documents_are_tokenized_in_pieces(tmp_path):
     tokenizer = train_mlm.train_tokenizer(["the cat sees a dog"] * 5, 100)
     texts = ["a cat", "", "the cat sees a dog " * 20_000, "dog " * 5]
-    corpus = train_mlm.Corpus("long", len(texts), lambda: iter([texts[:1], texts[1:]]))
+    corpus = train_mlm.Corpus("long", len(texts), lambda first: iter([texts[:1], texts[1:]][first:]))
     tokens = train_mlm.tokenize(corpus, tokenizer, tmp_path)
     expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts if text]
-    assert np.array_equal(tokens.ids, np.concatenate(expected))
+    assert np.array_equal(all_of(tokens), np.concatenate(expected))
     assert np.array_equal(np.diff(tokens.offsets), [len(ids) for ids in expected])
     assert np.array_equal(tokens.counts, np.bincount(np.concatenate(expected), minlength=len(tokens.counts)))
 
@@ -1317,7 +1317,7 @@ def test_no_weight_decay_on_biases_norms_and_the_core():
 
 def test_the_demo_text_is_english_and_enough():
     corpus = train_mlm.demo_corpus()
-    texts = [text for batch in corpus.batches() for text in batch]
+    texts = [text for batch in corpus.batches(0) for text in batch]
     assert len(texts) == corpus.num_documents == len(set(texts)) and sum(map(len, texts)) > 1_000_000
     words = " ".join(texts).lower().split()
     assert words.count("the") > 0.02 * len(words)
@@ -1374,7 +1374,7 @@ def test_bad_corpora_are_refused_before_training(tmp_path):
     (tmp_path / "folder").mkdir()
     refused("--data", str(tmp_path / "folder"), said="no .txt")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00" * 100)
-    refused("--data", str(tmp_path / "binary.txt"), said="cannot load text.*UnicodeDecodeError")
+    refused("--data", str(tmp_path / "binary.txt"), said="binary.txt, byte 0: not UTF-8")
     (tmp_path / "run").rmdir()
     (tmp_path / "run").write_text("a file")
     with pytest.raises(FileExistsError):  # which the command turns into a message

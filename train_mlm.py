@@ -921,7 +921,8 @@ def train_step(
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     for i, micro_batch in enumerate(batch.micro_batches):
-        inputs, real, labels = (tensor.to(device, non_blocking=True) for tensor in micro_batch)
+        inputs, real = (tensor.to(device, non_blocking=True) for tensor in micro_batch[:2])
+        labels = micro_batch[2]  # on the CPU, where the model can count them without waiting for a GPU
         seed = rng(args.seed, 3, step, RANK + i * PROCESSES).integers(2**63)
         torch.manual_seed(int(seed))  # for dropout
         last = i + 1 == len(batch.micro_batches)
@@ -978,9 +979,8 @@ def join_processes():
         # torchrun's store keeps the addresses of the processes before a restart (pytorch issue 135712)
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    timeout = datetime.timedelta(
-        days=7
-    )  # they wait while the first prepares the corpus; torchrun ends all when one dies
+    # they wait while the first prepares the corpus; torchrun ends all when one dies
+    timeout = datetime.timedelta(days=7)
     dist.init_process_group(backend, store=store, rank=RANK, world_size=PROCESSES, timeout=timeout)
 
 
@@ -1138,9 +1138,9 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
 
     # The loop; sums since the last line of the log stay on the device until the next
     losses, skipped, in_a_row, most_in_a_row = torch.zeros(4, device=model.decoder_bias.device)
-    skipped_before, since = 0, first
+    skipped_before, since, real, padded = 0, first, 0, 0
     if checkpoint:
-        since, skipped_before = training["since"], training["skipped"]
+        skipped_before, since, real, padded = (training[name] for name in ("skipped", "since", "real", "padded"))
         if RANK == 0:
             losses += training["losses"]
     held_out, held_out_loss = data.held_out, math.nan
@@ -1150,7 +1150,7 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
         if first == 0:
             held_out_loss = held_out.loss(model, args.micro_batch_size) if RANK == 0 else math.nan
             log.write(0, held_out_loss=f"{held_out_loss:.4f}", skipped_steps=0)
-        real, padded, timed_from, start = 0, 0, first, time.perf_counter()
+        timed_from, start = first, time.perf_counter()
         batches = batches_ahead(args, data.phases, range(first, args.steps))
         shown = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
         progress = tqdm(batches, "training", args.steps, unit="step", initial=first, bar_format=shown)
@@ -1182,7 +1182,11 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
                 loss /= max(1, step - since - new_skipped)
                 skipped_before += new_skipped
                 seconds = time.perf_counter() - start
-                row = dict(loss=f"{loss:.4f}", lr=f"{lr:.2e}", tokens_per_s=f"{real / seconds:.0f}")
+                row = dict(
+                    loss=f"{loss:.4f}",
+                    lr=f"{lr:.2e}",
+                    tokens_per_s=f"{real / (step - since) * (step - timed_from) / seconds:.0f}",
+                )
                 row |= dict(padding=f"{1 - real / padded:.3f}", skipped_steps=skipped_before)
                 if evaluates and RANK == 0:
                     held_out_loss = held_out.loss(model, args.micro_batch_size)
@@ -1203,8 +1207,10 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
                     time.perf_counter(),
                 )
             if saves and RANK == 0:
-                training = dict(step=step, since=since, losses=loss, skipped=skipped_before + new_skipped)
-                training |= dict(optimizer=optimizer.state_dict(), identity=identity)
+                training = dict(
+                    step=step, optimizer=optimizer.state_dict(), identity=identity, losses=loss, since=since
+                )
+                training |= dict(skipped=skipped_before + new_skipped, real=real, padded=padded)
                 save_checkpoint(out, step, args.keep, model, data.tokenizer, training)
             if stopped_by:
                 name = signal.Signals(stopped_by).name
