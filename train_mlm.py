@@ -5,8 +5,10 @@
     python train_mlm.py --data texts/ --vocab-size 8192 --steps 5000 --hidden-size 256 --num-heads 4 ...
     python train_mlm.py ... --resume                    # goes on after the newest checkpoint of a stopped run
     torchrun --nproc-per-node 8 train_mlm.py ...        # the same run, shared by eight GPUs
+    python train_mlm.py ... --profile 20                # where the time of a step goes
 
-In order: arguments · text · tokenizer · tokens on disk · rows and masking · evaluation · checkpoints · training.
+In order: arguments · text · tokenizer · tokens on disk · rows and masking · evaluation · what training reads ·
+checkpoints · training · where the time goes.
 
 Everything random is a function of the seed, the step and the micro-batch: which rows a step reads, where they are
 masked, dropout. So there is no random state to keep, and neither resuming nor the number of processes changes a run.
@@ -131,7 +133,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--bucket", action="store_true", help="gather rows of like length from 32 batches at a time: less padding, the "
         "same rows in an epoch")  # fmt: skip
     add("--activation-checkpointing", action="store_true", help="keep only the layers' inputs for the backward pass, "
-        "and compute the rest again: less memory, about a third more time")  # fmt: skip
+        "and compute the rest again: less memory, more time")  # fmt: skip
     add("--seed", type=int, default=0)
     add("--save-every", type=int, default=1_000, help="steps between checkpoints")
     add("--keep", type=int, default=3, help="checkpoints to keep, the last ones")
