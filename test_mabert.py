@@ -1,5 +1,6 @@
 """Tests of MaBERT, padding invariance first. `pytest` runs all of them on a CPU; those marked gpu need CUDA."""
 
+import contextlib
 import csv
 import json
 import math
@@ -1072,7 +1073,7 @@ def test_buckets_have_the_same_rows_and_less_padding(tmp_path):
     steps, waste = range(100, 100 + 2 * train_mlm.POOL), {}
     seen = {}
     for args.bucket in (False, True):
-        numbers = [train_mlm.rows_of_step(step, 100, rows, args) for step in steps]
+        numbers = [train_mlm.Batches([], args).numbers(step, 100, rows) for step in steps]
         seen[args.bucket] = np.sort(np.concatenate(numbers))
         waste[args.bucket] = sum((~rows.batch(batch)[1]).sum() for batch in numbers)
         assert len({len(batch) for batch in numbers}) == 1
@@ -1086,7 +1087,7 @@ def test_an_epoch_has_every_training_token_once_and_no_held_out_one(tmp_path):
     args.batch_size = 7
     steps = len(rows) // 7
     seen = [train_mlm.Batches([(0, rows)], args).whole(step)[:2] for step in range(steps)]
-    rest = train_mlm.rows_of_step(steps, 0, rows, args)[: len(rows) - 7 * steps]
+    rest = train_mlm.Batches([], args).numbers(steps, 0, rows)[: len(rows) - 7 * steps]
     assert len(rest)  # so that the loop above has not seen all
     seen.append(rows.batch(rest))
     for ids, real in seen:
@@ -1247,7 +1248,8 @@ def test_a_full_disk_is_explained_and_leaves_what_was_whole(tmp_path, writer):
 
 
 def quiet(tmp_path):
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    variables = {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets"), "PYTHONPATH": str(ROOT)}
+    return os.environ | variables
 
 
 def test_local_text_in_every_format(tmp_path):
@@ -1437,7 +1439,7 @@ def test_trouble_in_training_is_explained(tmp_path, monkeypatch):
             patch.setattr(owner, name, out_of_memory)
             with pytest.raises(SystemExit, match="lower --micro-batch-size"):
                 train_mlm.main(arguments(tmp_path, "--overwrite"))
-    with pytest.raises(SystemExit, match=r"not finite in \d+ steps in a row, by step .* last checkpoint "):
+    with pytest.raises(SystemExit, match=r"not finite in ten steps in a row, up to step 1\d, .* last checkpoint "):
         train_mlm.main(arguments(tmp_path, "--overwrite", "--lr", "1e30"))
 
     def full_disk(_, folder):
@@ -1453,9 +1455,9 @@ def test_trouble_in_training_is_explained(tmp_path, monkeypatch):
 # What a run leaves behind, and how it goes on
 
 
-def start(tmp_path, *more, processes=1):
+def start(tmp_path, *more, processes=1, script=ROOT / "train_mlm.py"):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "train_mlm.py"), *arguments(tmp_path, *more)]
+    command = [sys.executable, *launcher, str(script), *arguments(tmp_path, *more)]
     return subprocess.Popen(
         command, env=quiet(tmp_path), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -1480,14 +1482,29 @@ def trained(folder):
 LONGER = "--steps", "90", "--save-every", "10", "--log-every", "7", "--eval-every", "30", "--micro-batch-size", "8"
 
 
-def test_a_stopped_run_goes_on_bit_by_bit(tmp_path):
+KILLED_IN_SAVING = """
+import os, signal, sys, train_mlm
+replace = os.replace
+def killed(old, new):
+    os.kill(os.getpid(), signal.SIGKILL) if str(old).endswith("step-0000030.partial") else replace(old, new)
+os.replace = killed
+train_mlm.main(sys.argv[1:])
+"""
+
+
+def test_a_stopped_run_goes_on_bit_by_bit(tmp_path, capsys):
     train_mlm.main(arguments(tmp_path, *LONGER, "--dropout", "0.1"))
     expected = trained(tmp_path / "run")
     run = tmp_path / "stopped"
     flags = *LONGER, "--dropout", "0.1", "--out", str(run), "--resume"
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED_IN_SAVING)
+    process = start(tmp_path, *flags, script=script)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and (run / "step-0000030.partial").exists()
+    assert sorted(folder.name for folder in run.glob("step-???????")) == ["step-0000010", "step-0000020"]
     process = start(tmp_path, *flags)
-    stop_at(process, run / "step-0000020", signal.SIGKILL)
-    (run / "step-0000099.partial").mkdir()  # killed in saving
+    stop_at(process, run / "step-0000040", signal.SIGKILL)
     process = start(tmp_path, *flags)
     said = stop_at(process, run / "step-0000050", signal.SIGTERM)
     assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM after step" in said
@@ -1498,19 +1515,48 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path):
     train_mlm.main(arguments(tmp_path, *flags))
     weights, log = trained(run)
     assert torch.equal(weights, expected[0]) and log == expected[1]
+    train_mlm.main(arguments(tmp_path, *flags))  # nothing is left to do
+    printed = re.findall(r"held-out loss (\S+) nats", capsys.readouterr().out)
+    assert len(printed) == 3 and set(printed) == {f"{float(log[-1]['held_out_loss']):.3f}"}
+    kept = train_mlm.Log(run, 50, False)  # what a killed run leaves before it logs again
+    assert len((run / "log.csv").read_text().splitlines()) == 1 + sum(int(row["step"]) <= 50 for row in log)
+    kept.files.close()
+
+
+COUNTING = """
+import atexit, sys, train_mlm
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+calls = []
+class Counting(train_mlm.DistributedDataParallel):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.register_comm_hook(None, lambda _, bucket: calls.append(1) or allreduce_hook(None, bucket))
+train_mlm.DistributedDataParallel = Counting
+if train_mlm.RANK == 1:
+    train_mlm.save = train_mlm.write_shard = train_mlm.Log = None  # only the first process writes
+train_mlm.main(sys.argv[1:])
+print(f"gradients exchanged {len(calls)} times")
+"""
 
 
 def test_two_processes_train_the_same_model(tmp_path):
-    train_mlm.main(arguments(tmp_path, *LONGER))
+    flags = *LONGER, "--dropout", "0.1", "--resume"
+    train_mlm.main(arguments(tmp_path, *flags))
     expected = trained(tmp_path / "run")
-    flags = *LONGER, "--out", str(tmp_path / "two"), "--resume"
-    process = start(tmp_path, *flags, processes=2)
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "counting.py").write_text(COUNTING)
+    process = start(tmp_path, *flags, "--out", str(tmp_path / "two"), processes=2, script=tmp_path / "counting.py")
     said = process.communicate()[0].decode()
     assert process.returncode == 0 and said.count("shared by 2 processes") == 1, said
-    process = start(tmp_path, *LONGER, "--out", str(tmp_path / "changing"), "--resume")
-    stop_at(process, tmp_path / "changing" / "step-0000020", signal.SIGKILL)
-    process = start(tmp_path, *LONGER, "--out", str(tmp_path / "changing"), "--resume", processes=2)
-    assert process.communicate() and process.returncode == 0
+    assert "gradients exchanged 90 times" in said  # once a step, of two micro-batches in each process
+    changing = tmp_path / "changing"
+    for number, step in ((1, 20), (2, 50), (1, 70), (2, None)):  # how many processes, and when they are killed
+        process = start(tmp_path, *flags, "--out", str(changing), processes=number)
+        if step:
+            stop_at(process, changing / f"step-{step:07d}", signal.SIGTERM if number == 2 else signal.SIGKILL)
+        else:
+            said = process.communicate()[0].decode()
+            assert process.returncode == 0, said
     for folder in ("two", "changing"):
         weights, log = trained(tmp_path / folder)
         assert relative(weights, expected[0]) < 1e-5
@@ -1536,10 +1582,9 @@ def test_a_process_that_dies_ends_all_and_torchrun_starts_them_again(tmp_path):
         train_mlm.main({arguments(tmp_path, *LONGER, "--out", str(again), "--resume")})"""
     (tmp_path / "dies.py").write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts"]
-    environment = quiet(tmp_path) | {"PYTHONPATH": str(ROOT)}
     for restarts in (0, 1):
         process = subprocess.run(
-            [*command, str(restarts), str(tmp_path / "dies.py")], env=environment, capture_output=True, text=True
+            [*command, str(restarts), str(tmp_path / "dies.py")], env=quiet(tmp_path), capture_output=True, text=True
         )
         if restarts == 0:
             assert process.returncode != 0 and "Signal 9 (SIGKILL)" in process.stderr
@@ -1554,13 +1599,20 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(tmp_path, capsy
     run = tmp_path / "run"
     expected = trained(run)
     newest, middle, oldest = sorted(run.glob("step-*"), reverse=True)
-    with open(newest / "training.pt", "r+b") as file:  # one byte
-        file.seek(file.seek(0, os.SEEK_END) // 2)
-        byte = file.read(1)
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte[0] ^ 1]))
+    whole = bytearray((newest / "training.pt").read_bytes())
+    for i in range(len(whole) // 2, len(whole) // 2 + 100):  # some bits, not all in the padding between its parts
+        whole[i] ^= 1
+    (newest / "training.pt").write_bytes(whole)
     with open(middle / "model.pt", "r+b") as file:
         file.truncate(1000)
+    for folder, whole in ((newest, False), (middle, False), (oldest, True)):
+        with contextlib.nullcontext() if whole else pytest.raises(ValueError):
+            train_mlm.read_checkpoint(folder)
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    train_mlm.save_checkpoint(other, 3, 1, MaBERTForMaskedLM.from_pretrained(run), train_mlm.load_tokenizer(
+        str(run / "tokenizer.json")), {})  # fmt: skip
+    assert sorted(folder.name for folder in other.glob("step-*")) == ["step-0000003", middle.name, newest.name]
     train_mlm.main(arguments(tmp_path, *flags, "--resume"))
     printed = capsys.readouterr().out
     assert f"{newest} is damaged" in printed and f"{middle} is damaged" in printed and f"resuming {oldest}" in printed
@@ -1595,10 +1647,19 @@ def test_another_run_is_not_resumed(tmp_path):
     del flags_with_tokenizer[i : i + 2]
     with pytest.raises(SystemExit, match="tokenizer was"):
         train_mlm.main(flags_with_tokenizer)
-    (tmp_path / "corpus.txt").write_text((tmp_path / "corpus.txt").read_text() * 2)
-    with pytest.raises(SystemExit, match="corpus was"):
-        train_mlm.main(arguments(tmp_path, *flags, "--resume"))
+    text = (tmp_path / "corpus.txt").read_text()
+    turned = "\n".join(" ".join(reversed(line.split())) for line in text.splitlines())
+    for other in (text * 2, turned):
+        (tmp_path / "corpus.txt").write_text(other)
+        with pytest.raises(SystemExit, match="belongs to another run: corpus was"):
+            train_mlm.main(arguments(tmp_path, *flags, "--resume"))
+    with pytest.raises(SystemExit, match="--vocab-size was 100 and is now 120"):
+        train_mlm.main(arguments(tmp_path, *flags, "--vocab-size", "120", "--resume"))
     assert (tmp_path / "run" / "log.csv").read_text() == before
+    (tmp_path / "corpus.txt").unlink()
+    (tmp_path / "moved.txt").write_text(text)
+    shutil.rmtree(tmp_path / "cache")
+    train_mlm.main(arguments(tmp_path, *flags, "--data", str(tmp_path / "moved.txt"), "--resume"))  # the same text
 
 
 def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
@@ -1690,6 +1751,15 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch
     train_mlm.main(arguments(tmp_path, "--steps", "20", "--log-every", "5"))
     skipped = [int(row["skipped_steps"]) for row in trained(tmp_path / "run")[1]]
     assert skipped == [0, 2, 2, 3, 3]
+    sums = train_mlm.Sums(*torch.zeros(4).unbind())
+    for step in range(1, 20):
+        sums.add(step, some_batch(), torch.tensor(1.0), torch.tensor(float(step in (2, 5) or step > 6)))
+        if step == 12:  # as if resumed
+            state = sums.state()
+            sums = train_mlm.Sums(**{k: torch.tensor(v) if k in list(state)[:4] else v for k, v in state.items()})
+    assert sums.state() | dict(real=0, padded=0) == dict(
+        losses=4, skipped=15, in_a_row=13, failed_at=16, line=0, real=0, padded=0, skipped_before=0
+    )
 
 
 def test_an_unreachable_hub_and_a_bad_folder_are_explained(tmp_path):

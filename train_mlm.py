@@ -36,6 +36,7 @@ import sysconfig
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -48,10 +49,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -60,6 +61,7 @@ from mabert import PSM_STAGES, MaBERT, MaBERTConfig, MaBERTForMaskedLM
 RANK, LOCAL_RANK, PROCESSES = (
     int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 )
+RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 if RANK > 0:  # of torchrun's processes the first speaks
     tqdm = functools.partial(tqdm, disable=True)
 
@@ -166,7 +168,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     require(micro_batches % PROCESSES == 0, f"{PROCESSES} processes cannot share the {micro_batches} micro-batches of "
             f"a step evenly; with --micro-batch-size {max(1, args.batch_size // PROCESSES)} each has one")  # fmt: skip
     require(0 < args.mask_rate < 1, "--mask-rate must be between 0 and 1")
-    require(args.lr > 0, "--lr must be positive")
+    require(0 < args.lr < math.inf, "--lr must be positive and finite")
     for name in ("warmup_steps", "weight_decay", "seed"):
         require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
     lengths, shares = zip(*args.length_schedule)
@@ -241,9 +243,9 @@ def local_corpus(paths: list[str], sample_by: str, utf8_errors: str = "strict") 
         if not path.exists():
             raise SystemExit(f"--data: {path} does not exist")
         found = [path] if path.is_file() else path.rglob("*")
-        found = [file for file in found if file.suffix.lower() in builders and file.is_file()]
+        found = [file for file in found if file.suffix.lower() in builders and file.is_file() and file.stat().st_size]
         if not found:
-            raise SystemExit(f"--data: {path} is or has no {', '.join(builders)} file")
+            raise SystemExit(f"--data: {path} is or has no {', '.join(builders)} file that is not empty")
         files += [file.resolve() for file in found]
     files, calls = sorted(set(files)), []
     for builder in ("text", "json", "parquet"):
@@ -404,6 +406,7 @@ class Tokens(NamedTuple):
     ids: Shards  # the documents one after another, without special tokens
     offsets: np.ndarray  # (documents + 1,) int64, of documents that are not empty
     counts: np.ndarray  # (vocabulary,) int64: how often each id occurs
+    checksums: list[int]  # of the shards
 
 
 def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | os.PathLike) -> Tokens:
@@ -415,7 +418,8 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | os.PathLike)
     key = hashlib.sha256(f"{corpus.identity} {tokenizer.to_str()} shards".encode("utf-8", "replace")).hexdigest()[:16]
     folder = Path(cache_dir) / key
     folder.mkdir(parents=True, exist_ok=True)
-    ids, lengths, counts, document = [], [], np.zeros(vocab_size(tokenizer), dtype=np.int64), 0
+    ids, lengths, checksums, document = [], [], [], 0
+    counts = np.zeros(vocab_size(tokenizer), dtype=np.int64)
     with tqdm(total=corpus.num_documents, unit="doc", desc="tokenizing", delay=1) as progress:
         while document < corpus.num_documents:
             shard = folder / f"shard-{len(ids):05d}"
@@ -428,6 +432,7 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | os.PathLike)
                 if len(shard_ids) != shard_lengths.sum() or not len(shard_lengths):
                     raise ValueError("wrong size")
                 counts += np.load(shard / "counts.npy")
+                checksums.append(int(np.load(shard / "checksum.npy")))
             except (OSError, ValueError, EOFError) as error:
                 raise SystemExit(
                     f"the token cache {shard} is damaged ({error}); remove that folder and run again"
@@ -443,7 +448,7 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | os.PathLike)
     offsets = np.cumsum([0, *lengths[lengths > 0]], dtype=np.int64)
     if offsets[-1] == 0:
         raise SystemExit("the corpus is empty: no text, or nothing that the tokenizer keeps")
-    return Tokens(Shards(ids), offsets, counts)
+    return Tokens(Shards(ids), offsets, counts, checksums)
 
 
 def write_shard(shard: Path, batches: Iterator[list[str]], tokenizer: Tokenizer, progress: tqdm):
@@ -462,17 +467,19 @@ def write_shard(shard: Path, batches: Iterator[list[str]], tokenizer: Tokenizer,
         if total >= SHARD:
             break
     if replaced:
-        progress.write(f"{replaced} characters of {shard.name} are U+FFFD, which stands where text was not UTF-8")
+        progress.write(f"{replaced} characters of {shard.name} are U+FFFD: text that was not UTF-8, here or before")
     ids = np.concatenate([np.zeros(0, dtype=np.uint16), *ids])
     arrays = dict(ids=ids, lengths=np.concatenate(lengths), counts=np.bincount(ids, minlength=vocab_size(tokenizer)))
+    arrays["checksum"] = np.array(zlib.crc32(ids))
     partial = shard.with_name(f"{shard.name}.{os.getpid()}.partial")
     try:
         partial.mkdir()
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
-        if not shard.exists():  # another run may have been faster
-            os.replace(partial, shard)
+        os.replace(partial, shard)
     except OSError as error:
+        if shard.exists():  # another run was faster
+            return
         raise SystemExit(
             f"cannot write {partial}: {error}\nis the disk full? whole shards are kept, to go on from"
         ) from error
@@ -616,26 +623,6 @@ def shuffled(places: np.ndarray, n: int, *key: int) -> np.ndarray:
     return numbers.astype(np.int64)
 
 
-POOL = 32  # batches that --bucket sorts together
-
-
-def rows_of_step(step: int, first: int, rows: Rows, args: argparse.Namespace) -> np.ndarray:
-    """The numbers of the rows of a step, in a phase that began with step `first`: epoch after epoch, each shuffled."""
-
-    def in_order(start, count):
-        epochs, places = np.divmod(np.arange(start, start + count), len(rows))
-        parts = [shuffled(places[epochs == e], len(rows), args.seed, 2, first, e) for e in np.unique(epochs)]
-        return np.concatenate(parts)
-
-    if not args.bucket:
-        return in_order((step - first) * args.batch_size, args.batch_size)
-    pool, place = divmod(step - first, POOL)
-    numbers = in_order(pool * POOL * args.batch_size, POOL * args.batch_size)
-    starts, ends = rows.spans(numbers)
-    batches = numbers[np.argsort(ends - starts, kind="stable")].reshape(POOL, args.batch_size)
-    return batches[rng(args.seed, 4, first, pool).permutation(POOL)[place]]
-
-
 class Batch(NamedTuple):
     """What a process trains on in a step: some of the micro-batches, and counts of them all."""
 
@@ -645,16 +632,39 @@ class Batch(NamedTuple):
     padded: int  # tokens, pads included
 
 
+POOL = 32  # batches that --bucket sorts together
+
+
 class Batches(torch.utils.data.Dataset):
     """The batch of every step, a function of the seed and the step alone."""
 
     def __init__(self, phases: list[tuple[int, Rows]], args: argparse.Namespace):
-        self.phases, self.args = phases, args
+        self.phases, self.args, self.sorted = phases, args, {}
+
+    def numbers(self, step: int, first: int, rows: Rows) -> np.ndarray:
+        """The rows of a step, in a phase that began with step `first`: epoch after epoch, each shuffled."""
+        size, seed = self.args.batch_size, self.args.seed
+
+        def in_order(start, count):
+            epochs, places = np.divmod(np.arange(start, start + count), len(rows))
+            parts = [shuffled(places[epochs == e], len(rows), seed, 2, first, e) for e in np.unique(epochs)]
+            return np.concatenate(parts)
+
+        if not self.args.bucket:
+            return in_order((step - first) * size, size)
+        batches = max(1, min(POOL, len(rows) // (4 * size)))  # few of a small epoch: near its end, rows come again
+        pool, place = divmod(step - first, batches)
+        if (first, pool) not in self.sorted:
+            numbers = in_order(pool * batches * size, batches * size)
+            starts, ends = rows.spans(numbers)
+            numbers = numbers[np.argsort(ends - starts, kind="stable")].reshape(batches, size)
+            self.sorted = {(first, pool): rng(seed, 4, first, pool).permutation(numbers)}
+        return self.sorted[first, pool][place]
 
     def whole(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(input ids, real, labels), each (batch, length)."""
         first, rows = [phase for phase in self.phases if phase[0] <= step][-1]
-        ids, real = rows.batch(rows_of_step(step, first, rows, self.args))
+        ids, real = rows.batch(self.numbers(step, first, rows))
         inputs, labels = mask_tokens(ids, rows.vocabulary, self.args.mask_rate, rng(self.args.seed, 1, step))
         return inputs, real, labels
 
@@ -781,14 +791,17 @@ class Data(NamedTuple):
 
 def prepare(args: argparse.Namespace) -> Data:
     """Everything that training reads."""
-    tokenizer = None if args.vocab_size else load_tokenizer(args.tokenizer or HUB_TOKENIZER)
+    if not args.vocab_size:
+        tokenizer = load_tokenizer(args.tokenizer or HUB_TOKENIZER)
     if args.demo:
         corpus = demo_corpus()
     elif args.data:
         corpus = local_corpus(args.data, args.sample_by, "replace" if args.replace_invalid_utf8 else "strict")
     else:
         corpus = hub_corpus()
-    tokenizer = tokenizer or trained_tokenizer(corpus, args.vocab_size, args.cache_dir)
+    if args.vocab_size:
+        own = min(Path(args.out).glob(f"{STEP_FOLDER}/tokenizer.json"), default=None) if args.resume else None
+        tokenizer = load_tokenizer(str(own)) if own else trained_tokenizer(corpus, args.vocab_size, args.cache_dir)
     tokens = tokenize(corpus, tokenizer, args.cache_dir)
     vocabulary = vocabulary_of(tokenizer)
     seen, held = split_held_out(tokens)
@@ -808,7 +821,7 @@ def prepare(args: argparse.Namespace) -> Data:
     if (held_out.labels == IGNORED).all():
         raise SystemExit("the corpus is too short, or --mask-rate too low: no held-out token is masked")
     print(f"{tokens.offsets[-1]} tokens of text; held-out loss on {len(held_out.inputs)} rows of {len(held_rows)}")
-    corpus_digest = digest(tokens.offsets.tobytes(), tokens.counts.tobytes())
+    corpus_digest = digest(tokens.offsets.tobytes(), repr(tokens.checksums).encode())
     baselines = held_out.baselines(tokens, held, vocabulary)
     return Data(tokenizer, vocabulary, phases, held_rows, held_out, baselines, corpus_digest)
 
@@ -824,14 +837,21 @@ def digest(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
+IDENTITY = (
+    *("steps", "length_schedule", "batch_size", "micro_batch_size", "bucket", "lr", "warmup_steps", "weight_decay"),
+    *("mask_rate", "seed"),
+)
+
+
 def identity_of(args: argparse.Namespace, data: Data) -> dict:
     """What a run is a function of; a checkpoint of another cannot be resumed."""
-    names = (
-        "steps length_schedule batch_size micro_batch_size bucket lr warmup_steps weight_decay mask_rate seed".split()
-    )
     config = model_config(args, vocab_size(data.tokenizer), data.vocabulary.pad)
     tokenizer = digest(data.tokenizer.to_str().encode("utf-8", "replace"))
-    own = {name: getattr(args, name) for name in names} | dict(tokenizer=tokenizer, corpus=data.corpus_digest)
+    own = (
+        {name: getattr(args, name) for name in IDENTITY}
+        | {"--vocab-size": args.vocab_size}
+        | dict(tokenizer=tokenizer, corpus=data.corpus_digest)
+    )
     return json.loads(json.dumps(dataclasses.asdict(config) | own))  # tuples become lists, as they are when read back
 
 
@@ -855,33 +875,40 @@ def save_checkpoint(out: Path, step: int, keep: int, *contents):
     save(partial, *contents)
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one, if any
     os.replace(partial, folder)
-    for old in sorted(out.glob(STEP_FOLDER))[:-keep]:
+    upto = [old for old in sorted(out.glob(STEP_FOLDER)) if old <= folder]  # later ones are damaged: not counted
+    for old in upto[:-keep]:
         shutil.rmtree(old)
 
 
-def newest_checkpoint(out: Path, identity: dict) -> tuple[Path, dict, dict] | None:
-    """(folder, weights, training) of the newest checkpoint that is whole, or None where there is none at all."""
+def read_checkpoint(folder: Path) -> tuple[dict, dict]:
+    """(weights, training); ValueError where it is damaged."""
+    files = folder / "model.pt", folder / "training.pt"
+    try:
+        for file in files:
+            with zipfile.ZipFile(file) as parts:  # torch.save's format; torch.load does not look at the checksums
+                if broken := parts.testzip():
+                    raise ValueError(f"wrong checksum of {broken} in {file.name}")
+        return tuple(torch.load(file, map_location="cpu", weights_only=True) for file in files)
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise ValueError(str(error)) from error
+
+
+def newest_checkpoint(out: Path, identity: dict) -> Path | None:
+    """The folder of the newest checkpoint that is whole, or None where there is none at all."""
     folders = sorted(out.glob(STEP_FOLDER), reverse=True)
     for folder in folders:
         try:
-            files = folder / "model.pt", folder / "training.pt"
-            for file in files:
-                with zipfile.ZipFile(
-                    file
-                ) as parts:  # what torch.save writes; torch.load does not look at the checksums
-                    if broken := parts.testzip():
-                        raise ValueError(f"wrong checksum of {broken} in {file.name}")
-            weights, training = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
-        except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            _, training = read_checkpoint(folder)
+        except ValueError as error:
             print(f"the checkpoint {folder} is damaged ({error})")
             continue
-        differ = [name for name in identity if training["identity"].get(name) != identity[name]]
+        old = training["identity"]
+        differ = [
+            f"{name} was {old.get(name)} and is now {new}" for name, new in identity.items() if old.get(name) != new
+        ]
         if differ:
-            told = "; ".join(
-                f"{name} was {training['identity'].get(name)} and is now {identity[name]}" for name in differ
-            )
-            raise SystemExit(f"--resume: {folder} belongs to another run: {told}")
-        return folder, weights, training
+            raise SystemExit(f"--resume: {folder} belongs to another run: {'; '.join(differ)}")
+        return folder
     if folders:
         raise SystemExit(f"--resume: no checkpoint in {out} is whole; --overwrite starts the run anew")
     return None
@@ -953,17 +980,18 @@ def explained_out_of_memory(args: argparse.Namespace):
             raise
         raise SystemExit(
             f"out of memory: lower --micro-batch-size (now {args.micro_batch_size}; the batch stays the same) or the "
-            f"lengths of --length-schedule\n{error}"
+            "lengths of --length-schedule; or, in a run that is resumed too, pass --activation-checkpointing\n"
+            f"{error}"
         ) from error
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """A list that gets the number of the first SIGTERM or SIGINT (Ctrl-C), to end after the step; a second ends now."""
+    """A list that gets the numbers of SIGTERM and SIGINT (Ctrl-C), to end after the step. A second Ctrl-C ends now."""
     received = []
 
     def note(number, _):
-        if received:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 
@@ -975,15 +1003,30 @@ def signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def join_processes():
-    backend, store = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", None
+@contextlib.contextmanager
+def joined_processes():
+    """The processes talk over gloo, and wait while the first prepares the corpus; torchrun ends all when one dies."""
+    if PROCESSES == 1:
+        yield
+        return
+    store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's store keeps the addresses of the processes before a restart (pytorch issue 135712)
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    # they wait while the first prepares the corpus; torchrun ends all when one dies
-    timeout = datetime.timedelta(days=7)
-    dist.init_process_group(backend, store=store, rank=RANK, world_size=PROCESSES, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=RANK, world_size=PROCESSES, timeout=datetime.timedelta(days=7))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def gathered(value) -> list:
+    """The values of all processes, in order; and all have come this far."""
+    values = [value] * PROCESSES
+    if PROCESSES > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def over_processes(value: float, reduction: str = "sum") -> float:
@@ -1003,14 +1046,15 @@ class Log:
     def __init__(self, out: Path, step: int, tensorboard: bool):
         self.files = contextlib.ExitStack()
         file, kept, self.board = out / "log.csv", [], None
-        if RANK > 0:
-            file, tensorboard = os.devnull, False
-        elif step and file.exists():
+        if step and file.exists():
             with open(file, newline="", encoding="utf-8") as old:
                 rows = [row for row in csv.reader(old) if len(row) == len(self.columns)]
             kept = [row for row in rows if row[0].isdigit() and int(row[0]) <= step]
-        self.csv = self.files.enter_context(open(file, "w", newline="", encoding="utf-8"))
-        csv.writer(self.csv).writerows([self.columns, *kept])
+        partial = file.with_suffix(".partial")
+        with open(partial, "w", newline="", encoding="utf-8") as new:
+            csv.writer(new).writerows([self.columns, *kept])
+        os.replace(partial, file)
+        self.csv = self.files.enter_context(open(file, "a", newline="", encoding="utf-8"))
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -1022,7 +1066,7 @@ class Log:
     def __exit__(self, *error):
         self.files.close()
 
-    def write(self, step: int, **values):
+    def write(self, step: int, values: dict):
         row = dict(step=step) | values
         csv.writer(self.csv).writerow([row.get(column, "") for column in self.columns])
         self.csv.flush()
@@ -1053,6 +1097,10 @@ def draw_curve(out: Path) -> Path:
 
 def main(argv: list[str]):
     args = parse_args(argv)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    if RESTARTED:  # by torchrun: what there is by now is worth more than what the command said at first
+        args.resume, args.overwrite = True, False
     out = Path(args.out)
     names = "log.csv loss.png tensorboard args.json config.json model.pt tokenizer.json".split()
     old = [path for name in (*names, STEP_FOLDER + "*") for path in out.glob(name)]  # all that a run writes
@@ -1060,51 +1108,51 @@ def main(argv: list[str]):
         raise SystemExit(f"{out} holds a run or a model already; choose another --out, --overwrite it, or --resume it")
     if not args.profile:
         out.mkdir(parents=True, exist_ok=True)
-    if PROCESSES > 1:
-        join_processes()
-    for turn in (LOCAL_RANK == 0, LOCAL_RANK > 0):
-        if turn:
-            data = prepare(args)
-        if PROCESSES > 1:
-            over_processes(0)
-    identity = identity_of(args, data)
-    if PROCESSES > 1:
-        identities = [None] * PROCESSES
-        dist.all_gather_object(identities, identity)
-        if any(other != identities[0] for other in identities):
+    with joined_processes():
+        for turn in (RANK == 0, RANK > 0):
+            if turn:
+                data = prepare(args)
+            gathered(None)
+        identity = identity_of(args, data)
+        if any(other != identity for other in gathered(identity)):
             raise SystemExit("the processes see different corpora or tokenizers; let them share --cache-dir and --data")
-    if args.profile:
         with explained_out_of_memory(args):
-            return profile(args, data)
-    checkpoint = newest_checkpoint(out, identity) if args.resume else None
-    if RANK == 0:
-        if not args.resume:
-            for path in old:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in out.glob(STEP_FOLDER + ".partial"):
-            shutil.rmtree(path)
-    with explained_out_of_memory(args):
-        train(args, data, out, identity, checkpoint)
-    if PROCESSES > 1:
-        dist.destroy_process_group()
+            if args.profile:
+                profile(args, data)
+                return
+            if RANK == 0:
+                if not args.resume:
+                    for path in old:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                for path in out.glob(STEP_FOLDER + ".partial"):
+                    shutil.rmtree(path)
+            folder = newest_checkpoint(out, identity) if args.resume and RANK == 0 else None
+            train(args, data, out, identity, gathered(folder)[0])
 
 
 def build(args: argparse.Namespace, data: Data) -> tuple[MaBERTForMaskedLM, torch.nn.Module, torch.optim.Optimizer]:
     """(model, the same or its DistributedDataParallel, optimizer)."""
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise SystemExit(f"there are more processes than GPUs ({torch.cuda.device_count()}) on this machine")
         torch.cuda.set_device(device)
     torch.manual_seed(args.seed)
     model = MaBERTForMaskedLM(model_config(args, vocab_size(data.tokenizer), data.vocabulary.pad)).to(device)
     if args.activation_checkpointing:
         for layer in model.encoder.layers:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
     if args.compile:
         model.encoder.compile()
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{args.pattern}, {size:.1f} M parameters, on {device}; {args.steps} steps of {args.batch_size} rows", end="")
     print(f", shared by {PROCESSES} processes" if PROCESSES > 1 else "")
-    return model, model if PROCESSES == 1 else DistributedDataParallel(model), make_optimizer(model, args.weight_decay)
+    shared = model
+    if PROCESSES > 1:
+        minutes = datetime.timedelta(minutes=10)
+        group = dist.new_group(backend="nccl", timeout=minutes) if device.type == "cuda" else None
+        shared = DistributedDataParallel(model, process_group=group)
+    return model, shared, make_optimizer(model, args.weight_decay)
 
 
 def batches_ahead(
@@ -1116,6 +1164,17 @@ def batches_ahead(
     return load(Batches(phases, args), steps, workers=2 * (on_gpu and can_fork), pin=on_gpu)
 
 
+def rehearse(model: MaBERTForMaskedLM, args: argparse.Namespace):
+    """A micro-batch of the longest rows, forward and backward: too little memory shows now, not in the last phase."""
+    length = max(length for length, _ in args.length_schedule)
+    ids = torch.ones(args.micro_batch_size, length, dtype=torch.long, device=model.decoder_bias.device)
+    labels = ids.masked_fill(torch.rand(ids.shape, device=ids.device) > args.mask_rate, IGNORED)
+    with autocast(model):
+        loss = model(ids, labels=labels).loss
+    loss.backward()
+    model.zero_grad()
+
+
 def planned_tokens(args: argparse.Namespace, phases: list[tuple[int, Rows]], first: int, last: int) -> int:
     """The tokens of steps first to last - 1 if all rows were full: their time is about in proportion."""
     ends = [begins for begins, _ in phases[1:]] + [args.steps]
@@ -1123,35 +1182,71 @@ def planned_tokens(args: argparse.Namespace, phases: list[tuple[int, Rows]], fir
     return args.batch_size * sum(rows.length * n for (_, rows), n in zip(phases, steps))
 
 
-def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, checkpoint: tuple[Path, dict, dict] | None):
+@dataclasses.dataclass
+class Sums:
+    """What checkpoints keep beside the model and the optimizer. Tensors stay on the device until the log is written."""
+
+    losses: torch.Tensor  # of finite steps since the last line of the log; this process's part
+    skipped: torch.Tensor  # steps since then whose gradients were not finite
+    in_a_row: torch.Tensor  # of those, the last without a pause
+    failed_at: torch.Tensor  # the step when ten came in a row, else 0
+    line: int = 0  # the step of the last line of the log
+    real: int = 0  # tokens since then that were not pads
+    padded: int = 0  # tokens since then
+    skipped_before: int = 0  # steps
+
+    def add(self, step: int, batch: Batch, loss: torch.Tensor, not_finite: torch.Tensor):
+        self.losses += loss.where(not_finite == 0, 0)
+        self.skipped += not_finite
+        self.in_a_row = (self.in_a_row + 1) * not_finite
+        self.failed_at = self.failed_at.where((self.failed_at > 0) | (self.in_a_row < 10), step)
+        self.real += batch.real
+        self.padded += batch.padded
+
+    def state(self) -> dict[str, float]:
+        """Numbers, the same in all processes."""
+        state = {name: getattr(self, name) for name in vars(self)}
+        state = {name: value.item() if torch.is_tensor(value) else value for name, value in state.items()}
+        return state | dict(losses=over_processes(state["losses"]))
+
+    def start_line(self, step: int):
+        self.skipped_before += int(self.skipped)
+        self.losses, self.skipped = torch.zeros_like(self.losses), torch.zeros_like(self.skipped)
+        self.line, self.real, self.padded = step, 0, 0
+
+
+def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folder: Path | None):
+    """The run, from the checkpoint in `folder` if there is one."""
     model, shared, optimizer = build(args, data)
-    first = 0
-    if checkpoint:
-        folder, weights, training = checkpoint
+    zero, first = torch.zeros((), device=model.decoder_bias.device), 0
+    sums = Sums(*(zero.clone() for _ in range(4)))
+    if folder:
+        weights, training = read_checkpoint(folder)
         first = training["step"]
         model.load_state_dict(weights)
         optimizer.load_state_dict(training["optimizer"])
+        for name, value in training["sums"].items():
+            setattr(sums, name, zero + value if torch.is_tensor(getattr(sums, name)) else value)
+        if RANK > 0:
+            sums.losses = zero.clone()
+        del weights, training
         print(f"resuming {folder}")
     elif args.resume:
         print(f"{out} has no checkpoint; starting at step 0")
     warmup = min(args.warmup_steps, args.steps // 10)
     if warmup < args.warmup_steps:
         print(f"warm-up shortened from {args.warmup_steps} to {warmup} steps, a tenth of the run")
+    if zero.is_cuda:
+        rehearse(model, args)
 
-    # The loop; sums since the last line of the log stay on the device until the next
-    losses, skipped, in_a_row, most_in_a_row = torch.zeros(4, device=model.decoder_bias.device)
-    skipped_before, since, real, padded = 0, first, 0, 0
-    if checkpoint:
-        skipped_before, since, real, padded = (training[name] for name in ("skipped", "since", "real", "padded"))
-        if RANK == 0:
-            losses += training["losses"]
-    held_out, held_out_loss = data.held_out, math.nan
+    held_out_loss, log = math.nan, contextlib.nullcontext()
     if RANK == 0:
         (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n", encoding="utf-8")
-    with signals() as received, Log(out, first, args.tensorboard) as log:
-        if first == 0:
-            held_out_loss = held_out.loss(model, args.micro_batch_size) if RANK == 0 else math.nan
-            log.write(0, held_out_loss=f"{held_out_loss:.4f}", skipped_steps=0)
+        log = Log(out, first, args.tensorboard)
+    with signals() as received, log:
+        if first == 0 and RANK == 0:
+            held_out_loss = data.held_out.loss(model, args.micro_batch_size)
+            log.write(0, dict(held_out_loss=f"{held_out_loss:.4f}", skipped_steps=0))
         timed_from, start = first, time.perf_counter()
         batches = batches_ahead(args, data.phases, range(first, args.steps))
         shown = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
@@ -1160,72 +1255,58 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
             lr = learning_rate(step - 1, args.steps, args.lr, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss, not_finite = train_step(shared, optimizer, batch, step - 1, args)
-            losses += loss.where(not_finite == 0, 0)
-            skipped += not_finite
-            in_a_row += 1
-            in_a_row *= not_finite
-            most_in_a_row.copy_(torch.maximum(most_in_a_row, in_a_row))
-            real, padded = real + batch.real, padded + batch.padded
+            sums.add(step, batch, *train_step(shared, optimizer, batch, step - 1, args))
 
             stopped_by = int(over_processes(received[0] if received else 0, "max"))
             saves = step % args.save_every == 0 or stopped_by
             evaluates = step % args.eval_every == 0 or step == args.steps
-            logs = evaluates or step % args.log_every == 0
-            if logs or saves:
-                loss, new_skipped = over_processes(losses.item()), int(skipped.item())
-            if logs:
-                if most_in_a_row.item() >= 10:
+            if evaluates or step % args.log_every == 0:
+                now = sums.state()
+                if failed_at := int(now["failed_at"]):
+                    lr = learning_rate(failed_at - 1, args.steps, args.lr, warmup)
                     last = max(out.glob(STEP_FOLDER), default="none")
                     raise SystemExit(
-                        f"gradients were not finite in {int(most_in_a_row.item())} steps in a row, by step {step}, at "
-                        f"learning rate {lr:.2e}: a lower --lr or more --warmup-steps helps; last checkpoint {last}"
+                        f"gradients were not finite in ten steps in a row, up to step {failed_at}, at learning rate "
+                        f"{lr:.2e}: a lower --lr or more --warmup-steps helps; last checkpoint {last}"
                     )
-                loss /= max(1, step - since - new_skipped)
-                skipped_before += new_skipped
-                seconds = time.perf_counter() - start
+                finite, seconds = step - now["line"] - now["skipped"], time.perf_counter() - start
+                tokens_per_s = now["real"] / (step - now["line"]) * (step - timed_from) / seconds
+                planned = (
+                    planned_tokens(args, data.phases, *span) for span in ((step, args.steps), (timed_from, step))
+                )
+                left = datetime.timedelta(seconds=round(next(planned) * seconds / next(planned)))
                 row = dict(
-                    loss=f"{loss:.4f}",
-                    lr=f"{lr:.2e}",
-                    tokens_per_s=f"{real / (step - since) * (step - timed_from) / seconds:.0f}",
+                    loss=f"{now['losses'] / max(1, finite):.4f}", lr=f"{lr:.2e}", tokens_per_s=f"{tokens_per_s:.0f}"
                 )
-                row |= dict(padding=f"{1 - real / padded:.3f}", skipped_steps=skipped_before)
-                if evaluates and RANK == 0:
-                    held_out_loss = held_out.loss(model, args.micro_batch_size)
-                    row["held_out_loss"] = f"{held_out_loss:.4f}"
-                log.write(step, **row)
-                speed = planned_tokens(args, data.phases, timed_from, step) / seconds
-                left = datetime.timedelta(seconds=round(planned_tokens(args, data.phases, step, args.steps) / speed))
-                progress.set_postfix(row | dict(held_out_loss=f"{held_out_loss:.4f}", left=left))
-                for total in (losses, skipped, most_in_a_row):
-                    total.zero_()
-                loss, new_skipped, real, padded, since, timed_from, start = (
-                    0.0,
-                    0,
-                    0,
-                    0,
-                    step,
-                    step,
-                    time.perf_counter(),
-                )
-            if saves and RANK == 0:
-                training = dict(
-                    step=step, optimizer=optimizer.state_dict(), identity=identity, losses=loss, since=since
-                )
-                training |= dict(skipped=skipped_before + new_skipped, real=real, padded=padded)
-                save_checkpoint(out, step, args.keep, model, data.tokenizer, training)
+                row["padding"] = f"{1 - now['real'] / now['padded']:.3f}"
+                row["skipped_steps"] = int(now["skipped_before"] + now["skipped"])
+                if RANK == 0:
+                    if evaluates:
+                        held_out_loss = data.held_out.loss(model, args.micro_batch_size)
+                        row["held_out_loss"] = f"{held_out_loss:.4f}"
+                    log.write(step, row)
+                    progress.set_postfix(row | dict(held_out_loss=f"{held_out_loss:.4f}", left=left))
+                sums.start_line(step)
+                timed_from, start = step, time.perf_counter()
+            if saves:
+                now = sums.state()
+                if RANK == 0:
+                    training = dict(step=step, optimizer=optimizer.state_dict(), identity=identity, sums=now)
+                    save_checkpoint(out, step, args.keep, model, data.tokenizer, training)
             if stopped_by:
                 name = signal.Signals(stopped_by).name
                 print(f"\nstopped by {name} after step {step}, which is saved; --resume goes on")
                 raise SystemExit(128 + stopped_by)
     if RANK > 0:
         return
+    if math.isnan(held_out_loss):  # resumed after the last step
+        held_out_loss = data.held_out.loss(model, args.micro_batch_size)
     save(out, model, data.tokenizer)
     curve = draw_curve(out)
 
     # What came of it
     unigram, uniform = data.baselines
-    predicted = (held_out.labels != IGNORED).sum()
+    predicted = (data.held_out.labels != IGNORED).sum()
     print(f"\nheld-out loss {held_out_loss:.3f} nats per masked token ({predicted} of them);", end=" ")
     print(f"the training text's word frequencies give {unigram:.3f}, chance {uniform:.3f}")
     side = "below" if held_out_loss < unigram else "above"
@@ -1240,7 +1321,13 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
 # Where the time goes
 # ----------------------------------------------------------------------------------------------------------------------
 
-PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989}  # dense bf16, from NVIDIA's data sheets
+PEAK_TFLOPS = {
+    "A100": 312,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+}  # dense bf16, from NVIDIA's data sheets
 
 
 class Stopwatch:
@@ -1304,24 +1391,24 @@ def profile(args: argparse.Namespace, data: Data, warm_up: int = 2):
         print(f"{1 - real / padded:.1%} padding, {tflops:.3g} TFLOP/s a device", end="")
         if device.type == "cuda":
             name = torch.cuda.get_device_name()
-            peak = next((peak for known, peak in PEAK_TFLOPS.items() if known in name), math.nan)
-            print(f" ({tflops / peak:.1%} of the {name}'s {peak})", end="")
+            if peak := next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None):
+                print(f" ({tflops / peak:.1%} of the {name}'s {peak})", end="")
             print(f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most", end="")
         print()
         for name, part in parts.items():
             print(f"  {name:20}{1000 * part / args.profile:10.1f} ms a step{part / seconds:8.1%}")
-    if PROCESSES > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         raise SystemExit(
-            "interrupted; what was saved is in the step-* folders under --out, and --resume goes on"
+            "interrupted; whole shards of the corpus and checkpoints are kept, and --resume goes on from them"
         ) from None
     except OSError as error:  # a full disk, a folder that may not be written
         raise SystemExit(f"cannot go on: {error}") from error
+    except RuntimeError as error:
+        if PROCESSES == 1 or "gloo" not in str(error):
+            raise
+        raise SystemExit(f"process {RANK} lost another, whose message says why ({error})") from error
