@@ -3,6 +3,7 @@
     python bench.py scan             # the masked selective scan beside other ways to compute it, on the GPU or the CPU
     python bench.py scan --static    # the scan's kernels, compiled for A100 and H100: instructions, registers; no GPU
     python bench.py drift            # what padding does to real tokens, for each form of padding-safe masking
+    python bench.py patterns         # does interleaving help? A short pretraining of the patterns of Table 1
 
 Keep a table with a redirection: python bench.py drift > results/drift.md
 """
@@ -11,6 +12,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import importlib.metadata
 import itertools
 import os
@@ -31,7 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import mabert
-from mabert import INTERPRETED, MaBERT, MaBERTConfig, selective_scan, triton
+from mabert import INTERPRETED, MaBERT, MaBERTConfig, MaBERTForMaskedLM, selective_scan, triton
 
 
 def header() -> str:
@@ -423,6 +425,52 @@ def bench_drift(args):
     print(table(["PSM stages", *head], rows))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# patterns: the paper's Table 1 in small
+# ----------------------------------------------------------------------------------------------------------------------
+
+PATTERNS = [unit * (12 // len(unit)) for unit in ("M", "T", "MTT", "TM", "MT", "TMM", "MMT", "TTM")]
+SMALL = """--vocab-size 4096 --hidden-size 64 --num-heads 4 --intermediate-size 256 --d-state 8 --dropout 0
+    --length-schedule 64:1 --batch-size 32 --micro-batch-size 32 --bucket --lr 2e-3 --warmup-steps 100""".split()
+
+
+def pretrain(args, pattern: str, centred: bool, seed: int) -> tuple[float, float]:
+    """(held-out loss in nats, seconds a step) of one run of train_mlm.py; a finished one is only read."""
+    out = Path(args.out, f"{pattern}{'-centred' if centred else ''}-seed{seed}")
+    flags = [*SMALL, "--pattern", pattern, "--steps", args.steps, "--seed", seed, "--eval-every", args.steps]
+    flags += ["--no-causal-conv"] * centred + ["--cache-dir", Path(args.out, "tokens"), "--out", out]
+    flags += ["--data", *args.data, "--sample-by", "paragraph"] if args.data else ["--demo"]
+    command = list(map(str, [sys.executable, Path(__file__).with_name("train_mlm.py"), *flags]))
+    for more, kept in ((["--resume"], out / "model.pt"), (["--profile", "10"], out / "profile.txt")):
+        if not kept.exists():
+            result = subprocess.run(command + more, capture_output=True, text=True)
+            if result.returncode:
+                raise SystemExit(f"{' '.join(command + more)} failed:\n{result.stderr[-2000:]}")
+            if more[0] == "--profile":
+                kept.write_text(result.stdout)
+    with open(out / "log.csv", newline="") as file:
+        loss = float(list(csv.DictReader(file))[-1]["held_out_loss"])
+    return loss, float(re.search(r"tokens: ([\d.]+) s a step", (out / "profile.txt").read_text())[1])
+
+
+def bench_patterns(args):
+    cases = [(pattern, False) for pattern in args.patterns] + [("MMT" * 4, True)]
+    runs = list(itertools.product(range(args.seeds), cases))  # seed by seed, so that a drifting clock hits all alike
+    found = {(case, seed): pretrain(args, *case, seed) for seed, case in tqdm(runs, unit="run")}
+    rows = []
+    for pattern, centred in cases:
+        losses, seconds = zip(*(found[(pattern, centred), seed] for seed in range(args.seeds)))
+        model = MaBERTForMaskedLM.from_pretrained(Path(args.out, f"{pattern}{'-centred' if centred else ''}-seed0"))
+        deviation = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+        cells = [f"{statistics.mean(losses):.3f}{deviation}", f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"]
+        rows.append([f"{pattern}{', centred convolution' if centred else ''}", *cells, f"{1000 * min(seconds):.0f}"])
+    print(header())
+    print(
+        f"{args.steps} steps of masked language modelling, 32 rows of 64 tokens, hidden size 64, {args.seeds} seeds.\n"
+    )
+    print(table(["pattern", "held-out loss, nats", "parameters, M", "ms a step"], rows))
+
+
 def main(argv: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -436,8 +484,16 @@ def main(argv: list[str]):
     drift = commands.add_parser("drift", help="what padding does to real tokens, for each form of PSM")
     drift.add_argument("--pads", type=int, nargs="+", default=[4, 16, 64], help="numbers of pads to add to a row")
     drift.add_argument("--seed", type=int, default=0)
+    patterns = commands.add_parser("patterns", help="a short pretraining of each pattern of the paper's Table 1")
+    patterns.add_argument(
+        "--data", nargs="+", metavar="PATH", help="text, as train_mlm.py takes it; without, its demo's"
+    )
+    patterns.add_argument("--patterns", nargs="+", default=PATTERNS)
+    patterns.add_argument("--steps", type=int, default=600)
+    patterns.add_argument("--seeds", type=int, default=2)
+    patterns.add_argument("--out", default="out/patterns", help="finished runs are kept here, and not run again")
     args = parser.parse_args(argv)
-    {"scan": bench_scan, "drift": bench_drift}[args.command](args)
+    {"scan": bench_scan, "drift": bench_drift, "patterns": bench_patterns}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tests of MaBERT, padding invariance first. `pytest` runs all of them on a CPU; those marked gpu need CUDA."""
 
+import argparse
 import contextlib
 import csv
 import json
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 import bench
+import finetune_glue
 import mabert
 import train_mlm
 from mabert import (
@@ -1775,6 +1777,337 @@ def test_an_unreachable_hub_and_a_bad_folder_are_explained(tmp_path):
     assert advice in said() and advice in said("--vocab-size", "1000")
     (tmp_path / "file").write_text("in the way")
     assert said("--out", str(tmp_path / "file")).startswith("cannot go on: ")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fine-tuning on GLUE
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_glue_metrics_equal_those_of_scikit_learn_and_scipy(seed):
+    import scipy.stats
+    import sklearn.metrics
+
+    rng = np.random.default_rng(seed)
+    labels, predicted = rng.integers(2, size=(2, 50))
+    scores, guesses = rng.integers(12, size=(2, 50)) / 2  # with ties
+    metrics = finetune_glue.METRICS
+    assert metrics["accuracy"](predicted, labels) == pytest.approx(sklearn.metrics.accuracy_score(labels, predicted))
+    assert metrics["f1"](predicted, labels) == pytest.approx(sklearn.metrics.f1_score(labels, predicted))
+    assert metrics["matthews"](predicted, labels) == pytest.approx(sklearn.metrics.matthews_corrcoef(labels, predicted))
+    assert metrics["pearson"](guesses, scores) == pytest.approx(scipy.stats.pearsonr(guesses, scores)[0])
+    assert metrics["spearman"](guesses, scores) == pytest.approx(scipy.stats.spearmanr(guesses, scores)[0])
+    for name in ("matthews", "f1", "pearson", "spearman"):
+        assert metrics[name](np.zeros(50), labels) == 0  # a constant guess
+
+
+def tsv(folder: Path, task: str, file: str, *rows: str, end="\n") -> Path:
+    path = folder / finetune_glue.TASKS[task].folder / f"{file}.tsv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes((end.join(rows) + end).encode())
+    return path
+
+
+def read_glue(folder, task, file="train"):
+    return finetune_glue.read(finetune_glue.TASKS[task], task, file, str(folder))
+
+
+def test_glue_files_of_the_benchmarks_download(tmp_path):
+    tsv(tmp_path, "cola", "train", 'gj04\t1\t\tIt "rained.', "gj04\t0\t*\tMe\u2028went\x85 there.")  # no header
+    rows = read_glue(tmp_path, "cola")
+    assert rows.sentences == [('It "rained.',), ("Me\u2028went\x85 there.",)] and rows.labels.tolist() == [1, 0]
+    tsv(tmp_path, "cola", "test", "index\tsentence", "0\tWe go.", "1\tThey go.", end="\r\n")
+    rows = read_glue(tmp_path, "cola", "test")
+    assert rows.sentences == [("We go.",), ("They go.",)] and rows.labels is None and rows.index == [0, 1]
+
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String"  # a byte-order mark
+    tsv(tmp_path, "mrpc", "train", header, '1\t7\t8\t" He said so .\tHe did .', '0\t9\t10\tThat "\tThis')
+    rows = read_glue(tmp_path, "mrpc")
+    assert rows.sentences == [('" He said so .', "He did ."), ('That "', "This")] and rows.labels.tolist() == [1, 0]
+
+    tsv(tmp_path, "rte", "dev", "index\tsentence1\tsentence2\tlabel", "0\ta\tb\tnot_entailment", "1\tc\td\tentailment")
+    assert read_glue(tmp_path, "rte", "dev").labels.tolist() == [1, 0]
+
+    more = "index\tpromptID\tpairID\tgenre\ts1_binary\ts2_binary\ts1_parse\ts2_parse\tsentence1\tsentence2"
+    tsv(
+        tmp_path,
+        "mnli",
+        "train",
+        more + "\tlabel1\tgold_label",
+        "\t".join("0123456") + "\tx\tp\th\tneutral\tcontradiction",
+    )
+    tsv(
+        tmp_path,
+        "mnli",
+        "dev_matched",
+        more + "\tlabel1\tlabel2\tgold_label",
+        "\t".join("0123456") + "\tx\tp\th\ta\tb\tneutral",
+    )
+    assert read_glue(tmp_path, "mnli").labels.tolist() == [2]
+    dev = read_glue(tmp_path, "mnli", "dev_matched")
+    assert dev.labels.tolist() == [1] and dev.sentences == [("p", "h")]
+
+    columns = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"
+    tsv(tmp_path, "stsb", "train", columns, "0\tg\tf\t1\t2\ta\tb\tp\tq\t3.25")
+    assert read_glue(tmp_path, "stsb").labels.tolist() == [3.25]
+
+
+def test_malformed_rows_of_qqp_are_skipped_and_counted_and_refused_elsewhere(tmp_path, capsys):
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
+    tsv(tmp_path, "qqp", "train", header, "1\t2\t3\tWho?\tWhat?\t0", "4\t5\t6\tWhy?", "7\t8\t9\tHow?\tHow so?\t1")
+    rows = read_glue(tmp_path, "qqp")
+    assert rows.sentences == [("Who?", "What?"), ("How?", "How so?")] and rows.labels.tolist() == [0, 1]
+    assert "1 malformed rows skipped" in capsys.readouterr().out
+
+    def refused(task, said, *rows):
+        file = tsv(tmp_path, task, "train", *rows)
+        with pytest.raises(SystemExit, match=f"{re.escape(str(file))}.*{said}"):
+            read_glue(tmp_path, task)
+
+    refused("cola", "line 2: 3 columns instead of 4", "a\t1\t\tb", "a\t1\tb")
+    refused("cola", "line 1: label '2'; expected 0, 1", "a\t2\t\tb")
+    refused("rte", "line 3: label 'yes'; expected entailment, not_entailment", "index\tsentence1\tsentence2\tlabel",
+            "0\ta\tb\tentailment", "1\ta\tb\tyes")  # fmt: skip
+    refused(
+        "rte", "line 1: no column label, only index, sentence1, sentence2", "index\tsentence1\tsentence2", "0\ta\tb"
+    )
+    refused("stsb", "line 2: score 'x'", "sentence1\tsentence2\tscore", "a\tb\tx")
+    refused("sst2", "has no rows", "sentence\tlabel")
+    (tmp_path / "SST-2" / "train.tsv").write_bytes(b"sentence\tlabel\n\xff\t1\n")
+    with pytest.raises(SystemExit, match=r"cannot read .*train.tsv"):
+        read_glue(tmp_path, "sst2")
+    with pytest.raises(SystemExit, match=r"neither .*WNLI/train.tsv nor .*wnli/train-\*.parquet exists"):
+        read_glue(tmp_path, "wnli")
+
+
+def test_glue_files_of_the_hub(tmp_path, monkeypatch):
+    import datasets
+
+    table = datasets.Dataset.from_dict(dict(premise=["p", "q"], hypothesis=["h", "i"], label=[2, 0], idx=[5, 6]))
+    (tmp_path / "mnli").mkdir()
+    table.to_parquet(tmp_path / "mnli" / "validation_matched-00000-of-00001.parquet")
+    rows = read_glue(tmp_path, "mnli", "dev_matched")
+    assert rows.sentences == [("p", "h"), ("q", "i")] and rows.labels.tolist() == [2, 0] and rows.index == [5, 6]
+    table.remove_columns("hypothesis").to_parquet(tmp_path / "mnli" / "train-00000-of-00001.parquet")
+    with pytest.raises(SystemExit, match="has no column hypothesis"):
+        read_glue(tmp_path, "mnli")
+    (tmp_path / "mnli" / "test_matched-00000-of-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(SystemExit, match="cannot read"):
+        read_glue(tmp_path, "mnli", "test_matched")
+
+    def from_hub(name, config, split):
+        assert (name, config, split) == ("nyu-mll/glue", "mnli", "validation_mismatched")
+        return table
+
+    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    rows = finetune_glue.read(finetune_glue.TASKS["mnli"], "mnli", "dev_mismatched", None)
+    assert rows.labels.tolist() == [2, 0]
+
+
+WORDLIST = [f"w{i}" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A small random model, with a tokenizer whose every word is a token."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_mlm.train_tokenizer([" ".join(WORDLIST)] * 3, 200)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = MaBERTConfig(**vars(tiny("MT")) | dict(vocab_size=train_mlm.vocab_size(tokenizer), max_position=32))
+    build(MaBERTForMaskedLM, config, torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory) -> Path:
+    """CoLA and MRPC in the benchmark's layout, where the label depends on one word."""
+    folder, rng = tmp_path_factory.mktemp("glue"), np.random.default_rng(0)
+    for file, count in (("train", 256), ("dev", 64), ("test", 16)):
+        single, pairs = [], []
+        for i in range(count):
+            words, label = list(rng.choice(WORDLIST[2:], rng.integers(3, 12))), int(rng.integers(2))
+            words.insert(rng.integers(len(words)), WORDLIST[label])
+            text = " ".join(words)
+            single.append(f"{i}\t{text}" if file == "test" else f"x\t{label}\t\t{text}")
+            pairs.append(f"{label}\t1\t2\t{text}\t{' '.join(rng.choice(WORDLIST[2:], 3))}")
+        tsv(folder, "cola", file, *(["index\tsentence"] if file == "test" else []), *single)
+        tsv(folder, "mrpc", file, "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *pairs)
+    return folder
+
+
+def glue_arguments(checkpoint, glue, tmp_path, *more) -> list[str]:
+    flags = ["--checkpoint", checkpoint, "--data-dir", glue, "--out", tmp_path / "glue", "--max-length", "32"]
+    return [*map(str, flags), "--tasks", "cola", "--seeds", "2", "--lr", "2e-2", "--epochs", "4", *more]
+
+
+def test_a_learnable_task_is_learned_from_end_to_end(checkpoint, glue, tmp_path, capsys):
+    finetune_glue.main(glue_arguments(checkpoint, glue, tmp_path, "--tasks", "cola", "mrpc", "--save", "--predict"))
+    printed, out = capsys.readouterr().out, tmp_path / "glue"
+    summary = json.loads((out / "results.json").read_text())
+    scores = summary["variants"][0]["scores"]
+    assert min(scores["CoLA"]["matthews"] + scores["MRPC"]["accuracy"]) > 0.9
+    mean = np.mean(scores["CoLA"]["matthews"])
+    assert f"| CoLA | matthews | {mean:.3f} ± " in printed and f" | 0.574 | {mean - 0.574:+.3f} |" in printed
+    assert "cola train has 256 rows; the benchmark's has 8551" in printed
+    assert summary["command"].startswith("python finetune_glue.py --checkpoint") and "torch" in summary["versions"]
+    assert (out / "results.md").read_text().splitlines()[2] in printed
+
+    lines = (out / "submission" / "CoLA.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == list(map(str, range(16)))
+    sentences = [row.split() for (row,) in read_glue(glue, "cola", "test").sentences]
+    right = [int(line.split("\t")[1]) == ("w1" in words) for line, words in zip(lines[1:], sentences)]
+    assert sum(right) >= 15
+
+    (folder,) = (path for path in out.glob("cola-*-seed0") if path.is_dir())
+    model = MaBERTForSequenceClassification.from_pretrained(folder)
+    tokenizer = train_mlm.load_tokenizer(str(folder / "tokenizer.json"))
+    for text, label in (("w7 w1 w9", 1), ("w12 w0", 0)):
+        with torch.no_grad():
+            assert model(torch.tensor([tokenizer.encode(text).ids])).logits.argmax() == label
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_repeats_by_seed(checkpoint, glue, tmp_path, monkeypatch):
+    flags = glue_arguments(checkpoint, glue, tmp_path, "--epochs", "1")
+    run, calls = finetune_glue.run, []
+
+    def interrupted(*arguments):
+        calls.append(arguments[:2])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    monkeypatch.setattr(finetune_glue, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_glue.main(flags)
+    (first,) = (tmp_path / "glue").glob("cola-*-seed?.json")
+    before = first.read_bytes()
+    finetune_glue.main(flags)
+    assert calls == [("cola", 0), ("cola", 1), ("cola", 1)] and first.read_bytes() == before
+    finetune_glue.main(flags)
+    assert len(calls) == 3
+    finetune_glue.main([*flags, "--lr", "1e-2"])  # other settings are other runs
+    assert len(calls) == 5
+    scores = json.loads(before)["scores"]
+    first.unlink()
+    finetune_glue.main(flags)
+    assert json.loads(first.read_text())["scores"] == scores
+    finetune_glue.main([*flags, "--predict"])  # needs the model again, for the first seed
+    assert calls[-2:] == [("cola", 0), ("cola", 0)] and (tmp_path / "glue/submission/CoLA.tsv").exists()
+
+
+@pytest.mark.skipif(finetune_glue.fcntl is None, reason="no file locks on this system")
+def test_a_run_is_made_by_one_process_at_a_time(tmp_path):
+    file = tmp_path / "results" / "cola-seed0.json"
+    code = f"""if True:
+        import pathlib, sys, time, finetune_glue
+        with finetune_glue.claimed(pathlib.Path({str(file)!r}), wait=False) as free:
+            print(free, flush=True)
+            time.sleep(60)"""
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "True\n"
+    with finetune_glue.claimed(file, wait=False) as free:
+        assert not free
+    other.kill()
+    other.wait()
+    with finetune_glue.claimed(file, wait=True) as free:
+        assert free
+
+
+def test_pairs_are_cut_at_the_longer_and_have_token_types(checkpoint):
+    tokenizer = train_mlm.load_tokenizer(str(checkpoint / "tokenizer.json"))
+    long, short = " ".join(WORDLIST[:20]), " ".join(WORDLIST[20:24])
+    rows = finetune_glue.Rows([(long, short), (short, long), (long,)], None, [0, 1, 2])
+    data = finetune_glue.encode(rows, tokenizer, 16)
+    pieces = [[tokenizer.id_to_token(i) for i in ids] for ids in data.ids]
+    assert pieces[0] == ["[CLS]", *WORDLIST[:9], "[SEP]", *WORDLIST[20:24], "[SEP]"]
+    assert pieces[1] == ["[CLS]", *WORDLIST[20:24], "[SEP]", *WORDLIST[:9], "[SEP]"]
+    assert pieces[2] == ["[CLS]", *WORDLIST[:14], "[SEP]"]
+    assert data.types[0] == [0] * 11 + [1] * 5 and data.types[2] == [0] * 16
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_smart_batches_equal_plain_ones(checkpoint, glue, side, monkeypatch):
+    """Rows padded to the longest of their batch or to the full length: the same logits, loss and gradients."""
+    tokenizer = train_mlm.load_tokenizer(str(checkpoint / "tokenizer.json"))
+    pad = tokenizer.token_to_id("[PAD]")
+    data = finetune_glue.encode(read_glue(glue, "mrpc", "dev"), tokenizer, 32)
+    model = MaBERTForSequenceClassification.from_pretrained(checkpoint).double()
+    args = argparse.Namespace(batch_size=4, smart_batches=True, max_length=32, padding_side=side)
+    smart = finetune_glue.predict(model, data, pad, args)
+    args.smart_batches = False
+    assert relative(torch.from_numpy(smart), torch.from_numpy(finetune_glue.predict(model, data, pad, args))) < 1e-6
+    gradients = []
+    for length in (None, 32):
+        rows = np.arange(7)
+        model.zero_grad()
+        model(*finetune_glue.collate(data, rows, pad, side, length), labels=data.labels[rows]).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert relative(*gradients) < 1e-10
+
+    lengths = list(map(len, data.ids))
+    waste = {}
+    for smart in (False, True):
+        found = finetune_glue.batches(lengths, 4, smart, np.random.default_rng(0))
+        assert np.array_equal(np.sort(np.concatenate(found)), np.arange(64))
+        waste[smart] = sum(max(lengths[i] for i in rows) * len(rows) for rows in found) - sum(lengths)
+    assert waste[True] < waste[False] / 2
+
+
+def test_submissions_are_written_as_the_benchmark_wants_them():
+    data = finetune_glue.Encoded([], [], None, [0, 1, 2])
+    logits = np.array([[0, 1, 0], [2, 1, 0], [0, 1, 2]])
+    text = finetune_glue.submission(finetune_glue.TASKS["mnli"], data, logits)
+    assert text == "index\tprediction\n0\tneutral\n1\tentailment\n2\tcontradiction\n"
+    text = finetune_glue.submission(finetune_glue.TASKS["stsb"], data, np.array([[-1.0], [2.5], [7.0]]))
+    assert text == "index\tprediction\n0\t0.000\n1\t2.500\n2\t5.000\n"
+
+
+def test_mnli_predicts_the_diagnostic_set_too(checkpoint, tmp_path):
+    columns, args = "index\tsentence1\tsentence2", ["--checkpoint", str(checkpoint), "--data-dir", str(tmp_path)]
+    for file in ("train", "dev_matched", "dev_mismatched"):
+        tsv(tmp_path, "mnli", file, columns + "\tgold_label", "0\tw1\tw2\tneutral", "1\tw3\tw4\tentailment")
+    for file in ("test_matched", "test_mismatched"):
+        tsv(tmp_path, "mnli", file, columns, "0\tw1\tw2")
+    (tmp_path / "diagnostic").mkdir()
+    (tmp_path / "diagnostic" / "diagnostic.tsv").write_text(f"{columns}\n0\tw1\tw2\n1\tw3\tw5\n")
+    flags = "--tasks", "mnli", "--seeds", "1", "--epochs", "1", "--max-length", "16", "--predict"
+    finetune_glue.main([*args, "--out", str(tmp_path / "out"), *flags])
+    lines = {file.stem: len(file.read_text().splitlines()) for file in (tmp_path / "out/submission").iterdir()}
+    assert lines == {"MNLI-m": 2, "MNLI-mm": 2, "AX": 3}
+    scores = json.loads((tmp_path / "out/results.json").read_text())["variants"][0]["scores"]
+    assert scores.keys() == {"MNLI-m", "MNLI-mm"}
+
+
+def test_variants_of_the_papers_tables(checkpoint, glue, tmp_path, capsys):
+    flags = glue_arguments(checkpoint, glue, tmp_path, "--seeds", "1", "--epochs", "1")
+    finetune_glue.main([*flags, "--ablation"])
+    printed = capsys.readouterr().out
+    rows = dict(re.findall(r"^\| (\w[\w ]*?) \| (-?\d\.\d+) \(", printed, re.MULTILINE))
+    assert rows.keys() == {"Full", "PSM only", "MAP only", "None"} and "PSM or none is the same function" in printed
+    assert rows["Full"] == rows["MAP only"] and rows["PSM only"] == rows["None"]  # pads on the right
+    assert "(0.676) |" in printed and "(0.596) |" in printed
+    finetune_glue.main([*flags, "--poolings", "--padding-side", "left"])
+    assert {v["name"] for v in json.loads((tmp_path / "glue/poolings.json").read_text())["variants"]} == {
+        "map", "attn", "cls", "mean"
+    }  # fmt: skip
+    finetune_glue.main([*flags, "--ablation", "--padding-side", "left"])
+    assert "same function" not in capsys.readouterr().out
+
+
+def test_glue_refuses_what_does_not_fit(checkpoint, glue, tmp_path, capsys):
+    def refused(*more, said):
+        with pytest.raises(SystemExit) as error:
+            finetune_glue.main(glue_arguments(checkpoint, glue, tmp_path, *more))
+        assert re.search(said, f"{error.value} {capsys.readouterr().err}")
+
+    refused("--tasks", "colla", said="colla unknown; there are all, cola, sst2")
+    refused("--seeds", "0", said="--seeds must be positive")
+    refused("--psm", "pre+mid", said="not none, or any of")
+    refused("--checkpoint", str(tmp_path), said=r"config.json does not exist; train_mlm.py writes")
+    refused("--max-length", "64", said="has 32 positions; pass --max-length 32")
+    refused("--data-dir", str(tmp_path), said=r"neither .*CoLA/train.tsv nor")
+    refused("--lr", "inf", "--epochs", "1", said=r"the loss is nan by step \d+; a lower --lr helps")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
