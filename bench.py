@@ -15,6 +15,7 @@ import contextlib
 import csv
 import importlib.metadata
 import itertools
+import json
 import os
 import platform
 import re
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train_mlm.py
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import mabert
@@ -398,31 +401,115 @@ def bench_scan(args):
 PSM_FORMS = ((), ("post",), ("pre",), ("pre", "post"), ("scan",), ("pre", "scan"), ("pre", "scan", "post"))
 
 
+def sentences(args, vocab_size: int, longest: int) -> list[torch.Tensor]:
+    """Token ids of --sentences, or random ones, (rows, length) for each length; no pads."""
+    if not args.sentences:
+        return [torch.randint(5, vocab_size, (args.count, 24))]
+    try:
+        lines = Path(args.sentences).read_bytes().decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"--sentences: cannot read {args.sentences}: {error}") from error
+    texts = [line.split("\t")[-1].strip() for line in lines]  # CoLA's dev.tsv has the sentence last
+    texts = [text for text in texts if text][: args.count]
+    if args.checkpoint:
+        tokenizer = Tokenizer.from_file(str(Path(args.checkpoint, "tokenizer.json")))
+        rows = [tokenizer.encode(text).ids[:longest] for text in texts]
+    else:  # without a tokenizer, words are told apart, no more
+        rows = [[5 + zlib.crc32(word.encode()) % (vocab_size - 5) for word in text.split()][:longest] for text in texts]
+    if not rows:
+        raise SystemExit(f"--sentences: {args.sentences} has no text")
+    return [torch.tensor([row for row in rows if len(row) == length]) for length in sorted(set(map(len, rows)))]
+
+
+def distances(model: MaBERT, rows: list[torch.Tensor], pads: int, side: str) -> dict[str, float]:
+    """How far the final hidden states of real tokens are from those without pads, as means over the rows.
+
+    "tokens" is the relative L2 change of all of them; "cls" and "mean" are the paper's, cosine distances of the first
+    token's and of the mean over the tokens.
+    """
+    total = dict(tokens=0.0, cls=0.0, mean=0.0)
+    for ids in rows:
+        where = (0, pads) if side == "right" else (pads, 0)
+        x = model(ids)
+        y = model(F.pad(ids, where), F.pad(torch.ones_like(ids), where))[:, where[0] : where[0] + ids.shape[1]]
+        total["tokens"] += ((y - x).norm(dim=(1, 2)) / x.norm(dim=(1, 2))).sum().item()
+        for name, a, b in (("cls", x[:, 0], y[:, 0]), ("mean", x.mean(dim=1), y.mean(dim=1))):
+            a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+            total[name] += ((a - b).square().sum(dim=1) / 2).sum().item()  # 1 - cosine, without cancellation
+    return {name: value / sum(map(len, rows)) for name, value in total.items()}
+
+
 @torch.no_grad()
 def bench_drift(args):
-    torch.manual_seed(args.seed)
-    ids = torch.randint(1, 1000, (16, 24))
-    sizes = dict(vocab_size=1000, hidden_size=64, num_heads=4, intermediate_size=256, dropout=0.0)
+    """Figures 3 and 4 of the paper, for every form of PSM, side of the pads and kind of convolution."""
     cases = [(causal, side) for causal in (True, False) for side in ("right", "left")]
-    rows = []
-    for psm in tqdm(PSM_FORMS):
-        cells = []
-        for causal, side in cases:
-            torch.manual_seed(args.seed)
-            model = MaBERT(MaBERTConfig(psm=psm, causal_conv=causal, **sizes)).double().eval()
-            expected, changes = model(ids), []
-            for pads in args.pads:
-                where = (0, pads) if side == "right" else (pads, 0)
-                hidden = model(F.pad(ids, where), F.pad(torch.ones_like(ids), where))
-                real = hidden[:, where[0] : where[0] + ids.shape[1]]
-                changes.append(((real - expected).norm() / expected.norm()).item())
-            cells.append(" / ".join(f"{change:.0e}" for change in changes))
-        rows.append([" + ".join(psm) or "none", *cells])
-    print(header())
-    print("Relative L2 change of the final hidden states of real tokens (16 rows of 24) when rows get", end=" ")
-    print(" / ".join(map(str, args.pads)), "pads: MMT four times, hidden size 64, random weights, float64.\n")
-    head = [f"{'causal' if causal else 'centred'} convolution, pads {side}" for causal, side in cases]
-    print(table(["PSM stages", *head], rows))
+    sizes = dict(vocab_size=1000, hidden_size=64, num_heads=4, intermediate_size=256, dropout=0.0)
+    found = []
+    for psm, causal in tqdm(list(itertools.product(PSM_FORMS, (True, False))), unit="model"):
+        torch.manual_seed(args.seed)
+        if args.checkpoint:
+            model = MaBERT.from_pretrained(args.checkpoint, psm=psm, causal_conv=causal)
+        else:
+            model = MaBERT(MaBERTConfig(psm=psm, causal_conv=causal, **sizes))
+        model, config = model.double().eval(), model.config
+        rows = sentences(args, config.vocab_size, config.max_position)
+        for side, pads in itertools.product(("right", "left"), args.pads):
+            case = dict(psm="+".join(psm) or "none", causal=causal, side=side, pads=pads)
+            found.append(case | distances(model, rows, pads, side))
+
+    def cells(form, measure):
+        values = {(r["causal"], r["side"], r["pads"]): r[measure] for r in found if r["psm"] == form}
+        return [" / ".join(f"{values[(*case, pads)]:.0e}" for pads in args.pads) for case in cases]
+
+    forms = list(dict.fromkeys(r["psm"] for r in found))
+    what = f"{args.checkpoint}" if args.checkpoint else "random weights (MMT four times, hidden size 64)"
+    what += (
+        f", {sum(map(len, rows))} {'sentences of ' + args.sentences if args.sentences else 'random rows of 24 tokens'}"
+    )
+    head = ["PSM stages", *(f"{'causal' if causal else 'centred'}, pads {side}" for causal, side in cases)]
+    text = f"{header()}\nWith {' / '.join(map(str, args.pads))} pads, float64; {what}.\n"
+    titles = dict(
+        tokens="Relative L2 change of the final hidden states of real tokens",
+        cls="Cosine distance of the final [CLS] (the paper's Figures 3a and 4)",
+        mean="Cosine distance of the mean over real tokens (the paper's Figure 3b)",
+    )
+    for measure, title in titles.items():
+        text += f"\n{title}:\n\n{table(head, [[form, *cells(form, measure)] for form in forms])}\n"
+    print(text)
+    if args.out:
+        summary = dict(command=header().strip(), what=what, distances=found)
+        Path(f"{args.out}.md").write_text(text, encoding="utf-8")
+        Path(f"{args.out}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        draw_drift(args, found, forms, cases)
+
+
+def draw_drift(args, found: list[dict], forms: list[str], cases: list[tuple]):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SystemExit('the figure needs matplotlib: pip install -e ".[bench]"') from error
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    panels = figure.subplots(2, len(cases), sharex=True, sharey="row")
+    measures = dict(tokens="relative L2, real tokens", cls="cosine distance, [CLS]")
+    for (measure, label), line in zip(measures.items(), panels):
+        for (causal, side), axes in zip(cases, line):
+            for i, form in enumerate(forms):
+                values = [r[measure] for r in found if (r["psm"], r["causal"], r["side"]) == (form, causal, side)]
+                values = [
+                    max(value, 1e-18 if measure == "tokens" else 1e-36) for value in values
+                ]  # zero, on a log axis
+                axes.plot(args.pads, values, "osv^Dx+"[i] + "-", label=form, lw=1.2, ms=4, alpha=0.8)
+            axes.set_yscale("log")
+            axes.set_xscale("symlog", base=2, linthresh=1)
+            axes.grid(alpha=0.3)
+            if measure == "tokens":
+                axes.set_title(f"{'causal' if causal else 'centred'} convolution, pads {side}", fontsize=9)
+            else:
+                axes.set_xlabel("pads")
+        line[0].set_ylabel(label)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(forms), fontsize=8)
+    figure.savefig(f"{args.out}.png", dpi=120)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -430,6 +517,7 @@ def bench_drift(args):
 # ----------------------------------------------------------------------------------------------------------------------
 
 PATTERNS = [unit * (12 // len(unit)) for unit in ("M", "T", "MTT", "TM", "MT", "TMM", "MMT", "TTM")]
+CENTRED = "MMT" * 4  # with a centred convolution, one more row
 SMALL = """--vocab-size 4096 --hidden-size 64 --num-heads 4 --intermediate-size 256 --d-state 8 --dropout 0
     --length-schedule 64:1 --batch-size 32 --micro-batch-size 32 --bucket --lr 2e-3 --warmup-steps 100""".split()
 
@@ -454,7 +542,7 @@ def pretrain(args, pattern: str, centred: bool, seed: int) -> tuple[float, float
 
 
 def bench_patterns(args):
-    cases = [(pattern, False) for pattern in args.patterns] + [("MMT" * 4, True)]
+    cases = [(pattern, False) for pattern in args.patterns] + [(CENTRED, True)]
     runs = list(itertools.product(range(args.seeds), cases))  # seed by seed, so that a drifting clock hits all alike
     found = {(case, seed): pretrain(args, *case, seed) for seed, case in tqdm(runs, unit="run")}
     rows = []
@@ -482,7 +570,15 @@ def main(argv: list[str]):
         "--static", action="store_true", help="instead: what the kernels' machine code costs; needs no GPU"
     )
     drift = commands.add_parser("drift", help="what padding does to real tokens, for each form of PSM")
-    drift.add_argument("--pads", type=int, nargs="+", default=[4, 16, 64], help="numbers of pads to add to a row")
+    drift.add_argument(
+        "--pads", type=int, nargs="+", default=[0, 1, 8, 64, 512], help="numbers of pads to add to a row"
+    )
+    drift.add_argument("--checkpoint", help="a folder of train_mlm.py, instead of random weights")
+    drift.add_argument(
+        "--sentences", metavar="FILE", help="CoLA's dev.tsv, or a text file of lines, instead of random rows"
+    )
+    drift.add_argument("--count", type=int, default=100, help="rows")
+    drift.add_argument("--out", metavar="NAME", help="write NAME.md, NAME.json and NAME.png (needs matplotlib)")
     drift.add_argument("--seed", type=int, default=0)
     patterns = commands.add_parser("patterns", help="a short pretraining of each pattern of the paper's Table 1")
     patterns.add_argument(

@@ -562,13 +562,17 @@ def claimed(file: Path, wait: bool) -> Iterator[bool]:
         yield True
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_suffix(".lock"), "w") as lock:
+    lock_file = file.with_suffix(".lock")
+    with open(lock_file, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:
-            yield True
+            try:
+                yield True
+            finally:
+                lock_file.unlink(missing_ok=True)
 
 
 def sweep(args: argparse.Namespace, tokenizer: Tokenizer, chosen: list[Variant], checkpoint: str):
@@ -722,3 +726,5 @@ if __name__ == "__main__":
         raise SystemExit("interrupted; finished runs are kept, and the same command goes on") from None
     except OSError as error:  # a full disk, a folder that may not be written
         raise SystemExit(f"cannot go on: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"out of memory: lower --batch-size or --max-length\n{error}") from error

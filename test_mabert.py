@@ -2115,12 +2115,50 @@ def test_glue_refuses_what_does_not_fit(checkpoint, glue, tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_bench_drift(capsys):
-    bench.main(["drift", "--pads", "5"])
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    drifts = {row[0]: [float(cell) for cell in row[1:]] for row in rows[2:]}
+def test_bench_drift(tmp_path, checkpoint, capsys):
+    pytest.importorskip("matplotlib")
+    bench.main(["drift", "--pads", "0", "5", "--count", "8", "--out", str(tmp_path / "drift")])
+    printed = capsys.readouterr().out
+    tables = [re.findall(r"^\| ([a-z+]+) \| (.*) \|$", part, re.MULTILINE) for part in printed.split("final hidden")]
+    drifts = {form: [float(cell.split(" / ")[1]) for cell in cells.split(" | ")] for form, cells in tables[1][:7]}
     assert len(drifts) == 7 and all(len(cells) == 4 for cells in drifts.values())
-    assert max(drifts["pre + scan + post"]) < 1e-12 < 1e-6 < min(drifts["none"][1:]) and drifts["none"][0] < 1e-12
+    assert max(drifts["pre+scan+post"]) < 1e-12 < 1e-6 < min(drifts["none"][1:]) and drifts["none"][0] < 1e-12
+    found = json.loads((tmp_path / "drift.json").read_text())["distances"]
+    assert len(found) == 7 * 2 * 2 * 2
+    assert max(r["tokens"] for r in found if r["pads"] == 0) == 0
+    assert all(r["cls"] < r["tokens"] and r["mean"] < r["tokens"] for r in found if r["tokens"] > 1e-6)
+    assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
+
+    (tmp_path / "dev.tsv").write_text("gj04\t1\t\tw1 w2 w3\ngj04\t0\t*\tw1 w2\n\n")
+    for more, words in (([], 2), (["--checkpoint", str(checkpoint)], 2 + 2)):  # [CLS] and [SEP] too
+        args = argparse.Namespace(sentences=tmp_path / "dev.tsv", checkpoint=more[1] if more else None, count=5)
+        assert [tuple(rows.shape) for rows in bench.sentences(args, 60, 32)] == [(1, words), (1, words + 1)]
+        bench.main(["drift", "--pads", "3", "--sentences", str(tmp_path / "dev.tsv"), *more])
+        assert "2 sentences of" in capsys.readouterr().out
+
+
+def test_bench_patterns(tmp_path, capsys, monkeypatch):
+    write_corpus(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = [
+        "patterns",
+        "--data",
+        str(tmp_path / "corpus.txt"),
+        "--patterns",
+        "MT",
+        "T",
+        "--steps",
+        "3",
+        "--seeds",
+        "2",
+    ]
+    monkeypatch.setattr(bench, "CENTRED", "MT")
+    bench.main([*flags, "--out", str(tmp_path / "patterns")])
+    rows = re.findall(r"^\| (\S.*?) \| (\d\.\d+) \| (\d\.\d+) \| \d+ \|$", capsys.readouterr().out, re.MULTILINE)
+    assert [row[0] for row in rows] == ["T", "MT, centred convolution"]
+    kept = (tmp_path / "patterns" / "T-seed0" / "model.pt").stat().st_mtime_ns
+    bench.main([*flags, "--out", str(tmp_path / "patterns")])
+    assert (tmp_path / "patterns" / "T-seed0" / "model.pt").stat().st_mtime_ns == kept
 
 
 def test_bench_scan(capsys):
