@@ -2140,19 +2140,9 @@ def test_bench_drift(tmp_path, checkpoint, capsys):
 def test_bench_patterns(tmp_path, capsys, monkeypatch):
     write_corpus(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    flags = [
-        "patterns",
-        "--data",
-        str(tmp_path / "corpus.txt"),
-        "--patterns",
-        "MT",
-        "T",
-        "--steps",
-        "3",
-        "--seeds",
-        "2",
-    ]
+    flags = ["patterns", "--data", str(tmp_path / "corpus.txt"), *"--patterns T --steps 3 --seeds 1".split()]
     monkeypatch.setattr(bench, "CENTRED", "MT")
+    monkeypatch.setattr(bench, "SMALL", SMALL_RUN)
     bench.main([*flags, "--out", str(tmp_path / "patterns")])
     rows = re.findall(r"^\| (\S.*?) \| (\d\.\d+) \| (\d\.\d+) \| \d+ \|$", capsys.readouterr().out, re.MULTILINE)
     assert [row[0] for row in rows] == ["T", "MT, centred convolution"]
