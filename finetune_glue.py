@@ -77,7 +77,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "row to compare with")  # fmt: skip
     group = parser.add_argument_group("variants")
     add = group.add_argument
-    add("--pooling", choices=("map", "attn", "cls", "mean"), default="map")
+    add("--pooling", choices=("map", "attn", "cls", "mean"), help="map, if not given")
     add("--psm", type=psm, metavar="STAGES", help="stages of padding-safe masking, joined by +, or none; the "
         "checkpoint's, if not given")  # fmt: skip
     add("--padding-side", choices=("right", "left"), default="right")
@@ -114,6 +114,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     require(0 <= args.warmup < 1, "--warmup must be in [0, 1)")
     require(args.max_length >= 8, "--max-length must be at least 8")
     require(not (args.ablation and args.poolings), "--ablation and --poolings exclude each other")
+    require(not (args.pooling and (args.ablation or args.poolings)), "--ablation and --poolings choose the pooling")
+    require(args.psm is None or not args.ablation, "--ablation chooses the PSM")
     return args
 
 
@@ -132,6 +134,10 @@ class Task(NamedTuple):
     sizes: tuple[int, ...]  # rows of the benchmark: training, then each dev set, then each test set
     splits: tuple[str, ...] = ("",)  # suffixes of dev and test
     columns: tuple[str, ...] = ()  # of the results: one per dev set
+
+    @property
+    def expected(self) -> str:
+        return f"{', '.join(self.labels)} (0 to {len(self.labels) - 1})" if self.labels else "a number from 0 to 5"
 
     @property
     def files(self) -> list[str]:
@@ -163,9 +169,19 @@ TASKS = {name: task._replace(columns=task.columns or (task.folder,)) for name, t
 # ----------------------------------------------------------------------------------------------------------------------
 
 PAPER_COLUMNS = ("CoLA", "SST-2", "MRPC", "QQP", "MNLI-m", "MNLI-mm", "QNLI", "RTE")  # its average is over these
+TABLE_1 = {  # per pattern, 10 % of the pretraining
+    "M" * 12: (0.401, 0.878, 0.805, 0.831, 0.745, 0.740, 0.796, 0.561),
+    "T" * 12: (0.428, 0.891, 0.834, 0.843, 0.796, 0.802, 0.864, 0.575),
+    "MTT" * 4: (0.555, 0.913, 0.823, 0.855, 0.804, 0.806, 0.868, 0.586),
+    "TM" * 6: (0.525, 0.896, 0.826, 0.862, 0.801, 0.802, 0.873, 0.587),
+    "MT" * 6: (0.573, 0.897, 0.797, 0.861, 0.803, 0.804, 0.859, 0.582),
+    "TMM" * 4: (0.528, 0.903, 0.832, 0.863, 0.803, 0.802, 0.870, 0.595),
+    "MMT" * 4: (0.574, 0.904, 0.837, 0.868, 0.809, 0.814, 0.867, 0.602),
+    "TTM" * 4: (0.512, 0.902, 0.809, 0.859, 0.800, 0.805, 0.874, 0.580),
+}
 FULL = (0.676, 0.933, 0.869, 0.879, 0.835, 0.837, 0.893, 0.654)
-PAPER_BUDGETS = {  # Tables B1–B3 and 2
-    "10": (0.574, 0.904, 0.837, 0.868, 0.809, 0.814, 0.867, 0.602),
+PAPER_BUDGETS = {  # MMT four times: Tables B1–B3 and 2
+    "10": TABLE_1["MMT" * 4],
     "25": (0.612, 0.917, 0.848, 0.873, 0.815, 0.816, 0.868, 0.612),
     "50": (0.634, 0.924, 0.863, 0.877, 0.825, 0.828, 0.886, 0.624),
     "100": FULL,
@@ -188,20 +204,26 @@ class Variant(NamedTuple):
     name: str
     psm: tuple[str, ...]
     pooling: str
-    paper: tuple[float, ...]  # in the order of PAPER_COLUMNS
+    paper: tuple[float, ...]  # in the order of PAPER_COLUMNS; empty where the paper has no such row
 
 
 def variants(args: argparse.Namespace, config: MaBERTConfig) -> list[Variant]:
     """What to run: the chosen variant, or those of Table 3 or B4."""
-    psm = config.psm if args.psm is None else args.psm
+    psm, pooling = config.psm if args.psm is None else args.psm, args.pooling or "map"
     if args.poolings:
         return [Variant(pooling, psm, pooling, paper) for pooling, paper in POOLINGS.items()]
     if args.ablation:
-        on = psm or MaBERTConfig().psm
+        on = config.psm or MaBERTConfig().psm
         return [
             Variant(name, on if masks else (), pooling, paper) for name, (masks, pooling, paper) in ABLATION.items()
         ]
-    return [Variant(f"{'+'.join(psm) or 'no'} PSM, {args.pooling}", psm, args.pooling, PAPER_BUDGETS[args.budget])]
+    paper = ()
+    if config.pattern == "MMT" * 4 and args.budget == "100" and (psm or pooling in ("map", "cls")):
+        paper = POOLINGS[pooling] if psm else ABLATION["MAP only" if pooling == "map" else "None"][2]
+    elif psm and pooling == "map":
+        paper = TABLE_1.get(config.pattern, ()) if args.budget == "10" else ()
+        paper = PAPER_BUDGETS[args.budget] if config.pattern == "MMT" * 4 else paper
+    return [Variant(f"{'+'.join(psm) or 'no'} PSM, {pooling}", psm, pooling, paper)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -253,26 +275,32 @@ class Rows(NamedTuple):
     index: list[int]  # what the benchmark calls the rows
 
 
-def read(task: Task, name: str, file: str, data_dir: str | None) -> Rows:
-    """One of task.files, or of the diagnostic set ("ax", "test"), wherever it comes from."""
+def sources(name: str, file: str, data_dir: str | None) -> list[Path]:
+    """Where one of task.files, or of the diagnostic set ("ax", "test"), lies; empty for the hub."""
     if data_dir is None:
-        return read_hub(task, name, file)
-    tsv = Path(data_dir, "diagnostic/diagnostic.tsv" if name == "ax" else f"{task.folder}/{file}.tsv")
-    split = file.replace("dev", "validation")
-    parquet = sorted(Path(data_dir, name).glob(f"{split}-*.parquet")) or sorted(
-        Path(data_dir).glob(f"{name}/{split}.parquet")
-    )
+        return []
+    tsv = Path(data_dir, "diagnostic/diagnostic.tsv" if name == "ax" else f"{TASKS[name].folder}/{file}.tsv")
     if tsv.exists():
-        return read_tsv(task, tsv, is_test=file.startswith("test"))
-    if not parquet:
-        raise SystemExit(f"--data-dir: neither {tsv} nor {Path(data_dir, name, split)}-*.parquet exists")
+        return [tsv]
+    split = file.replace("dev", "validation")
+    if parquet := sorted(Path(data_dir, name).glob(f"{split}-*.parquet")):
+        return parquet
+    raise SystemExit(f"--data-dir: neither {tsv} nor {Path(data_dir, name, split)}-*.parquet exists")
+
+
+def read(task: Task, name: str, file: str, data_dir: str | None) -> Rows:
+    files, is_test = sources(name, file, data_dir), file.startswith("test")
+    if not files:
+        return read_hub(task, name, file)
+    if files[0].suffix == ".tsv":
+        return read_tsv(task, files[0], is_test)
     import pyarrow.parquet
 
     try:
-        table = pyarrow.concat_tables(pyarrow.parquet.read_table(part) for part in parquet)
-        return from_columns(task, table.to_pydict(), str(parquet[0]), is_test=file.startswith("test"))
+        columns = pyarrow.concat_tables(map(pyarrow.parquet.read_table, files)).to_pydict()
     except (OSError, pyarrow.ArrowInvalid) as error:
-        raise SystemExit(f"cannot read {parquet[0]}: {error}") from error
+        raise SystemExit(f"cannot read {files[0]}: {error}") from error
+    return from_columns(task, columns, str(files[0]), is_test)
 
 
 def read_hub(task: Task, name: str, file: str) -> Rows:
@@ -290,14 +318,19 @@ def from_columns(task: Task, columns: dict[str, list], source: str, is_test: boo
     wanted = (*task.hub_sentences, "idx", *(() if is_test else ("label",)))
     if missing := [column for column in wanted if column not in columns]:
         raise SystemExit(f"{source} has no column {', '.join(missing)}, only {', '.join(columns)}")
-    labels = None
+    sentences, labels = list(zip(*(columns[column] for column in task.hub_sentences))), None
+    for number, row in enumerate(sentences):
+        if None in row:
+            raise SystemExit(f"{source}, row {number}: an empty sentence")
+    if not sentences:
+        raise SystemExit(f"{source} has no rows")
     if not is_test:
+        known = range(len(task.labels))
+        for number, label in enumerate(columns["label"]):
+            if label not in known if task.labels else not (isinstance(label, float) and 0 <= label <= 5):
+                raise SystemExit(f"{source}, row {number}: label {label!r}; expected {task.expected}")
         labels = np.array(columns["label"], dtype=np.int64 if task.labels else np.float32)
-        if task.labels and not (0 <= labels.min() <= labels.max() < len(task.labels)):
-            raise SystemExit(
-                f"{source} has labels {sorted(set(labels.tolist()))}; expected 0 to {len(task.labels) - 1}"
-            )
-    return Rows(list(zip(*(columns[column] for column in task.hub_sentences))), labels, columns["idx"])
+    return Rows(sentences, labels, columns["idx"])
 
 
 def read_tsv(task: Task, file: Path, is_test: bool) -> Rows:
@@ -308,40 +341,38 @@ def read_tsv(task: Task, file: Path, is_test: bool) -> Rows:
         raise SystemExit(f"cannot read {file}: {error}") from error
     if lines[-1] == "":
         lines.pop()
-    lines = [line.rstrip("\r").split("\t") for line in lines]
     has_header = is_test or task.folder != "CoLA"
-    header = lines[0] if has_header and lines else ["source", "label", "mark", "sentence"]
+    if len(lines) <= has_header:
+        raise SystemExit(f"{file} has no rows")
+    header = lines[0].rstrip("\r").split("\t") if has_header else ["source", "label", "mark", "sentence"]
     wanted = (*task.sentences, *(() if is_test else (task.label,)))
     if missing := [column for column in wanted if column not in header]:
         raise SystemExit(f"{file}, line 1: no column {', '.join(missing)}, only {', '.join(header)}")
-    places = [header.index(column) for column in task.sentences]
+    places = [header.index(column) for column in wanted]
     sentences, labels, index, skipped = [], [], [], 0
-    for number, cells in enumerate(lines[has_header:], 1 + has_header):
+    for number, line in enumerate(lines[has_header:], 1 + has_header):
+        cells = line.rstrip("\r").split("\t")
+        if task.folder == "QQP" and (len(cells) != len(header) or cells[places[-1]] == ""):
+            skipped += 1  # some of its rows are known to lack columns
+            continue
         if len(cells) != len(header):
-            if task.folder == "QQP":  # some of its rows are known to lack columns
-                skipped += 1
-                continue
             raise SystemExit(f"{file}, line {number}: {len(cells)} columns instead of {len(header)}")
         if not is_test:
-            labels.append(parse_label(task, cells[header.index(task.label)], f"{file}, line {number}"))
-        sentences.append(tuple(cells[place] for place in places))
+            labels.append(parse_label(task, cells[places[-1]], f"{file}, line {number}"))
+        sentences.append(tuple(cells[place] for place in places[: len(task.sentences)]))
         index.append(number - 1 - has_header)
-    if not sentences:
-        raise SystemExit(f"{file} has no rows")
     if skipped:
-        print(f"{file}: {skipped} malformed rows skipped")
+        tqdm.write(f"{file}: {skipped} malformed rows skipped")
     return Rows(sentences, None if is_test else np.array(labels, dtype=np.int64 if task.labels else np.float32), index)
 
 
 def parse_label(task: Task, text: str, place: str) -> int | float:
-    if task.labels:
-        if text not in task.labels:
-            raise SystemExit(f"{place}: label {text!r}; expected {', '.join(task.labels)}")
+    if text in task.labels:
         return task.labels.index(text)
-    try:
-        return float(text)
-    except ValueError:
-        raise SystemExit(f"{place}: score {text!r}; expected a number") from None
+    with contextlib.suppress(ValueError):
+        if not task.labels and 0 <= float(text) <= 5:
+            return float(text)
+    raise SystemExit(f"{place}: label {text!r}; expected {task.expected}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -350,8 +381,8 @@ def parse_label(task: Task, text: str, place: str) -> int | float:
 
 
 class Encoded(NamedTuple):
-    ids: list[list[int]]
-    types: list[list[int]]  # 0 in the first sentence, 1 in the second
+    ids: list[np.ndarray]  # int32 each
+    types: list[np.ndarray]  # uint8 each: 0 in the first sentence, 1 in the second
     labels: torch.Tensor | None
     index: list[int]
 
@@ -359,9 +390,13 @@ class Encoded(NamedTuple):
 def encode(rows: Rows, tokenizer: Tokenizer, max_length: int) -> Encoded:
     """[CLS] first [SEP], or [CLS] first [SEP] second [SEP], cut to max_length; of a pair the longer is cut first."""
     tokenizer.enable_truncation(max_length, strategy="longest_first")
-    encodings = tokenizer.encode_batch_fast([row if len(row) == 2 else row[0] for row in rows.sentences])
-    labels = None if rows.labels is None else torch.from_numpy(rows.labels)
-    return Encoded([row.ids for row in encodings], [row.type_ids for row in encodings], labels, rows.index)
+    ids, types = [], []
+    for start in range(0, len(rows.sentences), 10_000):
+        some = rows.sentences[start : start + 10_000]
+        encodings = tokenizer.encode_batch_fast([row if len(row) == 2 else row[0] for row in some])
+        ids += [np.array(row.ids, dtype=np.int32) for row in encodings]
+        types += [np.array(row.type_ids, dtype=np.uint8) for row in encodings]
+    return Encoded(ids, types, None if rows.labels is None else torch.from_numpy(rows.labels), rows.index)
 
 
 def batches(lengths: list[int], size: int, smart: bool, rng: np.random.Generator | None = None) -> list[np.ndarray]:
@@ -392,7 +427,7 @@ def collate(
     for i, row in enumerate(rows):
         n = len(data.ids[row])
         place = slice(0, n) if side == "right" else slice(length - n, length)
-        ids[i, place], types[i, place] = torch.tensor(data.ids[row]), torch.tensor(data.types[row])
+        ids[i, place], types[i, place] = torch.from_numpy(data.ids[row]), torch.from_numpy(data.types[row])
         mask[i, place] = True
     return ids, mask, types
 
@@ -414,11 +449,19 @@ def predict(model: MaBERTForSequenceClassification, data: Encoded, pad: int, arg
     device = next(model.parameters()).device
     logits = np.zeros((len(data.ids), model.config.num_labels), dtype=np.float32)
     length = None if args.smart_batches else args.max_length
-    for rows in batches(list(map(len, data.ids)), 4 * args.batch_size, args.smart_batches):
+    rounded = (
+        autocast(device) if model.config.num_labels > 1 else contextlib.nullcontext()
+    )  # scores are not, to rank them
+    parts = batches(list(map(len, data.ids)), 4 * args.batch_size, args.smart_batches)
+    for rows in tqdm(parts, desc="predicting", leave=False, delay=5):
         inputs = (part.to(device) for part in collate(data, rows, pad, args.padding_side, length))
-        with autocast(device):
+        with rounded:
             logits[rows] = model(*inputs).logits.float().cpu().numpy()
     return logits
+
+
+class Diverged(Exception):
+    pass
 
 
 def fit(
@@ -454,7 +497,7 @@ def fit(
                 progress.update()
                 if step % 50 == 0 or step == steps:
                     if not losses.isfinite():
-                        raise SystemExit(f"{name}: the loss is {losses.item()} by step {step}; a lower --lr helps")
+                        raise Diverged(f"{name}: the loss is {losses.item()} by step {step}; a lower --lr helps")
                     progress.set_postfix(loss=f"{losses.item() / (step % 50 or 50):.4f}")
                     losses = torch.zeros((), device=device)
 
@@ -475,12 +518,11 @@ def load(name: str, args: argparse.Namespace, tokenizer: Tokenizer) -> Data:
         rows = read(task, name, file, args.data_dir)
         expected = task.sizes[task.files.index(file)]
         if len(rows.sentences) != expected:
-            print(f"{name} {file} has {len(rows.sentences)} rows; the benchmark's has {expected}")
+            tqdm.write(f"{name} {file} has {len(rows.sentences)} rows; the hub's copy of the benchmark has {expected}")
         found[file] = encode(rows, tokenizer, args.max_length)
     tests = {column: found["test" + split] for column, split in zip(task.columns, task.splits) if args.predict}
     if args.predict and name == "mnli":
-        diagnostic = task._replace(sentences=PAIR, hub_sentences=task.hub_sentences)
-        tests["AX"] = encode(read(diagnostic, "ax", "test", args.data_dir), tokenizer, args.max_length)
+        tests["AX"] = encode(read(task, "ax", "test", args.data_dir), tokenizer, args.max_length)
     return Data(found["train"], [found["dev" + split] for split in task.splits], tests)
 
 
@@ -497,8 +539,8 @@ def submission(task: Task, data: Encoded, logits: np.ndarray) -> str:
 
 def run(
     name: str, seed: int, variant: Variant, data: Data, tokenizer: Tokenizer, args: argparse.Namespace
-) -> tuple[dict, dict[str, str], MaBERTForSequenceClassification]:
-    """Fine-tunes once: (scores by column and metric, submission files, model)."""
+) -> tuple[dict[str, dict[str, float]], MaBERTForSequenceClassification]:
+    """Fine-tunes once: (scores by column and metric, model)."""
     task, device = TASKS[name], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)  # the head's initialisation, dropout
     model = load_model(args, variant, max(1, len(task.labels))).to(device)
@@ -508,8 +550,7 @@ def run(
     for column, dev in zip(task.columns, data.dev):
         decided = decide(task, predict(model, dev, pad, args))
         scores[column] = {metric: METRICS[metric](decided, dev.labels.numpy()) for metric in task.metrics}
-    files = {column: submission(task, test, predict(model, test, pad, args)) for column, test in data.test.items()}
-    return scores, files, model
+    return scores, model
 
 
 def load_model(args: argparse.Namespace, variant: Variant, num_labels: int) -> MaBERTForSequenceClassification:
@@ -519,11 +560,6 @@ def load_model(args: argparse.Namespace, variant: Variant, num_labels: int) -> M
         model = MaBERTForSequenceClassification.from_pretrained(args.checkpoint, **options)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--checkpoint: {error}") from error
-    if args.max_length > model.config.max_position:
-        raise SystemExit(
-            f"--max-length {args.max_length}: the checkpoint has {model.config.max_position} positions; "
-            f"pass --max-length {model.config.max_position}"
-        )
     return model
 
 
@@ -532,15 +568,17 @@ def load_model(args: argparse.Namespace, variant: Variant, num_labels: int) -> M
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def settings(args: argparse.Namespace, variant: Variant, checkpoint: str) -> dict:
-    """What a run's result depends on, beside task and seed."""
+def settings(args: argparse.Namespace, name: str, variant: Variant, checkpoint: str) -> dict:
+    """What a run's result depends on, beside the seed."""
     names = "padding_side lr batch_size epochs warmup weight_decay max_length smart_batches".split()
-    own = {name: getattr(args, name) for name in names}
-    return own | dict(psm="+".join(variant.psm) or "none", pooling=variant.pooling, checkpoint=checkpoint)
+    own = {option: getattr(args, option) for option in names} | dict(task=name, checkpoint=checkpoint)
+    files = [source for file in TASKS[name].files[:-1] for source in sources(name, file, args.data_dir)]
+    data = [(file.name, file.stat().st_size) for file in files if "test" not in file.name] or HUB_DATA
+    return own | dict(psm="+".join(variant.psm) or "none", pooling=variant.pooling, data=data)
 
 
 def result_file(args: argparse.Namespace, name: str, seed: int, variant: Variant, checkpoint: str) -> Path:
-    identity = hashlib.sha256(json.dumps(settings(args, variant, checkpoint)).encode()).hexdigest()[:8]
+    identity = hashlib.sha256(json.dumps(settings(args, name, variant, checkpoint)).encode()).hexdigest()[:8]
     return Path(args.out, f"{name}-{variant.pooling}-{'+'.join(variant.psm) or 'none'}-{identity}-seed{seed}.json")
 
 
@@ -561,63 +599,66 @@ def claimed(file: Path, wait: bool) -> Iterator[bool]:
     if fcntl is None:
         yield True
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock_file = file.with_suffix(".lock")
+    lock_file = file.parent / ".locks" / file.name
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
     with open(lock_file, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:
-            try:
-                yield True
-            finally:
-                lock_file.unlink(missing_ok=True)
+            yield True
 
 
 def sweep(args: argparse.Namespace, tokenizer: Tokenizer, chosen: list[Variant], checkpoint: str):
     """Makes all result files that are missing; those that another process is making come last."""
-    submissions = Path(args.out, "submission")
-
-    def missing(name, seed, variant):
-        file = result_file(args, name, seed, variant, checkpoint)
-        wanted = [file]
-        if args.predict and seed == 0 and variant is chosen[0]:
-            columns = (*TASKS[name].columns, *(("AX",) if name == "mnli" else ()))
-            wanted += [submissions / f"{column}.tsv" for column in columns]
-        if args.save:
-            wanted.append(file.with_suffix("") / "config.json")
-        return not all(path.exists() for path in wanted)
-
     todo = [(name, seed, variant) for name in args.tasks for variant in chosen for seed in range(args.seeds)]
-    cached = (None, None)
+    loaded, data, diverged = None, None, []
     with tqdm(total=len(todo), desc="runs", unit="run") as progress:
         for wait in (False, True):
             later = []
             for name, seed, variant in todo:
                 file = result_file(args, name, seed, variant, checkpoint)
+                folder = file.with_suffix("")
+                predicts = args.predict and seed == 0 and variant is chosen[0]
                 with claimed(file, wait) as free:
                     if not free:
                         later.append((name, seed, variant))
                         continue
-                    if missing(name, seed, variant):
-                        if cached[0] != name:
-                            cached = name, load(name, args, tokenizer)
+                    wanted = [file] + [folder / f"{test}.tsv" for test in submissions(name) if predicts]
+                    wanted += [folder / "tokenizer.json"] if args.save else []
+                    if not all(path.exists() for path in wanted):
+                        if loaded != name:
+                            loaded, data = name, load(name, args, tokenizer)
                         start = time.perf_counter()
-                        scores, files, model = run(name, seed, variant, cached[1], tokenizer, args)
-                        seconds = round(time.perf_counter() - start, 1)
-                        if args.predict and seed == 0 and variant is chosen[0]:
-                            for column, text in files.items():
-                                write(submissions / f"{column}.tsv", text)
+                        try:
+                            scores, model = run(name, seed, variant, data, tokenizer, args)
+                        except Diverged as error:
+                            diverged.append(str(error))
+                            continue
+                        result = dict(task=name, seed=seed, scores=scores, seconds=time.perf_counter() - start)
+                        result |= dict(rows=[len(part.ids) for part in (data.train, *data.dev)], device=device_name())
+                        result |= dict(settings=settings(args, name, variant, checkpoint), versions=versions())
+                        if predicts:
+                            for test, rows in data.test.items():
+                                logits = predict(model, rows, tokenizer.token_to_id("[PAD]"), args)
+                                write(folder / f"{test}.tsv", submission(TASKS[name], rows, logits))
                         if args.save:
-                            model.save_pretrained(file.with_suffix(""))
+                            model.save_pretrained(folder)
                             tokenizer.no_truncation()
-                            tokenizer.save(str(file.with_suffix("") / "tokenizer.json"))
-                        result = dict(task=name, seed=seed, scores=scores, seconds=seconds, device=device_name())
-                        result |= dict(settings=settings(args, variant, checkpoint), versions=versions())
-                        write(file, json.dumps(result | dict(config=dataclasses.asdict(model.config)), indent=2) + "\n")
+                            write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+                        if not file.exists():
+                            result["config"] = dataclasses.asdict(model.config)
+                            write(file, json.dumps(result, indent=2) + "\n")
                 progress.update()
             todo = later
+    if diverged:
+        raise SystemExit("\n".join(diverged))
+
+
+def submissions(name: str) -> list[str]:
+    """The names of a task's files in the benchmark's submission."""
+    return [*TASKS[name].columns, *(("AX",) if name == "mnli" else ())]
 
 
 def device_name() -> str:
@@ -639,84 +680,117 @@ def versions() -> dict[str, str]:
 
 
 def spread(values: list[float]) -> str:
-    deviation = np.std(values, ddof=1) if len(values) > 1 else math.nan
-    return f"{np.mean(values):.3f} ± {deviation:.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
-def collect(args: argparse.Namespace, variant: Variant, checkpoint: str) -> dict[str, dict[str, list[float]]]:
-    """Scores of all seeds by column and metric."""
-    found = {}
+def collect(args: argparse.Namespace, variant: Variant, checkpoint: str) -> dict:
+    """A variant's scores, of all seeds, by column and metric, with the paper's and what made them."""
+    scores, runs = {}, []
     for name in args.tasks:
         for seed in range(args.seeds):
-            result = json.loads(result_file(args, name, seed, variant, checkpoint).read_text(encoding="utf-8"))
-            for column, scores in result["scores"].items():
-                for metric, score in scores.items():
-                    found.setdefault(column, {}).setdefault(metric, []).append(score)
-    return found
-
-
-def one_table(args: argparse.Namespace, variant: Variant, found: dict) -> str:
-    """A line per task and metric, with the paper's score."""
+            runs.append(json.loads(result_file(args, name, seed, variant, checkpoint).read_text(encoding="utf-8")))
+            for column, found in runs[-1]["scores"].items():
+                for metric, score in found.items():
+                    scores.setdefault(column, {}).setdefault(metric, []).append(score)
     paper = dict(zip(PAPER_COLUMNS, variant.paper))
+    rows = []
+    for column, found in scores.items():
+        for i, (metric, values) in enumerate(found.items()):
+            known = paper.get(column) if i == 0 else None
+            row = dict(column=column, metric=metric, scores=values, mean=float(np.mean(values)), paper=known)
+            rows.append(row | dict(sd=float(np.std(values, ddof=1)) if len(values) > 1 else None))
+    made = {key: runs[0][key] for key in ("config", "device", "versions")}
+    seconds = round(sum(run["seconds"] for run in runs), 1)
+    return dict(name=variant.name, rows=rows, seeds=args.seeds, seconds=seconds) | made | dict(settings=[
+        settings(args, name, variant, checkpoint) for name in args.tasks
+    ])  # fmt: skip
+
+
+def one_table(args: argparse.Namespace, found: dict) -> str:
+    """A line per task and metric, with the paper's score."""
     lines = [
-        f"| task | metric | measured, {args.seeds} seeds | paper, {args.budget} % | difference |",
+        f"| task | metric | measured, seeds: {args.seeds} | paper, {args.budget} % | difference |",
         "| --- " * 5 + "|",
     ]
-    for column, scores in found.items():
-        for i, (metric, values) in enumerate(scores.items()):
-            known = column in paper and i == 0
-            beside = f"{paper[column]:.3f} | {np.mean(values) - paper[column]:+.3f}" if known else "– | –"
-            lines.append(f"| {column} | {metric} | {spread(values)} | {beside} |")
-    if set(PAPER_COLUMNS) <= set(found):
-        mean = np.mean([np.mean(next(iter(found[column].values()))) for column in PAPER_COLUMNS])
-        lines.append(f"| average | of these eight | {mean:.3f} | {np.mean(variant.paper):.3f} | "
-                     f"{mean - np.mean(variant.paper):+.3f} |")  # fmt: skip
+    for row in found["rows"]:
+        beside = "– | –" if row["paper"] is None else f"{row['paper']:.3f} | {row['mean'] - row['paper']:+.3f}"
+        lines.append(f"| {row['column']} | {row['metric']} | {spread(row['scores'])} | {beside} |")
+    compared = [row for row in found["rows"] if row["paper"] is not None]
+    if len(compared) == len(PAPER_COLUMNS):
+        mean, paper = (np.mean([row[key] for row in compared]) for key in ("mean", "paper"))
+        lines.append(f"| average | of these {len(compared)} | {mean:.3f} | {paper:.3f} | {mean - paper:+.3f} |")
     return "\n".join(lines)
 
 
-def variants_table(args: argparse.Namespace, chosen: list[Variant], found: list[dict]) -> str:
+def variants_table(args: argparse.Namespace, found: list[dict]) -> str:
     """A line per variant, a column per task: measured (the paper's, full budget)."""
-    columns = list(found[0])
-    lines = ["| variant | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
-    for variant, scores in zip(chosen, found):
-        paper = dict(zip(PAPER_COLUMNS, variant.paper))
-        cells = [spread(next(iter(scores[column].values()))) for column in columns]
-        cells = [f"{cell} ({paper[column]:.3f})" if column in paper else cell for cell, column in zip(cells, columns)]
-        lines.append(f"| {variant.name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + f"\n\nMean ± standard deviation over {args.seeds} seeds (the paper's, full budget)."
+    heads = [row for row in found[0]["rows"] if row["metric"] == first_metric(row["column"])]
+    lines = ["| variant | " + " | ".join(row["column"] for row in heads) + " |", "| --- " * (1 + len(heads)) + "|"]
+    for variant in found:
+        cells = [
+            spread(row["scores"]) + (f" ({row['paper']:.3f})" if row["paper"] else "")
+            for row in variant["rows"]
+            if row["metric"] == first_metric(row["column"])
+        ]
+        lines.append(f"| {variant['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + f"\n\nMean ± standard deviation, seeds: {args.seeds} (the paper's, full budget)."
 
 
-def main(argv: list[str]):
-    args = parse_args(argv)
-    folder = Path(args.checkpoint)
+def first_metric(column: str) -> str:
+    return next(task.metrics[0] for task in TASKS.values() if column in task.columns)
+
+
+def read_checkpoint(folder: Path, args: argparse.Namespace) -> tuple[Tokenizer, MaBERTConfig, str]:
+    """(tokenizer, config, a digest of all that lies there)."""
+    digest = hashlib.sha256()
     for file in ("config.json", "model.pt", "tokenizer.json"):
         if not (folder / file).is_file():
             raise SystemExit(f"--checkpoint: {folder / file} does not exist; train_mlm.py writes such a folder")
+        digest.update((folder / file).read_bytes())
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         config = MaBERTConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except Exception as error:  # tokenizers raises bare Exceptions
         raise SystemExit(f"--checkpoint: {folder}: {error}") from error
-    checkpoint = hashlib.sha256((folder / "model.pt").read_bytes()).hexdigest()[:16]
+    tokenizer.no_padding()
+    if missing := [token for token in ("[PAD]", "[CLS]", "[SEP]") if tokenizer.token_to_id(token) is None]:
+        raise SystemExit(f"--checkpoint: {folder / 'tokenizer.json'} has no {', '.join(missing)}")
+    if max(tokenizer.get_vocab().values()) >= config.vocab_size:
+        raise SystemExit(f"--checkpoint: the tokenizer has more tokens than the model's {config.vocab_size}")
+    if args.max_length > config.max_position:
+        raise SystemExit(
+            f"--max-length {args.max_length}: the checkpoint has {config.max_position} positions; "
+            f"pass --max-length {config.max_position}"
+        )
+    return tokenizer, config, digest.hexdigest()[:16]
+
+
+def main(argv: list[str]):
+    args = parse_args(argv)
+    tokenizer, config, checkpoint = read_checkpoint(Path(args.checkpoint), args)
+    for name in args.tasks:  # a missing file now, not after hours
+        files = [(name, file) for file in TASKS[name].files if args.predict or not file.startswith("test")]
+        for source in [*files, *([("ax", "test")] if args.predict and name == "mnli" else [])]:
+            sources(*source, args.data_dir)
     chosen = variants(args, config)
-    same = config.causal_conv and args.padding_side == "right"
-    if args.ablation and same:
+    if len({bool(variant.psm) for variant in chosen}) > 1 and config.causal_conv and args.padding_side == "right":
         print("with a causal convolution and pads on the right no pad stands before a real token: PSM or none is the "
               "same function, and the scores will say so. It matters with --padding-side left")  # fmt: skip
     sweep(args, tokenizer, chosen, checkpoint)
 
     found = [collect(args, variant, checkpoint) for variant in chosen]
-    one = len(chosen) == 1
-    table = one_table(args, chosen[0], found[0]) if one else variants_table(args, chosen, found)
-    kind = "ablation" if args.ablation else "poolings" if args.poolings else "results"
-    summary = dict(command=" ".join(["python finetune_glue.py", *argv]), device=device_name(), versions=versions())
-    summary["variants"] = [
-        dict(name=variant.name, settings=settings(args, variant, checkpoint), scores=scores)
-        for variant, scores in zip(chosen, found)
-    ]
-    write(Path(args.out, f"{kind}.json"), json.dumps(summary, indent=2) + "\n")
-    write(Path(args.out, f"{kind}.md"), f"{table}\n\n`{summary['command']}`, {summary['device']}\n")
-    print(f"\n{table}\n\nin {Path(args.out, kind)}.md and .json; a file for each run beside them")
+    table = one_table(args, found[0]) if len(chosen) == 1 else variants_table(args, found)
+    out = Path(args.out, "ablation" if args.ablation else "poolings" if args.poolings else "results")
+    command = " ".join(["python finetune_glue.py", *argv])
+    write(out.with_suffix(".json"), json.dumps(dict(command=command, variants=found), indent=2) + "\n")
+    write(out.with_suffix(".md"), f"{table}\n\n`{command}`, {found[0]['device']}\n")
+    print(f"\n{table}\n\nin {out}.md and .json; a file for each run beside them")
+    if args.predict:
+        for name in args.tasks:
+            folder = result_file(args, name, 0, chosen[0], checkpoint).with_suffix("")
+            for test in submissions(name):
+                write(out.parent / "submission" / f"{test}.tsv", (folder / f"{test}.tsv").read_text(encoding="utf-8"))
+        print(f"for the benchmark: {out.parent / 'submission'}")
 
 
 if __name__ == "__main__":
