@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
 import math
@@ -32,6 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
+import tokenizers
 import torch
 from tokenizers import Tokenizer
 from torch.nn.utils import clip_grad_norm_
@@ -670,8 +670,8 @@ def device_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers")}
-    return dict(python=platform.python_version()) | packages
+    packages = (torch, np, tokenizers)
+    return dict(python=platform.python_version()) | {package.__name__: package.__version__ for package in packages}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
