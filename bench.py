@@ -5,7 +5,7 @@
     python bench.py drift            # what padding does to real tokens, for each form of padding-safe masking
     python bench.py patterns         # does interleaving help? A short pretraining of the patterns of Table 1
 
-Keep a table with a redirection: python bench.py drift > results/drift.md
+Keep a table with a redirection: python bench.py scan > results/scan.md. `drift --out NAME` draws a figure too.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import csv
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -412,7 +413,10 @@ def sentences(args, vocab_size: int, longest: int) -> list[torch.Tensor]:
     texts = [line.split("\t")[-1].strip() for line in lines]  # CoLA's dev.tsv has the sentence last
     texts = [text for text in texts if text][: args.count]
     if args.checkpoint:
-        tokenizer = Tokenizer.from_file(str(Path(args.checkpoint, "tokenizer.json")))
+        try:
+            tokenizer = Tokenizer.from_file(str(Path(args.checkpoint, "tokenizer.json")))
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise SystemExit(f"--checkpoint: cannot read its tokenizer.json: {error}") from error
         rows = [tokenizer.encode(text).ids[:longest] for text in texts]
     else:  # without a tokenizer, words are told apart, no more
         rows = [[5 + zlib.crc32(word.encode()) % (vocab_size - 5) for word in text.split()][:longest] for text in texts]
@@ -442,13 +446,18 @@ def distances(model: MaBERT, rows: list[torch.Tensor], pads: int, side: str) -> 
 @torch.no_grad()
 def bench_drift(args):
     """Figures 3 and 4 of the paper, for every form of PSM, side of the pads and kind of convolution."""
+    if args.out and not importlib.util.find_spec("matplotlib"):
+        raise SystemExit('--out draws a figure with matplotlib: pip install -e ".[bench]"')
     cases = [(causal, side) for causal in (True, False) for side in ("right", "left")]
     sizes = dict(vocab_size=1000, hidden_size=64, num_heads=4, intermediate_size=256, dropout=0.0)
     found = []
     for psm, causal in tqdm(list(itertools.product(PSM_FORMS, (True, False))), unit="model"):
         torch.manual_seed(args.seed)
         if args.checkpoint:
-            model = MaBERT.from_pretrained(args.checkpoint, psm=psm, causal_conv=causal)
+            try:
+                model = MaBERT.from_pretrained(args.checkpoint, psm=psm, causal_conv=causal)
+            except (OSError, ValueError) as error:
+                raise SystemExit(f"--checkpoint: {error}") from error
         else:
             model = MaBERT(MaBERTConfig(psm=psm, causal_conv=causal, **sizes))
         model, config = model.double().eval(), model.config
@@ -484,10 +493,8 @@ def bench_drift(args):
 
 
 def draw_drift(args, found: list[dict], forms: list[str], cases: list[tuple]):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SystemExit('the figure needs matplotlib: pip install -e ".[bench]"') from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     panels = figure.subplots(2, len(cases), sharex=True, sharey="row")
     measures = dict(tokens="relative L2, real tokens", cls="cosine distance, [CLS]")

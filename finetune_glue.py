@@ -352,7 +352,7 @@ def read_tsv(task: Task, file: Path, is_test: bool) -> Rows:
     sentences, labels, index, skipped = [], [], [], 0
     for number, line in enumerate(lines[has_header:], 1 + has_header):
         cells = line.rstrip("\r").split("\t")
-        if task.folder == "QQP" and (len(cells) != len(header) or cells[places[-1]] == ""):
+        if task.folder == "QQP" and not is_test and (len(cells) != len(header) or cells[places[-1]] == ""):
             skipped += 1  # some of its rows are known to lack columns
             continue
         if len(cells) != len(header):
@@ -449,13 +449,11 @@ def predict(model: MaBERTForSequenceClassification, data: Encoded, pad: int, arg
     device = next(model.parameters()).device
     logits = np.zeros((len(data.ids), model.config.num_labels), dtype=np.float32)
     length = None if args.smart_batches else args.max_length
-    rounded = (
-        autocast(device) if model.config.num_labels > 1 else contextlib.nullcontext()
-    )  # scores are not, to rank them
+    is_regression = model.config.num_labels == 1  # whose scores bf16 would round to ties
     parts = batches(list(map(len, data.ids)), 4 * args.batch_size, args.smart_batches)
     for rows in tqdm(parts, desc="predicting", leave=False, delay=5):
         inputs = (part.to(device) for part in collate(data, rows, pad, args.padding_side, length))
-        with rounded:
+        with contextlib.nullcontext() if is_regression else autocast(device):
             logits[rows] = model(*inputs).logits.float().cpu().numpy()
     return logits
 
@@ -697,7 +695,9 @@ def collect(args: argparse.Namespace, variant: Variant, checkpoint: str) -> dict
     for column, found in scores.items():
         for i, (metric, values) in enumerate(found.items()):
             known = paper.get(column) if i == 0 else None
-            row = dict(column=column, metric=metric, scores=values, mean=float(np.mean(values)), paper=known)
+            row = dict(
+                column=column, metric=metric, first=i == 0, scores=values, mean=float(np.mean(values)), paper=known
+            )
             rows.append(row | dict(sd=float(np.std(values, ddof=1)) if len(values) > 1 else None))
     made = {key: runs[0][key] for key in ("config", "device", "versions")}
     seconds = round(sum(run["seconds"] for run in runs), 1)
@@ -724,20 +724,16 @@ def one_table(args: argparse.Namespace, found: dict) -> str:
 
 def variants_table(args: argparse.Namespace, found: list[dict]) -> str:
     """A line per variant, a column per task: measured (the paper's, full budget)."""
-    heads = [row for row in found[0]["rows"] if row["metric"] == first_metric(row["column"])]
-    lines = ["| variant | " + " | ".join(row["column"] for row in heads) + " |", "| --- " * (1 + len(heads)) + "|"]
+    heads = [row["column"] for row in found[0]["rows"] if row["first"]]
+    lines = [f"| variant | {' | '.join(heads)} |", "| --- " * (1 + len(heads)) + "|"]
     for variant in found:
         cells = [
             spread(row["scores"]) + (f" ({row['paper']:.3f})" if row["paper"] else "")
             for row in variant["rows"]
-            if row["metric"] == first_metric(row["column"])
+            if row["first"]
         ]
         lines.append(f"| {variant['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + f"\n\nMean ± standard deviation, seeds: {args.seeds} (the paper's, full budget)."
-
-
-def first_metric(column: str) -> str:
-    return next(task.metrics[0] for task in TASKS.values() if column in task.columns)
 
 
 def read_checkpoint(folder: Path, args: argparse.Namespace) -> tuple[Tokenizer, MaBERTConfig, str]:

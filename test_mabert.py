@@ -1868,6 +1868,8 @@ def test_malformed_rows_of_qqp_are_skipped_and_counted_and_refused_elsewhere(tmp
     rows = read_glue(tmp_path, "qqp")
     assert rows.sentences == [("Who?", "What?"), ("How?", "How so?")] and rows.labels.tolist() == [0, 1]
     assert "2 malformed rows skipped" in capsys.readouterr().out
+    tsv(tmp_path, "qqp", "test", "id\tquestion1\tquestion2", "0\tWho?\t", "1\tWhy?\tHow?")  # a test set is kept whole
+    assert read_glue(tmp_path, "qqp", "test").sentences == [("Who?", ""), ("Why?", "How?")]
 
     def refused(task, said, *rows):
         file = tsv(tmp_path, task, "train", *rows)
@@ -2235,6 +2237,18 @@ def test_bench_drift(tmp_path, checkpoint, capsys):
         assert [tuple(rows.shape) for rows in bench.sentences(args, 60, 32)] == [(1, words), (1, words + 1)]
         bench.main(["drift", "--pads", "3", "--sentences", str(tmp_path / "dev.tsv"), *more])
         assert "2 sentences of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
+def test_bench_drift_explains_what_it_cannot_read(tmp_path, checkpoint, missing):
+    (tmp_path / "sentences.txt").write_text("w1 w2")
+    shutil.copytree(checkpoint, tmp_path / "model")
+    (tmp_path / "model" / missing).unlink()
+    flags = ["--checkpoint", str(tmp_path / "model"), "--sentences", str(tmp_path / "sentences.txt")]
+    with pytest.raises(SystemExit, match="--checkpoint: "):
+        bench.main(["drift", "--pads", "1", *flags])
+    with pytest.raises(SystemExit, match="--sentences: cannot read"):
+        bench.main(["drift", "--pads", "1", "--sentences", str(tmp_path / "nowhere")])
 
 
 def test_bench_patterns(tmp_path, capsys, monkeypatch):

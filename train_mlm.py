@@ -838,8 +838,7 @@ def digest(*parts: bytes) -> str:
 
 
 IDENTITY = (
-    *("steps", "length_schedule", "batch_size", "micro_batch_size", "bucket", "lr", "warmup_steps", "weight_decay"),
-    *("mask_rate", "seed"),
+    "steps length_schedule batch_size micro_batch_size bucket lr warmup_steps weight_decay mask_rate seed".split()
 )
 
 
@@ -847,11 +846,8 @@ def identity_of(args: argparse.Namespace, data: Data) -> dict:
     """What a run is a function of; a checkpoint of another cannot be resumed."""
     config = model_config(args, vocab_size(data.tokenizer), data.vocabulary.pad)
     tokenizer = digest(data.tokenizer.to_str().encode("utf-8", "replace"))
-    own = (
-        {name: getattr(args, name) for name in IDENTITY}
-        | {"--vocab-size": args.vocab_size}
-        | dict(tokenizer=tokenizer, corpus=data.corpus_digest)
-    )
+    own = {"--vocab-size": args.vocab_size, "tokenizer": tokenizer, "corpus": data.corpus_digest}
+    own |= {name: getattr(args, name) for name in IDENTITY}
     return json.loads(json.dumps(dataclasses.asdict(config) | own))  # tuples become lists, as they are when read back
 
 
@@ -1321,13 +1317,8 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
 # Where the time goes
 # ----------------------------------------------------------------------------------------------------------------------
 
-PEAK_TFLOPS = {
-    "A100": 312,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "H200": 989,
-}  # dense bf16, from NVIDIA's data sheets
+# Dense bf16, from NVIDIA's data sheets; the first name that fits counts
+PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989}
 
 
 class Stopwatch:
