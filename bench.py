@@ -529,36 +529,45 @@ SMALL = """--vocab-size 4096 --hidden-size 64 --num-heads 4 --intermediate-size 
     --length-schedule 64:1 --batch-size 32 --micro-batch-size 32 --bucket --lr 2e-3 --warmup-steps 100""".split()
 
 
-def pretrain(args, pattern: str, centred: bool, seed: int) -> tuple[float, float]:
-    """(held-out loss in nats, seconds a step) of one run of train_mlm.py; a finished one is only read."""
+def pretrain(args, pattern: str, centred: bool, seed: int, profile: bool) -> float:
+    """The last held-out loss, in nats, of a run of train_mlm.py, or seconds a step; a finished one is only read."""
     out = Path(args.out, f"{pattern}{'-centred' if centred else ''}-seed{seed}")
     flags = [*SMALL, "--pattern", pattern, "--steps", args.steps, "--seed", seed, "--eval-every", args.steps]
     flags += ["--no-causal-conv"] * centred + ["--cache-dir", Path(args.out, "tokens"), "--out", out]
     flags += ["--data", *args.data, "--sample-by", "paragraph"] if args.data else ["--demo"]
-    command = list(map(str, [sys.executable, Path(__file__).with_name("train_mlm.py"), *flags]))
-    for more, kept in ((["--resume"], out / "model.pt"), (["--profile", "10"], out / "profile.txt")):
-        if not kept.exists():
-            result = subprocess.run(command + more, capture_output=True, text=True)
-            if result.returncode:
-                raise SystemExit(f"{' '.join(command + more)} failed:\n{result.stderr[-2000:]}")
-            if more[0] == "--profile":
-                kept.write_text(result.stdout)
+    flags += ["--profile", "10"] if profile else ["--resume"]
+    kept = out / ("profile.txt" if profile else "model.pt")
+    if not kept.exists():
+        command = list(map(str, [sys.executable, Path(__file__).with_name("train_mlm.py"), *flags]))
+        threads = {} if profile or args.jobs == 1 else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
+        if result.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr[-2000:]}")
+        if profile:
+            out.mkdir(parents=True, exist_ok=True)
+            kept.write_text(result.stdout)
+    if profile:
+        return float(re.search(r"tokens: ([\d.]+) s a step", kept.read_text())[1])
     with open(out / "log.csv", newline="") as file:
-        loss = float(list(csv.DictReader(file))[-1]["held_out_loss"])
-    return loss, float(re.search(r"tokens: ([\d.]+) s a step", (out / "profile.txt").read_text())[1])
+        return float(list(csv.DictReader(file))[-1]["held_out_loss"])
 
 
 def bench_patterns(args):
     cases = [(pattern, False) for pattern in args.patterns] + [(CENTRED, True)]
-    runs = list(itertools.product(range(args.seeds), cases))  # seed by seed, so that a drifting clock hits all alike
-    found = {(case, seed): pretrain(args, *case, seed) for seed, case in tqdm(runs, unit="run")}
+    runs = [(*case, seed) for seed in range(args.seeds) for case in cases]
+    # First the step times, alone and in turns: a drifting clock hits all alike. The first run makes the token cache.
+    seconds = {run: pretrain(args, *run, profile=True) for run in tqdm(runs, desc="step time", unit="run")}
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        losses = pool.map(lambda run: pretrain(args, *run, profile=False), runs)
+        losses = dict(zip(runs, tqdm(losses, desc="pretraining", unit="run", total=len(runs))))
     rows = []
     for pattern, centred in cases:
-        losses, seconds = zip(*(found[(pattern, centred), seed] for seed in range(args.seeds)))
+        found = [losses[pattern, centred, seed] for seed in range(args.seeds)]
+        step = min(seconds[pattern, centred, seed] for seed in range(args.seeds))
         model = MaBERTForMaskedLM.from_pretrained(Path(args.out, f"{pattern}{'-centred' if centred else ''}-seed0"))
-        deviation = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
-        cells = [f"{statistics.mean(losses):.3f}{deviation}", f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"]
-        rows.append([f"{pattern}{', centred convolution' if centred else ''}", *cells, f"{1000 * min(seconds):.0f}"])
+        deviation = f" ± {statistics.stdev(found):.3f}" if args.seeds > 1 else ""
+        cells = [f"{statistics.mean(found):.3f}{deviation}", f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"]
+        rows.append([f"{pattern}{', centred convolution' if centred else ''}", *cells, f"{1000 * step:.0f}"])
     print(header())
     print(
         f"{args.steps} steps of masked language modelling, 32 rows of 64 tokens, hidden size 64, {args.seeds} seeds.\n"
@@ -592,8 +601,9 @@ def main(argv: list[str]):
         "--data", nargs="+", metavar="PATH", help="text, as train_mlm.py takes it; without, its demo's"
     )
     patterns.add_argument("--patterns", nargs="+", default=PATTERNS)
-    patterns.add_argument("--steps", type=int, default=600)
+    patterns.add_argument("--steps", type=int, default=1200)
     patterns.add_argument("--seeds", type=int, default=2)
+    patterns.add_argument("--jobs", type=int, default=1, help="runs at the same time, each on its share of the cores")
     patterns.add_argument("--out", default="out/patterns", help="finished runs are kept here, and not run again")
     args = parser.parse_args(argv)
     {"scan": bench_scan, "drift": bench_drift, "patterns": bench_patterns}[args.command](args)

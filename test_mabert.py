@@ -2254,7 +2254,7 @@ def test_bench_drift_explains_what_it_cannot_read(tmp_path, checkpoint, missing)
 def test_bench_patterns(tmp_path, capsys, monkeypatch):
     write_corpus(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    flags = ["patterns", "--data", str(tmp_path / "corpus.txt"), *"--patterns T --steps 3 --seeds 1".split()]
+    flags = ["patterns", "--data", str(tmp_path / "corpus.txt"), *"--patterns T --steps 3 --seeds 1 --jobs 2".split()]
     monkeypatch.setattr(bench, "CENTRED", "MT")
     monkeypatch.setattr(bench, "SMALL", SMALL_RUN)
     bench.main([*flags, "--out", str(tmp_path / "patterns")])
