@@ -2,10 +2,12 @@
 
     python bench.py scan             # the masked selective scan beside other ways to compute it, on the GPU or the CPU
     python bench.py scan --static    # the scan's kernels, compiled for A100 and H100: instructions, registers; no GPU
+    python bench.py efficiency       # memory, latency and training time of MaBERT and its peers, beside the paper's
     python bench.py drift            # what padding does to real tokens, for each form of padding-safe masking
     python bench.py patterns         # does interleaving help? A short pretraining of the patterns of Table 1
 
-Keep a table with a redirection: python bench.py scan > results/scan.md. `drift --out NAME` draws a figure too.
+Keep a table with a redirection, python bench.py scan > results/scan.md; efficiency and drift write their tables, JSON
+and a figure with --out NAME.
 """
 
 import argparse
@@ -13,13 +15,17 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
+import gc
 import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import re
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,26 +40,63 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train_mlm.py
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import mabert
-from mabert import INTERPRETED, MaBERT, MaBERTConfig, MaBERTForMaskedLM, selective_scan, triton
+from mabert import (
+    INTERPRETED,
+    MaBERT,
+    MaBERTConfig,
+    MaBERTForMaskedLM,
+    MaBERTForSequenceClassification,
+    selective_scan,
+    triton,
+)
 
 
-def header() -> str:
+def circumstances() -> dict[str, str]:
+    """command, device, driver (of a GPU) and versions."""
+    found = dict(command=shlex.join(["python", "bench.py", *sys.argv[1:]]))
     if torch.cuda.is_available():
-        device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+        found["device"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+        with contextlib.suppress(OSError):
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
     else:
         info = Path("/proc/cpuinfo")
         model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-        device = f"{model[1] if model else platform.processor() or platform.machine()}, "
-        device += f"{torch.get_num_threads()} thread(s)"
-    versions = f"torch {torch.__version__}"
-    for package in ("triton", "mamba_ssm", "mambapy"):
+        name = model[1] if model else platform.processor() or platform.machine()
+        found["device"] = f"{name}, {torch.get_num_threads()} thread(s)"
+    found["versions"] = f"torch {torch.__version__}"
+    for package in ("triton", "transformers", "mamba_ssm", "mambapy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions += f", {package} {importlib.metadata.version(package)}"
-    command = " ".join(["python", "bench.py", *sys.argv[1:]])
-    return f"`{command}` on {device}, {versions}\n"
+            found["versions"] += f", {package} {importlib.metadata.version(package)}"
+    return found
+
+
+def header() -> str:
+    found = circumstances()
+    driver = f", driver {found['driver']}" if "driver" in found else ""
+    return f"`{found['command']}` on {found['device']}{driver}, {found['versions']}\n"
+
+
+def require(package: str):
+    if not importlib.util.find_spec(package):
+        raise SystemExit(f'this needs the package {package}: pip install -e ".[bench]"')
+
+
+def check_out(name: str | None):
+    """Before the work: whether NAME.md, NAME.json and NAME.png can be written."""
+    if name:
+        require("matplotlib")
+        if not Path(name).parent.is_dir():
+            raise SystemExit(f"--out: there is no folder {Path(name).parent}")
+
+
+def write_results(name: str, text: str, summary: dict):
+    Path(f"{name}.md").write_text(text, encoding="utf-8")
+    Path(f"{name}.json").write_text(json.dumps(circumstances() | summary, indent=1) + "\n", encoding="utf-8")
 
 
 def table_row(cells: list[str]) -> str:
@@ -142,20 +185,33 @@ def forward_backward(scan, inputs, dy):
     return torch.autograd.grad(scan(*inputs), inputs, dy)
 
 
-def peak_memory(name: str, size: list[int]) -> str:
-    """MB that forward and backward need above the inputs, in a process of their own (on Linux)."""
+def resident(key: str) -> int:
+    """Bytes of memory that this process has (VmRSS) or had at most since reset_resident_peak (VmHWM). Linux only."""
+    return 1024 * int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
+
+
+def reset_resident_peak():
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def in_a_process(call: str) -> str:
+    """What a function of this file returns in a process of its own, as text; "" where Linux is not there to tell."""
     if not Path("/proc/self/clear_refs").exists():
-        return "not measured here"
-    code = (
-        f"import bench, torch; torch.set_num_threads(1); inputs, dy = bench.scan_inputs(*{size})\n"
-        "bench.forward_backward(bench.loop, *bench.scan_inputs(1, 4, 8, 2))\n"  # what first calls load
-        "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak starts anew from here
-        "kb = lambda key: int(open('/proc/self/status').read().split(key + ':')[1].split()[0])\n"
-        f"before = kb('VmRSS'); bench.forward_backward(bench.{name}, inputs, dy); print(kb('VmHWM') - before)"
-    )
+        return ""
+    code = f"import bench; print(bench.{call})"
     here = Path(__file__).parent
-    process = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, cwd=here)
-    return f"{int(process.stdout) / 1e3:.0f}"
+    return subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, cwd=here).stdout
+
+
+def scan_memory(scan: str, size: list[int]) -> float:
+    """MB that forward and backward need above the inputs, on one thread, in this process."""
+    torch.set_num_threads(1)
+    inputs, dy = scan_inputs(*size)
+    forward_backward(loop, *scan_inputs(1, 4, 8, 2))  # loads what first calls load
+    before = resident("VmRSS")
+    reset_resident_peak()
+    forward_backward(globals()[scan], inputs, dy)
+    return (resident("VmHWM") - before) / 1e6
 
 
 def bench_scan_cpu(args):
@@ -182,7 +238,8 @@ def bench_scan_cpu(args):
                 f"{median[scan, run]:.0f} ({median[scan, run] / median[loop, run]:.1f}×)"
                 for run in (forward, forward_backward)
             ]
-            rows.append([str(tuple(size)), scan.__name__, *cells, peak_memory(scan.__name__, size)])
+            memory = in_a_process(f"scan_memory({scan.__name__!r}, {size})")
+            rows.append([str(tuple(size)), scan.__name__, *cells, f"{float(memory):.0f}" if memory else "not measured"])
     progress.close()
     print(header())
     print(f"Medians of {args.runs} runs in turns, float32; in brackets the ratio to this project's loop. Peak memory "
@@ -396,6 +453,466 @@ def bench_scan(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# efficiency: the paper's Tables B5 to B7 and Figure 5
+# ----------------------------------------------------------------------------------------------------------------------
+
+PAPER_LENGTHS = (128, 512, 1024, 2048, 4096)
+PAPER = {  # on an A100: memory of a forward pass in MB, latency of it and time of an optimizer step in ms
+    "BERT": dict(
+        memory=(441.364, 454.748, 471.274, 507.313, 579.392),
+        latency=(5.220, 5.331, 5.702, 15.122, 43.424),
+        training=(42.372, 189.501, 487.204, 1451.200, 4894.397),
+    ),
+    "ALBERT": dict(
+        memory=(70.649, 90.971, 117.992, 173.382, 283.109),
+        latency=(6.140, 6.217, 6.692, 17.994, 48.749),
+        training=(50.941, 225.783, 545.223, 1491.872, 4662.279),
+    ),
+    "Longformer": dict(
+        memory=(602.629, 652.634, 709.375, 828.660, 1066.699),
+        latency=(36.794, 36.866, 38.420, 42.468, 55.676),
+        training=(834.994, 838.428, 1709.029, 3466.178, 6985.296),
+    ),
+    "BigBird": dict(
+        memory=(507.797, 551.183, 662.196, 1115.224, 2885.278),
+        latency=(7.921, 7.948, 8.059, 23.378, 67.887),
+        training=(60.710, 263.221, 658.337, 1993.710, 6430.660),
+    ),
+    "DeBERTa-v3": dict(
+        memory=(742.110, 825.994, 1047.506, 1908.529, 5262.076),
+        latency=(13.737, 14.038, 17.456, 57.592, 206.592),
+        training=(74.079, 371.969, 1151.794, 4251.722, 16136.670),
+    ),
+    "MaBERT": dict(
+        memory=(808.787, 841.846, 923.875, 1238.917, 2445.003),
+        latency=(9.160, 9.193, 9.263, 13.914, 34.703),
+        training=(64.117, 240.334, 516.242, 1240.849, 3319.429),
+    ),
+}
+MEASURES = dict(  # in the order of the tables
+    memory="Table B5: peak memory, MiB (one forward pass at batch 1, weights included)",
+    training="Table B6: training time, ms (one optimizer step)",
+    latency="Table B7: latency, ms (one forward pass at batch 1)",
+)
+
+# The models. Those of transformers: its name for the class, and what of the published config differs from the class's
+# defaults. 4,096 tokens are the digest of the paper's protocol: BERT's and ALBERT's position tables are interpolated,
+# Longformer and BigBird have theirs, DeBERTa's relative range is extended.
+BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+DEBERTA = dict(vocab_size=128100, type_vocab_size=0, relative_attention=True, position_buckets=256)
+DEBERTA |= dict(norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], layer_norm_eps=1e-7)
+DEBERTA |= dict(position_biased_input=False, pooler_dropout=0, pooler_hidden_act="gelu", pooler_hidden_size=768)
+TRANSFORMERS = {
+    "BERT": ("Bert", BASE),
+    "ALBERT": ("Albert", BASE),
+    "Longformer": (
+        "Longformer",
+        BASE | dict(vocab_size=50265, max_position_embeddings=4098, type_vocab_size=1, attention_window=512),
+    ),
+    "BigBird": ("BigBird", BASE | dict(vocab_size=50358, max_position_embeddings=4096)),
+    "DeBERTa-v3": ("DebertaV2", BASE | DEBERTA),
+    "ModernBERT": ("ModernBert", {}),
+}
+BASELINES = list(TRANSFORMERS)[:5]  # the paper's
+OURS = {
+    "MaBERT": {},
+    "MaBERT-206M": dict(hidden_size=1024, num_heads=16, intermediate_size=4224),  # the paper's has 205.3 M parameters
+    "T12": dict(pattern="T" * 12),  # the pattern alone: pre-LN, so not BERT
+    "M12": dict(pattern="M" * 12),
+}
+MODELS = [*TRANSFORMERS, *OURS]
+
+
+class Setting(NamedTuple):
+    flash: bool = False  # FlashAttention allowed
+    compile: str | None = None  # a mode of torch.compile
+
+    def __str__(self):
+        return ", ".join(["flash"] * self.flash + [f"compile {self.compile}"] * bool(self.compile)) or "plain"
+
+
+FASTEST = [Setting(True), Setting(True, "default"), Setting(True, "reduce-overhead")]  # the last with CUDA graphs
+
+
+@torch.no_grad()
+def stretch(embeddings: torch.nn.Module, length: int, first: int):
+    """Interpolates a table of absolute positions of transformers to rows for length tokens, where it has fewer.
+
+    The first rows are not positions, and stay.
+    """
+    table = embeddings.position_embeddings.weight  # (first + old, h)
+    if len(table) >= first + length:
+        return
+    new = F.interpolate(table[first:].T[None], size=length, mode="linear", align_corners=True)[0].T  # (length, h)
+    embeddings.position_embeddings.weight = torch.nn.Parameter(torch.cat([table[:first], new]))
+    embeddings.position_embeddings.num_embeddings = first + length
+    for name in ("position_ids", "token_type_ids"):
+        if hasattr(embeddings, name):
+            ids = torch.arange(length, device=table.device)[None]
+            setattr(embeddings, name, ids if name == "position_ids" else torch.zeros_like(ids))
+
+
+def build(name: str, length: int, device: str = "cpu") -> torch.nn.Module:
+    """A two-label classifier with random weights for rows of up to length tokens."""
+    if name in OURS:
+        with torch.device(device):
+            model = MaBERTForSequenceClassification(MaBERTConfig(**OURS[name]))
+            model.encoder.resize_positions(max(length, model.config.max_position))
+            return model
+    import transformers
+
+    family, sizes = TRANSFORMERS[name]
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model_class = getattr(transformers, f"{family}ForSequenceClassification")
+    absolute = name in ("BERT", "ALBERT", "Longformer", "BigBird")
+    if not absolute:
+        config.max_position_embeddings = max(length, config.max_position_embeddings)
+    with torch.device(device):
+        model = model_class(config)
+        if absolute:
+            stretch(model.base_model.embeddings, length, first=2 if name == "Longformer" else 0)
+        return model
+
+
+def attention_kernels(device: torch.device, flash: bool):
+    """Without flash, the paper's kernels for attention. A CPU has but one that saves memory, and it stays."""
+    if flash or device.type == "cpu":
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION])
+
+
+class Contender:
+    """A model under a setting, with the two runs that are timed."""
+
+    def __init__(self, model, optimizer, setting: Setting, length: int, batch_size: int):
+        self.model, self.optimizer, self.setting, self.micro_batch_size = model, optimizer, setting, batch_size
+        self.call = torch.compile(model, mode=setting.compile, dynamic=False) if setting.compile else model
+        self.device = next(model.parameters()).device
+        self.rows = torch.randint(5, model.config.vocab_size, (batch_size, length), device=self.device)
+
+    def run(self, rows: torch.Tensor, **labels):
+        """bf16 autocast on a GPU, float32 weights. A tokenizer gives a mask of ones; FlashAttention knows no mask."""
+        mask = None if self.setting.flash else torch.ones_like(rows)
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        with attention_kernels(self.device, self.setting.flash), half:
+            return self.call(input_ids=rows, attention_mask=mask, **labels)
+
+    @torch.no_grad()
+    def latency(self):
+        self.run(self.rows[:1])
+
+    def training(self):
+        """An optimizer step; where memory does not suffice for the batch, it is accumulated from now on."""
+        while not self.step():
+            if self.micro_batch_size == 1:
+                raise torch.OutOfMemoryError
+            self.micro_batch_size //= 2
+            release()
+
+    def step(self) -> bool:
+        try:
+            for rows in self.rows.split(self.micro_batch_size):
+                labels = torch.zeros(len(rows), dtype=torch.long, device=self.device)
+                (self.run(rows, labels=labels).loss * len(rows) / len(self.rows)).backward()
+            self.optimizer.step()
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.optimizer.zero_grad()
+        return True
+
+
+def synchronize(device: str):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def release():
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
+
+
+def forward_memory(name: str, length: int, device: str) -> float:
+    """MiB that a model and one forward pass of it take at most, alone on the device; on a CPU, in this process."""
+    build(name, length, "meta")  # imports what it needs
+    tiny = MaBERTConfig(hidden_size=12, intermediate_size=12, pattern="MT")
+    MaBERTForSequenceClassification(tiny)(torch.zeros(1, 1, dtype=torch.long))  # loads what first calls load
+    release()
+    before = torch.cuda.memory_allocated() if device == "cuda" else resident("VmRSS")
+    contender = Contender(build(name, length, device).eval(), None, Setting(), length, batch_size=1)
+    contender.latency()
+    release()
+    torch.cuda.reset_peak_memory_stats() if device == "cuda" else reset_resident_peak()
+    contender.latency()
+    return ((torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")) - before) / 2**20
+
+
+def measure_memory(name: str, length: int, device: str) -> float | None:
+    """forward_memory, on a CPU in a process of its own; None where memory does not suffice."""
+    try:
+        if device == "cuda":
+            return forward_memory(name, length, device)
+        memory = in_a_process(f"forward_memory({name!r}, {length}, 'cpu')")
+        return float(memory) if memory else None
+    except torch.OutOfMemoryError:
+        return None
+    except subprocess.CalledProcessError as error:
+        if error.returncode != -signal.SIGKILL:  # with which Linux ends who takes too much
+            raise
+        return None
+
+
+def in_turns(contenders: dict[tuple, Contender], measure: str, args) -> dict[tuple, list[float]]:
+    """Milliseconds of the timed runs of each contender, [] where memory does not suffice.
+
+    They take turns run by run, so that a drifting clock hits all alike. The first round, which compiles, does not
+    count; the second tells how many rounds fit into args.seconds: at most args.warm_up + args.runs, at least 1 + 3.
+    """
+    times, alive, rounds, number = {key: [] for key in contenders}, dict(contenders), 2, 0
+    while number < rounds and alive:
+        for key, contender in list(alive.items()):
+            contender.model.train(measure == "training")
+            try:
+                synchronize(args.device)
+                start = time.perf_counter()
+                getattr(contender, measure)()
+                synchronize(args.device)
+                times[key].append((time.perf_counter() - start) * 1e3)
+            except Exception as error:
+                if not isinstance(error, torch.OutOfMemoryError) and not contender.setting.compile:
+                    raise
+                reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+                print(f"{', '.join(map(str, key))}: no {measure}: {reason}", file=sys.stderr)
+                times[key] = []
+                del alive[key]
+        number += 1
+        if number == 2:
+            seconds = sum(times[key][1] for key in alive) / 1e3
+            rounds = 1 + max(4, min(args.warm_up + args.runs, int(args.seconds / seconds) if alive else 0))
+    warm_up = 1 + max(1, (rounds - 1) * args.warm_up // (args.warm_up + args.runs))
+    return {key: runs[warm_up:] for key, runs in times.items()}
+
+
+def measure_times(length: int, args) -> list[dict]:
+    """Latency and training time of all models at a length; of each model's settings, the fastest."""
+    models = {}
+    for name in args.models:
+        model = build(name, length, args.device)
+        models[name] = model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    contenders = {
+        (name, setting): Contender(*models[name], setting, length, args.batch_size)
+        for name, setting in itertools.product(args.models, args.settings)
+    }
+    found = []
+    for measure in ("latency", "training"):
+        times = in_turns(contenders, measure, args)
+        for name in args.models:
+            medians = {key: statistics.median(runs) for key, runs in times.items() if key[0] == name and runs}
+            cell = dict(model=name, length=length, measure=measure, value=None, setting=None, runs=0)
+            if medians:
+                best = min(medians, key=medians.get)
+                cell |= dict(value=medians[best], setting=str(best[1]), runs=len(times[best]))
+                if measure == "training":
+                    cell["micro_batch_size"] = contenders[best].micro_batch_size
+            found.append(cell)
+    torch.compiler.reset()
+    return found
+
+
+def forward_cost(config: MaBERTConfig, kind: str, length: int) -> tuple[float, float]:
+    """Floating-point operations of a layer's forward pass for one row, and bytes it moves through memory in bf16.
+
+    Operations: matrix products, convolution, attention, and 7 for each update of the scan's state (Δ A, its
+    exponential, times Δ u and B, a fused multiply-add, another with C). Bytes: the weights once, and of every operation
+    its inputs and outputs, where scan and attention keep what is between theirs on the chip.
+    """
+    h, d, n, i = config.hidden_size, config.expand * config.hidden_size, config.d_state, config.intermediate_size
+    r, k = config.dt_rank or math.ceil(h / 16), config.d_conv
+    feed_forward = 2 * h * i
+    if kind == "T":
+        weights = 4 * h * h + feed_forward
+        operations = length * (2 * weights + 4 * length * h)
+        others = 4 * h + i + h + 4 * h  # biases and norms
+        values = length * (22 * h + 4 * i)
+    else:
+        weights = h * 2 * d + d * (r + 2 * n) + r * d + d * h + feed_forward
+        operations = length * (2 * (weights + k * d) + 7 * d * n)
+        others = (k + 1) * d + d + d * n + d + i + h + 4 * h  # convolution, bias of Δ, A, D, biases and norms
+        values = length * (14 * h + 13 * d + 4 * i + 2 * r + 4 * n)
+    return operations, 2 * (weights + others + values)
+
+
+def crossover(config: MaBERTConfig) -> int:
+    """The length from which on a T layer takes more operations than an M layer."""
+    (m, _), (t, _) = (forward_cost(config, kind, 1) for kind in "MT")
+    return max(1, 2 + (m - t) // (4 * config.hidden_size))
+
+
+def cost_table(lengths: list[int]) -> str:
+    config, rows = MaBERTConfig(), []
+    for length in lengths:
+        (m, m_bytes), (t, t_bytes) = (forward_cost(config, kind, length) for kind in "MT")
+        rows.append([str(length), *(f"{x / 1e9:.3g}" for x in (m, t)), *(f"{x / 1e6:.3g}" for x in (m_bytes, t_bytes))])
+    head = ["length", "M layer, GFLOP", "T layer, GFLOP", "M layer, MB", "T layer, MB"]
+    return (
+        "Cost model, one layer of the base model, forward, one row: matrix products, convolution, attention and scan; "
+        f"bytes of its inputs, outputs and weights in bf16. From {crossover(config)} tokens on, a T layer takes more "
+        f"operations than an M layer.\n\n{table(head, rows)}\n"
+    )
+
+
+def paper_value(model: str, measure: str, length: int) -> float | None:
+    known = model in PAPER and length in PAPER_LENGTHS
+    return PAPER[model][measure][PAPER_LENGTHS.index(length)] if known else None
+
+
+def ratio(value, names: list[str], over: str) -> float | None:
+    """The mean of value(model) over some models, over that of another; None where one is missing."""
+    values = [value(name) for name in [*names, over]]
+    return None if None in values else statistics.mean(values[:-1]) / values[-1]
+
+
+def efficiency_ratios(found: list[dict], length: int) -> list[dict]:
+    """What a model takes over what MaBERT takes, and the mean of the paper's baselines: the headline of the paper."""
+    values = {(cell["model"], cell["measure"]): cell["value"] for cell in found if cell["length"] == length}
+    rows = [([name], name) for name in MODELS if any(cell["model"] == name for cell in found)]
+    rows += [(BASELINES, "mean of the paper's baselines"), (BASELINES[:-1], "the same without DeBERTa-v3")]
+    ratios = []
+    for (names, what), over, measure in itertools.product(rows, ("MaBERT", "MaBERT-206M"), MEASURES):
+        measured = ratio(lambda name: values.get((name, measure)), names, over)  # noqa: B023
+        paper = ratio(lambda name: paper_value(name, measure, length), names, "MaBERT")  # noqa: B023
+        ratios.append(dict(what=what, over=over, measure=measure, length=length, measured=measured, paper=paper))
+    return ratios
+
+
+def number(value: float | None, *notes) -> str:
+    notes = [note for note in notes if note]
+    text = "–" if value is None else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+    return text + f" ({'; '.join(notes)})" * bool(notes)
+
+
+def paper_note(value: float | None) -> str:
+    return number(value) if value else ""
+
+
+def efficiency_cell(cell: dict | None, args) -> str:
+    if not cell:
+        return ""
+    paper = paper_note(paper_value(cell["model"], cell["measure"], cell["length"]))
+    if cell["value"] is None:
+        return number(None, "out of memory", paper)
+    micro = cell.get("micro_batch_size", args.batch_size)
+    accumulated = f"{args.batch_size // micro} × {micro} rows" if micro < args.batch_size else ""
+    return number(cell["value"], paper, accumulated, cell["setting"] if args.fastest else "")
+
+
+def efficiency_text(found: list[dict], parameters: dict[str, int], args) -> str:
+    lengths = sorted({cell["length"] for cell in found})
+    cells = {(cell["model"], cell["length"], cell["measure"]): cell for cell in found}
+    runs = [cell["runs"] for cell in found if cell.get("runs")] or [0]
+    text = f"{header()}\n"
+    if args.device == "cuda":
+        text += f"bf16 autocast, float32 weights; FlashAttention {'on' if args.flash or args.fastest else 'off'}"
+    else:
+        text += "A measurement on a CPU: float32, PyTorch's fused attention"
+    text += ", each model's fastest setting" if args.fastest else f", torch.compile {'on' if args.compile else 'off'}"
+    text += f". Medians of {min(runs)} to {max(runs)} runs, in turns. In brackets the paper's figures, from an A100.\n"
+    for measure, title in MEASURES.items():
+        if any(cell["measure"] == measure for cell in found):
+            title = title.replace("optimizer step", f"optimizer step of {args.batch_size} rows")
+            rows = [
+                [name, f"{parameters[name] / 1e6:.1f}"]
+                + [efficiency_cell(cells.get((name, length, measure)), args) for length in lengths]
+                for name in args.models
+            ]
+            text += f"\n{title}:\n\n{table(['model', 'parameters, M', *map(str, lengths)], rows)}\n"
+    length = 4096 if 4096 in lengths else lengths[-1]
+    ratios = [row for row in efficiency_ratios(found, length) if row["over"] in args.models]
+    if ratios:
+        head = dict.fromkeys(f"{row['measure']} ÷ {row['over']}" for row in ratios)
+        rows = {}
+        for row in ratios:
+            rows.setdefault(row["what"], [row["what"]]).append(number(row["measured"], paper_note(row["paper"])))
+        text += f"\nRatios at {length} tokens; above 1, MaBERT takes less:\n\n"
+        text += table(["model", *head], list(rows.values())) + "\n"
+    return text + "\n" + cost_table(lengths)
+
+
+def draw_efficiency(found: list[dict], args):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    measures = [measure for measure in MEASURES if any(cell["measure"] == measure for cell in found)]
+    panels = figure.subplots(1, len(measures), squeeze=False)[0]
+    for measure, axes in zip(measures, panels):
+        for name in args.models:
+            i = MODELS.index(name)
+            own = dict(ls="-", lw=2.2, zorder=3) if name in OURS else dict(ls="--", lw=1.2)
+            points = [(c["length"], c["value"]) for c in found if (c["model"], c["measure"]) == (name, measure)]
+            lengths, values = zip(*((length, value or math.nan) for length, value in points))
+            axes.plot(lengths, values, marker="osv^Dp*XPh"[i], ms=5, color=f"C{i}", label=name, **own)
+            if name in PAPER:
+                axes.plot(PAPER_LENGTHS, PAPER[name][measure], "o", ms=6, mew=0, color=f"C{i}", alpha=0.25)
+        axes.set(xscale="log", yscale="log", xlabel="tokens", title=MEASURES[measure].split(": ")[1].split(" (")[0])
+        ticks = sorted({cell["length"] for cell in found} | set(PAPER_LENGTHS))
+        axes.set_xticks(ticks, labels=map(str, ticks), fontsize=8)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    title = "faint points: the paper's, on an A100"
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, title=title, title_fontsize=8)
+    figure.savefig(f"{args.out}.png", dpi=120)
+
+
+def bench_efficiency(args):
+    on_gpu = torch.cuda.is_available()
+    args.device = args.device or ("cuda" if on_gpu else "cpu")
+    if args.device == "cuda" and not on_gpu:
+        raise SystemExit("--device cuda: PyTorch sees no GPU here; --device cpu has a smaller measurement")
+    if args.device == "cpu" and args.flash:
+        raise SystemExit("--flash is for a GPU")
+    if args.fastest and (args.flash or args.compile):
+        raise SystemExit("--fastest tries --flash and --compile by itself")
+    defaults = dict(lengths=[*PAPER_LENGTHS, 8192, 16384], batch_size=32, warm_up=20, runs=100, seconds=120)
+    if args.device == "cpu":
+        defaults = dict(lengths=[128, 512, 1024], batch_size=1, warm_up=1, runs=5, seconds=60)
+    vars(args).update({name: getattr(args, name) or value for name, value in defaults.items()})
+    if any(name in TRANSFORMERS for name in args.models):
+        require("transformers")
+    check_out(args.out)
+    plain = Setting(args.flash, "default" if args.compile else None)
+    args.settings = [plain]
+    if args.fastest:
+        args.settings = FASTEST if args.device == "cuda" else [plain, Setting(compile="default")]
+    parameters = {name: sum(p.numel() for p in build(name, 512, "meta").parameters()) for name in args.models}
+    if args.device == "cpu" and Path("/proc/meminfo").exists():
+        need = 12 * sum(parameters.values()) + 2e9  # weights and Adam's two moments; a gradient and activations
+        available = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+        if need > available:
+            sizes = f"they need {need / 1e9:.0f} GB together, and {available / 1e9:.0f} GB are free"
+            raise SystemExit(f"the models take turns, so all are in memory; {sizes}: name fewer --models")
+    found = []
+    with tqdm(total=len(args.lengths) * (len(args.models) + 1), unit="cell") as progress:
+        for length in sorted(args.lengths):
+            for name in args.models:
+                if not args.fastest:
+                    value = measure_memory(name, length, args.device)
+                    found.append(dict(model=name, length=length, measure="memory", value=value))
+                progress.update()
+            found += measure_times(length, args)
+            release()
+            progress.update()
+            if args.out:  # after every length, so that a run that is stopped has what it measured
+                settings = {key: value for key, value in vars(args).items() if key not in ("command", "settings")}
+                settings["variants"] = [str(setting) for setting in args.settings]
+                summary = dict(settings=settings, parameters=parameters, cells=found)
+                summary["ratios"] = [row for done in args.lengths for row in efficiency_ratios(found, done)]
+                write_results(args.out, efficiency_text(found, parameters, args), summary)
+                draw_efficiency(found, args)
+    print(efficiency_text(found, parameters, args))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # drift: what padding does to real tokens (the question of the paper's Figures 3 and 4)
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -425,29 +942,29 @@ def sentences(args, vocab_size: int, longest: int) -> list[torch.Tensor]:
     return [torch.tensor([row for row in rows if len(row) == length]) for length in sorted(set(map(len, rows)))]
 
 
-def distances(model: MaBERT, rows: list[torch.Tensor], pads: int, side: str) -> dict[str, float]:
+def distances(model: MaBERT, rows: list[torch.Tensor], unpadded: list[torch.Tensor], pads: int, side: str) -> dict:
     """How far the final hidden states of real tokens are from those without pads, as means over the rows.
 
-    "tokens" is the relative L2 change of all of them; "cls" and "mean" are the paper's, cosine distances of the first
-    token's and of the mean over the tokens.
+    All rows are one batch, in which the longest has so many pads. "tokens" is the relative L2 change of all of a row's
+    tokens; "cls" and "mean" are the paper's, cosine distances of the first token's and of the mean over the tokens.
     """
     total = dict(tokens=0.0, cls=0.0, mean=0.0)
-    for ids in rows:
-        where = (0, pads) if side == "right" else (pads, 0)
-        x = model(ids)
-        y = model(F.pad(ids, where), F.pad(torch.ones_like(ids), where))[:, where[0] : where[0] + ids.shape[1]]
+    length = pads + max(ids.shape[1] for ids in rows)
+    wheres = [(0, length - ids.shape[1]) if side == "right" else (length - ids.shape[1], 0) for ids in rows]
+    ids, mask = (torch.cat(list(map(F.pad, part, wheres))) for part in (rows, map(torch.ones_like, rows)))
+    for x, y, (before, after) in zip(unpadded, model(ids, mask).split(list(map(len, rows))), wheres):
+        y = y[:, before : length - after]
         total["tokens"] += ((y - x).norm(dim=(1, 2)) / x.norm(dim=(1, 2))).sum().item()
         for name, a, b in (("cls", x[:, 0], y[:, 0]), ("mean", x.mean(dim=1), y.mean(dim=1))):
             a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
             total[name] += ((a - b).square().sum(dim=1) / 2).sum().item()  # 1 - cosine, without cancellation
-    return {name: value / sum(map(len, rows)) for name, value in total.items()}
+    return {name: value / len(ids) for name, value in total.items()}
 
 
 @torch.no_grad()
 def bench_drift(args):
     """Figures 3 and 4 of the paper, for every form of PSM, side of the pads and kind of convolution."""
-    if args.out and not importlib.util.find_spec("matplotlib"):
-        raise SystemExit('--out draws a figure with matplotlib: pip install -e ".[bench]"')
+    check_out(args.out)
     cases = [(causal, side) for causal in (True, False) for side in ("right", "left")]
     sizes = dict(vocab_size=1000, hidden_size=64, num_heads=4, intermediate_size=256, dropout=0.0)
     found = []
@@ -462,9 +979,10 @@ def bench_drift(args):
             model = MaBERT(MaBERTConfig(psm=psm, causal_conv=causal, **sizes))
         model, config = model.double().eval(), model.config
         rows = sentences(args, config.vocab_size, config.max_position)
+        unpadded = list(map(model, rows))
         for side, pads in itertools.product(("right", "left"), args.pads):
             case = dict(psm="+".join(psm) or "none", causal=causal, side=side, pads=pads)
-            found.append(case | distances(model, rows, pads, side))
+            found.append(case | distances(model, rows, unpadded, pads, side))
 
     def cells(form, measure):
         values = {(r["causal"], r["side"], r["pads"]): r[measure] for r in found if r["psm"] == form}
@@ -476,7 +994,7 @@ def bench_drift(args):
         f", {sum(map(len, rows))} {'sentences of ' + args.sentences if args.sentences else 'random rows of 24 tokens'}"
     )
     head = ["PSM stages", *(f"{'causal' if causal else 'centred'}, pads {side}" for causal, side in cases)]
-    text = f"{header()}\nWith {' / '.join(map(str, args.pads))} pads, float64; {what}.\n"
+    text = f"{header()}\nWith {' / '.join(map(str, args.pads))} pads in the longest row, float64; {what}.\n"
     titles = dict(
         tokens="Relative L2 change of the final hidden states of real tokens",
         cls="Cosine distance of the final [CLS] (the paper's Figures 3a and 4)",
@@ -486,9 +1004,7 @@ def bench_drift(args):
         text += f"\n{title}:\n\n{table(head, [[form, *cells(form, measure)] for form in forms])}\n"
     print(text)
     if args.out:
-        summary = dict(command=header().strip(), what=what, distances=found)
-        Path(f"{args.out}.md").write_text(text, encoding="utf-8")
-        Path(f"{args.out}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        write_results(args.out, text, dict(what=what, distances=found))
         draw_drift(args, found, forms, cases)
 
 
@@ -512,7 +1028,7 @@ def draw_drift(args, found: list[dict], forms: list[str], cases: list[tuple]):
             if measure == "tokens":
                 axes.set_title(f"{'causal' if causal else 'centred'} convolution, pads {side}", fontsize=9)
             else:
-                axes.set_xlabel("pads")
+                axes.set_xlabel("pads of the longest row")
         line[0].set_ylabel(label)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(forms), fontsize=8)
@@ -575,6 +1091,12 @@ def bench_patterns(args):
     print(table(["pattern", "held-out loss, nats", "parameters, M", "ms a step"], rows))
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def main(argv: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -585,9 +1107,33 @@ def main(argv: list[str]):
     scan.add_argument(
         "--static", action="store_true", help="instead: what the kernels' machine code costs; needs no GPU"
     )
+    efficiency = commands.add_parser("efficiency", help="Tables B5 to B7 and Figure 5: MaBERT and its peers")
+    add = efficiency.add_argument
+    add("--device", choices=["cuda", "cpu"], help="default: the GPU, if there is one; on a CPU about 15 minutes")
+    add("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}")
+    add(
+        "--lengths",
+        type=positive,
+        nargs="+",
+        help="tokens; default: the paper's, 8192 and 16384; on a CPU 128, 512 and 1024",
+    )
+    add("--batch-size", type=positive, help="rows of an optimizer step; default: 32 (the paper's); on a CPU 1")
+    add("--warm-up", type=positive, help="runs before those timed; default: 20 (the paper's); on a CPU 1")
+    add("--runs", type=positive, help="timed runs; default: 100 (the paper's); on a CPU 5")
+    add("--seconds", type=float, help="for all runs of a measure at a length: there are fewer if they would take "
+        "longer, but three; default: 120; on a CPU 60")  # fmt: skip
+    add("--flash", action="store_true", help="allow FlashAttention")
+    add("--compile", action="store_true", help="torch.compile every model")
+    add("--fastest", action="store_true", help="times of every model at its fastest setting: FlashAttention, with and "
+        "without torch.compile and CUDA graphs (on a CPU, with and without torch.compile)")  # fmt: skip
+    add("--out", metavar="NAME", help="write NAME.md, NAME.json and NAME.png (needs matplotlib)")
     drift = commands.add_parser("drift", help="what padding does to real tokens, for each form of PSM")
     drift.add_argument(
-        "--pads", type=int, nargs="+", default=[0, 1, 8, 64, 512], help="numbers of pads to add to a row"
+        "--pads",
+        type=int,
+        nargs="+",
+        default=[0, 1, 8, 64, 512],
+        help="pads of the longest row; shorter ones are padded to its length",
     )
     drift.add_argument("--checkpoint", help="a folder of train_mlm.py, instead of random weights")
     drift.add_argument(
@@ -606,7 +1152,7 @@ def main(argv: list[str]):
     patterns.add_argument("--jobs", type=int, default=1, help="runs at the same time, each on its share of the cores")
     patterns.add_argument("--out", default="out/patterns", help="finished runs are kept here, and not run again")
     args = parser.parse_args(argv)
-    {"scan": bench_scan, "drift": bench_drift, "patterns": bench_patterns}[args.command](args)
+    globals()[f"bench_{args.command}"](args)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import finetune_glue
@@ -2263,6 +2265,198 @@ def test_bench_patterns(tmp_path, capsys, monkeypatch):
     kept = (tmp_path / "patterns" / "T-seed0" / "model.pt").stat().st_mtime_ns
     bench.main([*flags, "--out", str(tmp_path / "patterns")])
     assert (tmp_path / "patterns" / "T-seed0" / "model.pt").stat().st_mtime_ns == kept
+
+
+def test_the_baselines_have_the_parameters_of_the_papers_table():
+    pytest.importorskip("transformers")
+    known = dict(zip(bench.BASELINES, (109_483_778, 11_685_122, 148_660_994, 128_060_930, 184_423_682)))
+    known |= {"ModernBERT": 149_606_402, "MaBERT": 120_163_586, "T12": 108_895_490, "M12": 125_797_634}
+    found = {name: sum(p.numel() for p in bench.build(name, 512, "meta").parameters()) for name in bench.MODELS}
+    assert found.pop("MaBERT-206M") == pytest.approx(205.322e6, rel=0.005)  # the paper's
+    assert found == known
+
+
+def small_peers(monkeypatch):
+    """The models of bench.py efficiency in small."""
+    base = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=60)
+    base |= dict(max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1)
+    own = {"ALBERT": dict(embedding_size=8), "BigBird": dict(block_size=8)}
+    own["Longformer"] = dict(max_position_embeddings=34, attention_window=8, pad_token_id=1)
+    own["DeBERTa-v3"] = bench.DEBERTA | dict(position_buckets=8, pooler_hidden_size=16, vocab_size=60)
+    small = {name: (family, base | own.get(name, {})) for name, (family, _) in bench.TRANSFORMERS.items()}
+    monkeypatch.setattr(bench, "TRANSFORMERS", small)
+    own = {name: vars(tiny(pattern)) for name, pattern in (("MaBERT", "MMT"), ("T12", "TT"), ("M12", "MM"))}
+    monkeypatch.setattr(bench, "OURS", own)
+    monkeypatch.setattr(bench, "MODELS", [*small, *bench.OURS])
+    monkeypatch.setattr(bench, "in_a_process", lambda call: str(1.0 + eval(f"bench.{call}")))
+
+
+def test_positions_of_the_baselines_are_interpolated(monkeypatch):
+    pytest.importorskip("transformers")
+    small_peers(monkeypatch)
+    for name, first in (("BERT", 0), ("ALBERT", 0), ("BigBird", 0), ("Longformer", 2)):
+        tables = []
+        for length in (16, 63):  # 32 positions are there; 63 have one between any two
+            torch.manual_seed(0)
+            model = bench.build(name, length).eval()
+            tables.append(model.base_model.embeddings.position_embeddings.weight.detach())
+            model(input_ids=torch.full((1, length), 7))
+        old, new = tables
+        assert len(old) == first + 32 and len(new) == first + 63
+        assert old[:first].equal(new[:first])
+        torch.testing.assert_close(new[first::2], old[first:], rtol=0, atol=1e-6)
+        torch.testing.assert_close(new[first + 1 :: 2], (old[first:-1] + old[first + 1 :]) / 2, rtol=0, atol=1e-6)
+    assert bench.build("DeBERTa-v3", 4096).deberta.encoder.max_relative_positions == 4096
+    for name in bench.MODELS:
+        bench.build(name, 80).eval()(input_ids=torch.full((1, 80), 7))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(d_state=64, expand=1, d_conv=3, hidden_size=96, num_heads=4, dt_rank=7)])
+def test_the_cost_model_counts_what_pytorch_counts(changes):
+    config = MaBERTConfig(pattern="MT", **changes)
+    d = config.expand * config.hidden_size
+    for kind in "MT":
+        with torch.device("meta"):
+            layer = mabert.LAYERS[kind](config).eval()
+        for length in (1, 128, 1000):
+            with FlopCounterMode(display=False) as counter:
+                layer(torch.zeros(1, length, config.hidden_size, device="meta"))
+            scan = 7 * length * d * config.d_state if kind == "M" else 0
+            assert bench.forward_cost(config, kind, length)[0] == counter.get_total_flops() + scan
+        assert bench.forward_cost(config, kind, 0)[1] == 2 * sum(p.numel() for p in layer.parameters())
+    at = bench.crossover(config)
+    (m, t), (m_before, t_before) = (
+        [bench.forward_cost(config, kind, length)[0] for kind in "MT"] for length in (at, at - 1)
+    )
+    assert t > m and (at == 1 or t_before <= m_before)
+
+
+def test_bench_efficiency(tmp_path, monkeypatch, capsys):
+    for package in ("transformers", "matplotlib"):
+        pytest.importorskip(package)
+    small_peers(monkeypatch)
+    flags = ["--device", "cpu", "--lengths", "16", "128", "--seconds", "0.1", "--models", *bench.MODELS]
+    bench.main(["efficiency", *flags, "--out", str(tmp_path / "efficiency")])
+    text = capsys.readouterr().out
+    assert (tmp_path / "efficiency.md").read_text().strip() == text.strip() and "A measurement on a CPU" in text
+    assert all(f"Table {name}" in text for name in ("B5", "B6", "B7")) and "Ratios at 128 tokens" in text
+    found = json.loads((tmp_path / "efficiency.json").read_text())
+    assert found.keys() == {"command", "device", "versions", "settings", "parameters", "cells", "ratios"}
+    assert found["settings"]["lengths"] == [16, 128] and found["settings"]["variants"] == ["plain"]
+    assert found["parameters"].keys() == set(bench.MODELS)
+    cells = {(cell["model"], cell["length"], cell["measure"]): cell for cell in found["cells"]}
+    assert len(cells) == len(bench.MODELS) * 2 * 3
+    for (_, _, measure), cell in cells.items():
+        assert isinstance(cell["value"], float) and (measure == "memory" or cell["runs"] >= 3)
+        assert measure != "training" or cell["micro_batch_size"] == 1
+    bert, own = (cells[name, 128, "latency"]["value"] for name in ("BERT", "MaBERT"))
+    row = next(
+        row for row in found["ratios"] if (row["what"], row["measure"], row["length"]) == ("BERT", "latency", 128)
+    )
+    assert row["measured"] == pytest.approx(bert / own) and row["paper"] == pytest.approx(5.220 / 9.160)
+    assert f"| {bench.number(bert, '5.22')} |" in text
+    assert (tmp_path / "efficiency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_headline_ratios_of_the_papers_own_figures():
+    found = [
+        dict(model=name, length=4096, measure=measure, value=values[measure][-1])
+        for name, values in bench.PAPER.items()
+        for measure in bench.MEASURES
+    ]
+    rows = {
+        (row["what"], row["measure"]): row for row in bench.efficiency_ratios(found, 4096) if row["over"] == "MaBERT"
+    }
+    mean, less = "mean of the paper's baselines", "the same without DeBERTa-v3"
+    for what, measure, headline in (
+        *((mean, "training", 2.36), (mean, "latency", 2.43), (less, "training", 1.73), (less, "latency", 1.55)),
+    ):
+        assert rows[what, measure]["measured"] == rows[what, measure]["paper"] == pytest.approx(headline, abs=0.005)
+    lacking = [cell for cell in found if (cell["model"], cell["measure"]) != ("ALBERT", "training")]
+    rows = {(row["what"], row["measure"]): row["measured"] for row in bench.efficiency_ratios(lacking, 4096)[::2]}
+    assert rows[mean, "training"] is None
+
+
+def test_efficiency_accumulates_what_does_not_fit_and_goes_on(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    small_peers(monkeypatch)
+    run = bench.Contender.run
+
+    def scarce(self, rows, **labels):
+        most = 0 if "T" not in self.model.config.pattern else 2 if "M" in self.model.config.pattern else 8
+        if len(rows) > most:
+            raise torch.OutOfMemoryError
+        return run(self, rows, **labels)
+
+    monkeypatch.setattr(bench.Contender, "run", scarce)
+    flags = ["--device", "cpu", "--lengths", "8", "--batch-size", "8", "--seconds", "0.1"]
+    bench.main(["efficiency", *flags, "--models", "MaBERT", "T12", "M12", "--out", str(tmp_path / "efficiency")])
+    text = capsys.readouterr().out
+    assert re.search(r"\| MaBERT \| \S+ \| [\d.]+ \(4 × 2 rows\) \|", text)
+    assert len(re.findall(r"\| T12 \| \S+ \| [\d.]+ \|\n", text)) == 3
+    assert len(re.findall(r"\| M12 \| \S+ \| – \(out of memory\) \|\n", text)) == 3
+
+    torch.manual_seed(0)  # accumulation changes nothing but the time
+    model, steps = bench.build("MaBERT", 8), []
+    for micro in (8, 2):
+        steps.append(bench.Contender(model, torch.optim.SGD(model.parameters(), lr=0.0), bench.Setting(), 8, 8))
+        steps[-1].rows, steps[-1].micro_batch_size = steps[0].rows, micro
+    grads = []
+    for contender in steps:
+        monkeypatch.setattr(contender.optimizer, "step", lambda: grads.append([p.grad for p in model.parameters()]))
+        monkeypatch.setattr(contender, "run", types.MethodType(run, contender))
+        assert contender.step()
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+def test_efficiency_takes_the_fastest_setting(monkeypatch, capsys):
+    small_peers(monkeypatch)
+
+    def compiled(model, **options):
+        assert options["mode"] == "default"
+        if model.config.pattern == "TT":
+            raise_error = RuntimeError("no such graph\nand more")
+            return lambda **inputs: (_ for _ in ()).throw(raise_error)
+        return lambda input_ids, **inputs: model(input_ids[:, :1], labels=inputs.get("labels"))
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    flags = ["efficiency", "--device", "cpu", "--lengths", "256", "--seconds", "0.1", "--models", "MaBERT", "T12"]
+    bench.main([*flags, "--fastest"])
+    out, errors = capsys.readouterr()
+    assert len(re.findall(r"\| MaBERT \| \S+ \| [\d.]+ \(compile default\) \|\n", out)) == 2 and "B5" not in out
+    assert len(re.findall(r"\| T12 \| \S+ \| [\d.]+ \(plain\) \|\n", out)) == 2
+    assert "T12, compile default: no latency: no such graph\n" in errors
+    bench.main([*flags[:-1], "--compile"])
+    assert "torch.compile on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--flash", "--device", "cpu"], "--flash is for a GPU"),
+        (["--fastest", "--compile"], "--fastest tries"),
+        (["--models", "GPT"], "invalid choice: 'GPT'"),
+        (["--lengths", "0"], "invalid positive value: '0'"),
+        (["--out", "nowhere/efficiency", "--device", "cpu"], "there is no folder nowhere"),
+        pytest.param(
+            *(["--device", "cuda"], "sees no GPU"), marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")
+        ),
+    ],
+)
+def test_efficiency_refuses_what_it_cannot_do(flags, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refused:
+        bench.main(["efficiency", *flags])
+    assert said in str(refused.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["transformers", "matplotlib"])
+def test_efficiency_says_what_to_install(package, monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(SystemExit, match=rf"{package}: pip install -e \"\.\[bench\]\""):
+        bench.main(["efficiency", "--device", "cpu", "--out", str(tmp_path / "efficiency")])
 
 
 def test_bench_scan(capsys):
