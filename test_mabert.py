@@ -2288,6 +2288,7 @@ def small_peers(monkeypatch):
     own = {name: vars(tiny(pattern)) for name, pattern in (("MaBERT", "MMT"), ("T12", "TT"), ("M12", "MM"))}
     monkeypatch.setattr(bench, "OURS", own)
     monkeypatch.setattr(bench, "MODELS", [*small, *bench.OURS])
+    monkeypatch.setattr(bench.gc, "collect", lambda: None)  # half a second each
     monkeypatch.setattr(bench, "in_a_process", lambda call: str(1.0 + eval(f"bench.{call}")))
 
 
