@@ -1005,10 +1005,10 @@ def bench_drift(args):
     print(text)
     if args.out:
         write_results(args.out, text, dict(what=what, distances=found))
-        draw_drift(args, found, forms, cases)
+        draw_drift(args.out, args.pads, found, forms, cases)
 
 
-def draw_drift(args, found: list[dict], forms: list[str], cases: list[tuple]):
+def draw_drift(out: str, pads: list[int], found: list[dict], forms: list[str], cases: list[tuple]):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.5), layout="constrained")
@@ -1021,9 +1021,11 @@ def draw_drift(args, found: list[dict], forms: list[str], cases: list[tuple]):
                 values = [
                     max(value, 1e-18 if measure == "tokens" else 1e-36) for value in values
                 ]  # zero, on a log axis
-                axes.plot(args.pads, values, "osv^Dx+"[i] + "-", label=form, lw=1.2, ms=4, alpha=0.8)
+                axes.plot(pads, values, "osv^Dx+"[i] + "-", label=form, lw=6 - 0.8 * i, ms=4, alpha=0.8)  # all are seen
             axes.set_yscale("log")
             axes.set_xscale("symlog", base=2, linthresh=1)
+            axes.set_xticks(pads, labels=map(str, pads), fontsize=8)
+            axes.minorticks_off()
             axes.grid(alpha=0.3)
             if measure == "tokens":
                 axes.set_title(f"{'causal' if causal else 'centred'} convolution, pads {side}", fontsize=9)
@@ -1032,7 +1034,7 @@ def draw_drift(args, found: list[dict], forms: list[str], cases: list[tuple]):
         line[0].set_ylabel(label)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(forms), fontsize=8)
-    figure.savefig(f"{args.out}.png", dpi=120)
+    figure.savefig(f"{out}.png", dpi=120)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
