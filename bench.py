@@ -15,6 +15,7 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
+import dataclasses
 import gc
 import importlib.metadata
 import importlib.util
@@ -967,17 +968,18 @@ def bench_drift(args):
     check_out(args.out)
     cases = [(causal, side) for causal in (True, False) for side in ("right", "left")]
     sizes = dict(vocab_size=1000, hidden_size=64, num_heads=4, intermediate_size=256, dropout=0.0)
-    found = []
+    config, weights, found = MaBERTConfig(**sizes), None, []
+    if args.checkpoint:
+        try:
+            trained = MaBERT.from_pretrained(args.checkpoint)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--checkpoint: {error}") from error
+        config, weights = trained.config, trained.state_dict()
     for psm, causal in tqdm(list(itertools.product(PSM_FORMS, (True, False))), unit="model"):
         torch.manual_seed(args.seed)
-        if args.checkpoint:
-            try:
-                model = MaBERT.from_pretrained(args.checkpoint, psm=psm, causal_conv=causal)
-            except (OSError, ValueError) as error:
-                raise SystemExit(f"--checkpoint: {error}") from error
-        else:
-            model = MaBERT(MaBERTConfig(psm=psm, causal_conv=causal, **sizes))
-        model, config = model.double().eval(), model.config
+        model = MaBERT(dataclasses.replace(config, psm=psm, causal_conv=causal)).double().eval()
+        if weights:
+            model.load_state_dict(weights)
         rows = sentences(args, config.vocab_size, config.max_position)
         unpadded = list(map(model, rows))
         for side, pads in itertools.product(("right", "left"), args.pads):
