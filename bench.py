@@ -56,10 +56,10 @@ from mabert import (
 )
 
 
-def circumstances() -> dict[str, str]:
+def circumstances(device: str) -> dict[str, str]:
     """command, device, driver (of a GPU) and versions."""
     found = dict(command=shlex.join(["python", "bench.py", *sys.argv[1:]]))
-    if torch.cuda.is_available():
+    if device == "cuda":
         found["device"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
         with contextlib.suppress(OSError):
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -76,8 +76,8 @@ def circumstances() -> dict[str, str]:
     return found
 
 
-def header() -> str:
-    found = circumstances()
+def header(device: str = "cpu") -> str:
+    found = circumstances(device)
     driver = f", driver {found['driver']}" if "driver" in found else ""
     return f"`{found['command']}` on {found['device']}{driver}, {found['versions']}\n"
 
@@ -91,13 +91,13 @@ def check_out(name: str | None):
     """Before the work: whether NAME.md, NAME.json and NAME.png can be written."""
     if name:
         require("matplotlib")
-        if not Path(name).parent.is_dir():
-            raise SystemExit(f"--out: there is no folder {Path(name).parent}")
+        if name.endswith("/") or not Path(name).parent.is_dir():
+            raise SystemExit(f"--out: {name} must be the beginning of file names in a folder that exists")
 
 
-def write_results(name: str, text: str, summary: dict):
+def write_results(name: str, text: str, summary: dict, device: str = "cpu"):
     Path(f"{name}.md").write_text(text, encoding="utf-8")
-    Path(f"{name}.json").write_text(json.dumps(circumstances() | summary, indent=1) + "\n", encoding="utf-8")
+    Path(f"{name}.json").write_text(json.dumps(circumstances(device) | summary, indent=1) + "\n", encoding="utf-8")
 
 
 def table_row(cells: list[str]) -> str:
@@ -346,7 +346,7 @@ def bench_scan_gpu(args):
     sizes = [(32, 128), (32, 512), (32, 2048), (32, 4096), (1, 512), (1, 4096), (1, 16384)]
     sizes = args.sizes or [[b, l, 1536, 16] for b, l in sizes]
     scans = contenders(["kernels", "mamba_ssm", "loop", "pscan"])
-    print(header())
+    print(header("cuda"))
     check_on_gpu(scans)
     print(f"bf16, medians of {args.runs} runs. Device time: replays of CUDA graphs, in turns; in brackets its ratio to "
           "that of `kernels`, to the time of the exponentials alone and of the memory traffic alone. Forward: without "
@@ -512,7 +512,7 @@ TRANSFORMERS = {
     ),
     "BigBird": ("BigBird", BASE | dict(vocab_size=50358, max_position_embeddings=4096)),
     "DeBERTa-v3": ("DebertaV2", BASE | DEBERTA),
-    "ModernBERT": ("ModernBert", {}),
+    "ModernBERT": ("ModernBert", dict(reference_compile=False, attn_implementation="sdpa")),
 }
 BASELINES = list(TRANSFORMERS)[:5]  # the paper's
 OURS = {
@@ -571,7 +571,8 @@ def build(name: str, length: int, device: str = "cpu") -> torch.nn.Module:
     with torch.device(device):
         model = model_class(config)
         if absolute:
-            stretch(model.base_model.embeddings, length, first=2 if name == "Longformer" else 0)
+            rows = length + -length % config.block_size if name == "BigBird" else length  # which pads to whole blocks
+            stretch(model.base_model.embeddings, rows, first=2 if name == "Longformer" else 0)
         return model
 
 
@@ -592,9 +593,12 @@ class Contender:
         self.rows = torch.randint(5, model.config.vocab_size, (batch_size, length), device=self.device)
 
     def run(self, rows: torch.Tensor, **labels):
-        """bf16 autocast on a GPU, float32 weights. A tokenizer gives a mask of ones; FlashAttention knows no mask."""
+        """bf16 autocast on a GPU, float32 weights; their copies in bf16 are kept only where training needs them twice.
+        The mask of ones is what a tokenizer gives; FlashAttention knows no mask."""
         mask = None if self.setting.flash else torch.ones_like(rows)
-        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        on_gpu = self.device.type == "cuda"
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=bool(labels))
+        torch.compiler.cudagraph_mark_step_begin()
         with attention_kernels(self.device, self.setting.flash), half:
             return self.call(input_ids=rows, attention_mask=mask, **labels)
 
@@ -605,7 +609,7 @@ class Contender:
     def training(self):
         """An optimizer step; where memory does not suffice for the batch, it is accumulated from now on."""
         while not self.step():
-            if self.micro_batch_size == 1:
+            if self.micro_batch_size == 1 or self.setting.compile == "reduce-overhead":  # graphs cannot accumulate
                 raise torch.OutOfMemoryError
             self.micro_batch_size //= 2
             release()
@@ -617,6 +621,7 @@ class Contender:
                 (self.run(rows, labels=labels).loss * len(rows) / len(self.rows)).backward()
             self.optimizer.step()
         except torch.OutOfMemoryError:
+            self.optimizer.state.clear()  # which may be half made
             return False
         finally:
             self.optimizer.zero_grad()
@@ -633,14 +638,15 @@ def release():
     torch.cuda.empty_cache()  # does nothing without a GPU
 
 
-def forward_memory(name: str, length: int, device: str) -> float:
+def forward_memory(name: str, length: int, device: str, *setting) -> float:
     """MiB that a model and one forward pass of it take at most, alone on the device; on a CPU, in this process."""
     build(name, length, "meta")  # imports what it needs
-    tiny = MaBERTConfig(hidden_size=12, intermediate_size=12, pattern="MT")
-    MaBERTForSequenceClassification(tiny)(torch.zeros(1, 1, dtype=torch.long))  # loads what first calls load
+    tiny = MaBERTConfig(hidden_size=16, num_heads=2, intermediate_size=16, pattern="MT")
+    with torch.device(device):
+        MaBERTForSequenceClassification(tiny)(torch.zeros(1, 1, dtype=torch.long))  # takes what first calls take
     release()
     before = torch.cuda.memory_allocated() if device == "cuda" else resident("VmRSS")
-    contender = Contender(build(name, length, device).eval(), None, Setting(), length, batch_size=1)
+    contender = Contender(build(name, length, device).eval(), None, Setting(*setting), length, batch_size=1)
     contender.latency()
     release()
     torch.cuda.reset_peak_memory_stats() if device == "cuda" else reset_resident_peak()
@@ -648,31 +654,39 @@ def forward_memory(name: str, length: int, device: str) -> float:
     return ((torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")) - before) / 2**20
 
 
-def measure_memory(name: str, length: int, device: str) -> float | None:
-    """forward_memory, on a CPU in a process of its own; None where memory does not suffice."""
+def reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):  # SIGKILL is how Linux ends who takes too much
+        return "out of memory" if error.returncode == -signal.SIGKILL else "failed, see above"
+    text = str(error).strip() or type(error).__name__
+    no_memory = isinstance(error, torch.OutOfMemoryError) or re.search(r"out of memory|allocate memory", text)
+    return "out of memory" if no_memory else text.split("\n")[0]
+
+
+def measure_memory(name: str, length: int, args) -> dict:
+    """forward_memory, on a CPU in a process of its own."""
+    cell = dict(model=name, length=length, measure="memory", value=None)
     try:
-        if device == "cuda":
-            return forward_memory(name, length, device)
-        memory = in_a_process(f"forward_memory({name!r}, {length}, 'cpu')")
-        return float(memory) if memory else None
-    except torch.OutOfMemoryError:
-        return None
-    except subprocess.CalledProcessError as error:
-        if error.returncode != -signal.SIGKILL:  # with which Linux ends who takes too much
-            raise
-        return None
+        if args.device == "cuda":
+            return cell | dict(value=forward_memory(name, length, args.device, *args.settings[0]))
+        memory = in_a_process(f"forward_memory{(name, length, args.device, *args.settings[0])}")
+        return cell | (dict(value=float(memory)) if memory else dict(failed="measured on Linux only"))
+    except Exception as error:
+        return cell | dict(failed=reason(error))
 
 
-def in_turns(contenders: dict[tuple, Contender], measure: str, args) -> dict[tuple, list[float]]:
-    """Milliseconds of the timed runs of each contender, [] where memory does not suffice.
+def in_turns(contenders: dict[tuple, Contender], measure: str, args) -> tuple[dict, dict]:
+    """Milliseconds of the timed runs of each contender, and why others failed.
 
     They take turns run by run, so that a drifting clock hits all alike. The first round, which compiles, does not
     count; the second tells how many rounds fit into args.seconds: at most args.warm_up + args.runs, at least 1 + 3.
     """
-    times, alive, rounds, number = {key: [] for key in contenders}, dict(contenders), 2, 0
-    while number < rounds and alive:
-        for key, contender in list(alive.items()):
+    times, failed, rounds, number = {key: [] for key in contenders}, {}, 2, 0
+    while number < rounds and times:
+        began = time.perf_counter()
+        for key in list(times):
+            contender = contenders[key]
             contender.model.train(measure == "training")
+            rows = contender.micro_batch_size
             try:
                 synchronize(args.device)
                 start = time.perf_counter()
@@ -680,22 +694,23 @@ def in_turns(contenders: dict[tuple, Contender], measure: str, args) -> dict[tup
                 synchronize(args.device)
                 times[key].append((time.perf_counter() - start) * 1e3)
             except Exception as error:
-                if not isinstance(error, torch.OutOfMemoryError) and not contender.setting.compile:
-                    raise
-                reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-                print(f"{', '.join(map(str, key))}: no {measure}: {reason}", file=sys.stderr)
-                times[key] = []
-                del alive[key]
+                failed[key] = reason(error)
+                del times[key]
+            if contender.micro_batch_size != rows and key in times:
+                times[key].clear()  # other work than what follows
         number += 1
         if number == 2:
-            seconds = sum(times[key][1] for key in alive) / 1e3
-            rounds = 1 + max(4, min(args.warm_up + args.runs, int(args.seconds / seconds) if alive else 0))
-    warm_up = 1 + max(1, (rounds - 1) * args.warm_up // (args.warm_up + args.runs))
-    return {key: runs[warm_up:] for key, runs in times.items()}
+            fitting = int(args.seconds / (time.perf_counter() - began))
+            rounds = 1 + max(4, min(args.warm_up + args.runs, fitting))
+    timed = (rounds - 1) - max(1, (rounds - 1) * args.warm_up // (args.warm_up + args.runs))
+    return {key: runs[-timed:] for key, runs in times.items() if runs}, failed
 
 
 def measure_times(length: int, args) -> list[dict]:
     """Latency and training time of all models at a length; of each model's settings, the fastest."""
+    if any(setting.compile for setting in args.settings):
+        torch._dynamo.config.recompile_limit = 1000  # the models of one class share it
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     models = {}
     for name in args.models:
         model = build(name, length, args.device)
@@ -706,11 +721,15 @@ def measure_times(length: int, args) -> list[dict]:
     }
     found = []
     for measure in ("latency", "training"):
-        times = in_turns(contenders, measure, args)
+        times, failed = in_turns(contenders, measure, args)
+        for (name, setting), why in failed.items():
+            print(f"{name}, {setting}, {length} tokens: no {measure}: {why}", file=sys.stderr)
         for name in args.models:
-            medians = {key: statistics.median(runs) for key, runs in times.items() if key[0] == name and runs}
+            medians = {key: statistics.median(runs) for key, runs in times.items() if key[0] == name}
             cell = dict(model=name, length=length, measure=measure, value=None, setting=None, runs=0)
-            if medians:
+            if not medians:
+                cell["failed"] = failed.get((name, args.settings[0]), "out of memory")
+            else:
                 best = min(medians, key=medians.get)
                 cell |= dict(value=medians[best], setting=str(best[1]), runs=len(times[best]))
                 if measure == "training":
@@ -725,7 +744,7 @@ def forward_cost(config: MaBERTConfig, kind: str, length: int) -> tuple[float, f
 
     Operations: matrix products, convolution, attention, and 7 for each update of the scan's state (Δ A, its
     exponential, times Δ u and B, a fused multiply-add, another with C). Bytes: the weights once, and of every operation
-    its inputs and outputs, where scan and attention keep what is between theirs on the chip.
+    in eager mode, masks included, its inputs and outputs; scan and attention keep what is between theirs on the chip.
     """
     h, d, n, i = config.hidden_size, config.expand * config.hidden_size, config.d_state, config.intermediate_size
     r, k = config.dt_rank or math.ceil(h / 16), config.d_conv
@@ -739,7 +758,7 @@ def forward_cost(config: MaBERTConfig, kind: str, length: int) -> tuple[float, f
         weights = h * 2 * d + d * (r + 2 * n) + r * d + d * h + feed_forward
         operations = length * (2 * (weights + k * d) + 7 * d * n)
         others = (k + 1) * d + d + d * n + d + i + h + 4 * h  # convolution, bias of Δ, A, D, biases and norms
-        values = length * (14 * h + 13 * d + 4 * i + 2 * r + 4 * n)
+        values = length * (18 * h + 17 * d + 4 * i + 2 * r + 4 * n)
     return operations, 2 * (weights + others + values)
 
 
@@ -801,23 +820,25 @@ def efficiency_cell(cell: dict | None, args) -> str:
         return ""
     paper = paper_note(paper_value(cell["model"], cell["measure"], cell["length"]))
     if cell["value"] is None:
-        return number(None, "out of memory", paper)
+        return number(None, cell["failed"], paper)
     micro = cell.get("micro_batch_size", args.batch_size)
-    accumulated = f"{args.batch_size // micro} × {micro} rows" if micro < args.batch_size else ""
+    accumulated = f"{math.ceil(args.batch_size / micro)} × {micro} rows" if micro < args.batch_size else ""
     return number(cell["value"], paper, accumulated, cell["setting"] if args.fastest else "")
 
 
 def efficiency_text(found: list[dict], parameters: dict[str, int], args) -> str:
     lengths = sorted({cell["length"] for cell in found})
     cells = {(cell["model"], cell["length"], cell["measure"]): cell for cell in found}
-    runs = [cell["runs"] for cell in found if cell.get("runs")] or [0]
-    text = f"{header()}\n"
+    text = f"{header(args.device)}\n"
     if args.device == "cuda":
         text += f"bf16 autocast, float32 weights; FlashAttention {'on' if args.flash or args.fastest else 'off'}"
     else:
         text += "A measurement on a CPU: float32, PyTorch's fused attention"
     text += ", each model's fastest setting" if args.fastest else f", torch.compile {'on' if args.compile else 'off'}"
-    text += f". Medians of {min(runs)} to {max(runs)} runs, in turns. In brackets the paper's figures, from an A100.\n"
+    text += """. Medians; the models take turns, so all of them
+and their optimizers are in memory. In brackets the paper's figures, from an A100, 32 rows in an optimizer step; its
+MaBERT has 205.3 M parameters. T12 and M12 are MaBERT with one type of layer (T12 is pre-LN, so not BERT).
+"""
     for measure, title in MEASURES.items():
         if any(cell["measure"] == measure for cell in found):
             title = title.replace("optimizer step", f"optimizer step of {args.batch_size} rows")
@@ -826,6 +847,9 @@ def efficiency_text(found: list[dict], parameters: dict[str, int], args) -> str:
                 + [efficiency_cell(cells.get((name, length, measure)), args) for length in lengths]
                 for name in args.models
             ]
+            if measure != "memory":
+                timed = [{c["runs"] for c in found if (c["length"], c["measure"]) == (n, measure)} for n in lengths]
+                rows.append(["timed runs", "", *(str(max(runs)) for runs in timed)])
             text += f"\n{title}:\n\n{table(['model', 'parameters, M', *map(str, lengths)], rows)}\n"
     length = 4096 if 4096 in lengths else lengths[-1]
     ratios = [row for row in efficiency_ratios(found, length) if row["over"] in args.models]
@@ -874,9 +898,11 @@ def bench_efficiency(args):
         raise SystemExit("--flash is for a GPU")
     if args.fastest and (args.flash or args.compile):
         raise SystemExit("--fastest tries --flash and --compile by itself")
-    defaults = dict(lengths=[*PAPER_LENGTHS, 8192, 16384], batch_size=32, warm_up=20, runs=100, seconds=120)
+    defaults = dict(lengths=[*PAPER_LENGTHS, 8192, 16384], batch_size=32, warm_up=20, runs=100, seconds=600)
     if args.device == "cpu":
         defaults = dict(lengths=[128, 512, 1024], batch_size=1, warm_up=1, runs=5, seconds=60)
+    if args.fastest:
+        defaults["lengths"] = [512, 4096] if args.device == "cuda" else [512]
     vars(args).update({name: getattr(args, name) or value for name, value in defaults.items()})
     if any(name in TRANSFORMERS for name in args.models):
         require("transformers")
@@ -886,19 +912,20 @@ def bench_efficiency(args):
     if args.fastest:
         args.settings = FASTEST if args.device == "cuda" else [plain, Setting(compile="default")]
     parameters = {name: sum(p.numel() for p in build(name, 512, "meta").parameters()) for name in args.models}
-    if args.device == "cpu" and Path("/proc/meminfo").exists():
-        need = 12 * sum(parameters.values()) + 2e9  # weights and Adam's two moments; a gradient and activations
-        available = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
-        if need > available:
-            sizes = f"they need {need / 1e9:.0f} GB together, and {available / 1e9:.0f} GB are free"
-            raise SystemExit(f"the models take turns, so all are in memory; {sizes}: name fewer --models")
+    need, free = 15 * sum(parameters.values()), math.inf  # weights and Adam's two moments, gradients, some activations
+    if args.device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+    elif Path("/proc/meminfo").exists():
+        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+    if need > free:
+        sizes = f"they need {need / 1e9:.0f} GB together, and {free / 1e9:.0f} GB are free"
+        raise SystemExit(f"the models take turns, so all are in memory; {sizes}: name fewer --models")
     found = []
     with tqdm(total=len(args.lengths) * (len(args.models) + 1), unit="cell") as progress:
         for length in sorted(args.lengths):
             for name in args.models:
                 if not args.fastest:
-                    value = measure_memory(name, length, args.device)
-                    found.append(dict(model=name, length=length, measure="memory", value=value))
+                    found.append(measure_memory(name, length, args))
                 progress.update()
             found += measure_times(length, args)
             release()
@@ -908,7 +935,7 @@ def bench_efficiency(args):
                 settings["variants"] = [str(setting) for setting in args.settings]
                 summary = dict(settings=settings, parameters=parameters, cells=found)
                 summary["ratios"] = [row for done in args.lengths for row in efficiency_ratios(found, done)]
-                write_results(args.out, efficiency_text(found, parameters, args), summary)
+                write_results(args.out, efficiency_text(found, parameters, args), summary, args.device)
                 draw_efficiency(found, args)
     print(efficiency_text(found, parameters, args))
 
@@ -952,7 +979,9 @@ def distances(model: MaBERT, rows: list[torch.Tensor], unpadded: list[torch.Tens
     total = dict(tokens=0.0, cls=0.0, mean=0.0)
     length = pads + max(ids.shape[1] for ids in rows)
     wheres = [(0, length - ids.shape[1]) if side == "right" else (length - ids.shape[1], 0) for ids in rows]
-    ids, mask = (torch.cat(list(map(F.pad, part, wheres))) for part in (rows, map(torch.ones_like, rows)))
+    pad = model.config.pad_token_id
+    ids = torch.cat([F.pad(part, where, value=pad) for part, where in zip(rows, wheres)])
+    mask = torch.cat([F.pad(torch.ones_like(part), where) for part, where in zip(rows, wheres)])
     for x, y, (before, after) in zip(unpadded, model(ids, mask).split(list(map(len, rows))), wheres):
         y = y[:, before : length - after]
         total["tokens"] += ((y - x).norm(dim=(1, 2)) / x.norm(dim=(1, 2))).sum().item()
@@ -991,7 +1020,12 @@ def bench_drift(args):
         return [" / ".join(f"{values[(*case, pads)]:.0e}" for pads in args.pads) for case in cases]
 
     forms = list(dict.fromkeys(r["psm"] for r in found))
-    what = f"{args.checkpoint}" if args.checkpoint else "random weights (MMT four times, hidden size 64)"
+    what = "random weights (MMT four times, hidden size 64)"
+    if args.checkpoint:
+        convolution = "causal" if config.causal_conv else "centred"
+        what = (
+            f"{args.checkpoint}, pretrained with PSM {'+'.join(config.psm) or 'none'} and a {convolution} convolution"
+        )
     what += (
         f", {sum(map(len, rows))} {'sentences of ' + args.sentences if args.sentences else 'random rows of 24 tokens'}"
     )
@@ -1013,9 +1047,9 @@ def bench_drift(args):
 def draw_drift(out: str, pads: list[int], found: list[dict], forms: list[str], cases: list[tuple]):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    panels = figure.subplots(2, len(cases), sharex=True, sharey="row")
-    measures = dict(tokens="relative L2, real tokens", cls="cosine distance, [CLS]")
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    measures = dict(tokens="relative L2, real tokens", cls="cosine distance, [CLS]", mean="cosine distance, mean")
+    panels = figure.subplots(len(measures), len(cases), sharex=True, sharey="row")
     for (measure, label), line in zip(measures.items(), panels):
         for (causal, side), axes in zip(cases, line):
             for i, form in enumerate(forms):
@@ -1031,7 +1065,7 @@ def draw_drift(out: str, pads: list[int], found: list[dict], forms: list[str], c
             axes.grid(alpha=0.3)
             if measure == "tokens":
                 axes.set_title(f"{'causal' if causal else 'centred'} convolution, pads {side}", fontsize=9)
-            else:
+            if measure == "mean":
                 axes.set_xlabel("pads of the longest row")
         line[0].set_ylabel(label)
     handles, labels = panels[0, 0].get_legend_handles_labels()
@@ -1049,6 +1083,10 @@ SMALL = """--vocab-size 4096 --hidden-size 64 --num-heads 4 --intermediate-size 
     --length-schedule 64:1 --batch-size 32 --micro-batch-size 32 --bucket --lr 2e-3 --warmup-steps 100""".split()
 
 
+def resolved(paths: list[str] | None) -> list[Path]:
+    return [Path(path).resolve() for path in paths or []]
+
+
 def pretrain(args, pattern: str, centred: bool, seed: int, profile: bool) -> float:
     """The last held-out loss, in nats, of a run of train_mlm.py, or seconds a step; a finished one is only read."""
     out = Path(args.out, f"{pattern}{'-centred' if centred else ''}-seed{seed}")
@@ -1056,6 +1094,10 @@ def pretrain(args, pattern: str, centred: bool, seed: int, profile: bool) -> flo
     flags += ["--no-causal-conv"] * centred + ["--cache-dir", Path(args.out, "tokens"), "--out", out]
     flags += ["--data", *args.data, "--sample-by", "paragraph"] if args.data else ["--demo"]
     flags += ["--profile", "10"] if profile else ["--resume"]
+    if (out / "args.json").exists():
+        made = json.loads((out / "args.json").read_text())
+        if made["steps"] != args.steps or resolved(made["data"]) != resolved(args.data):
+            raise SystemExit(f"{out} is a run with other --steps or --data: choose another --out")
     kept = out / ("profile.txt" if profile else "model.pt")
     if not kept.exists():
         command = list(map(str, [sys.executable, Path(__file__).with_name("train_mlm.py"), *flags]))
@@ -1088,26 +1130,36 @@ def bench_patterns(args):
         deviation = f" ± {statistics.stdev(found):.3f}" if args.seeds > 1 else ""
         cells = [f"{statistics.mean(found):.3f}{deviation}", f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"]
         rows.append([f"{pattern}{', centred convolution' if centred else ''}", *cells, f"{1000 * step:.0f}"])
-    print(header())
+    print(header("cuda" if torch.cuda.is_available() else "cpu"))
     print(
         f"{args.steps} steps of masked language modelling, 32 rows of 64 tokens, hidden size 64, {args.seeds} seeds.\n"
     )
-    print(table(["pattern", "held-out loss, nats", "parameters, M", "ms a step"], rows))
+    print(table(["pattern", "held-out loss, nats", "parameters, M", f"ms a step, best of {args.seeds}"], rows))
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def at_least(low: int):
+    def number(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        return int(text)
+
+    return number
+
+
+positive = at_least(1)
+
+
+def scan_size(text: str) -> list[int]:
+    b, l, d, n = map(positive, text.split(","))
+    return [b, l, d, n]
 
 
 def main(argv: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     scan = commands.add_parser("scan", help="time and memory of the selective scan: on the GPU, or on one CPU thread")
-    size = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
-    scan.add_argument("--sizes", type=size, nargs="+", metavar="B,L,D,N")
-    scan.add_argument("--runs", type=int, default=7, help="timed runs of each")
+    scan.add_argument("--sizes", type=scan_size, nargs="+", metavar="B,L,D,N")
+    scan.add_argument("--runs", type=positive, default=7, help="timed runs of each")
     scan.add_argument(
         "--static", action="store_true", help="instead: what the kernels' machine code costs; needs no GPU"
     )
@@ -1119,13 +1171,13 @@ def main(argv: list[str]):
         "--lengths",
         type=positive,
         nargs="+",
-        help="tokens; default: the paper's, 8192 and 16384; on a CPU 128, 512 and 1024",
+        help="tokens; default: the paper's, 8192 and 16384; on a CPU 128, 512 and 1024; with --fastest less",
     )
     add("--batch-size", type=positive, help="rows of an optimizer step; default: 32 (the paper's); on a CPU 1")
     add("--warm-up", type=positive, help="runs before those timed; default: 20 (the paper's); on a CPU 1")
     add("--runs", type=positive, help="timed runs; default: 100 (the paper's); on a CPU 5")
     add("--seconds", type=float, help="for all runs of a measure at a length: there are fewer if they would take "
-        "longer, but three; default: 120; on a CPU 60")  # fmt: skip
+        "longer, but three; default: 600; on a CPU 60")  # fmt: skip
     add("--flash", action="store_true", help="allow FlashAttention")
     add("--compile", action="store_true", help="torch.compile every model")
     add("--fastest", action="store_true", help="times of every model at its fastest setting: FlashAttention, with and "
@@ -1143,7 +1195,7 @@ def main(argv: list[str]):
     drift.add_argument(
         "--sentences", metavar="FILE", help="CoLA's dev.tsv, or a text file of lines, instead of random rows"
     )
-    drift.add_argument("--count", type=int, default=100, help="rows")
+    drift.add_argument("--count", type=positive, default=100, help="rows")
     drift.add_argument("--out", metavar="NAME", help="write NAME.md, NAME.json and NAME.png (needs matplotlib)")
     drift.add_argument("--seed", type=int, default=0)
     patterns = commands.add_parser("patterns", help="a short pretraining of each pattern of the paper's Table 1")
@@ -1151,9 +1203,11 @@ def main(argv: list[str]):
         "--data", nargs="+", metavar="PATH", help="text, as train_mlm.py takes it; without, its demo's"
     )
     patterns.add_argument("--patterns", nargs="+", default=PATTERNS)
-    patterns.add_argument("--steps", type=int, default=1200)
-    patterns.add_argument("--seeds", type=int, default=2)
-    patterns.add_argument("--jobs", type=int, default=1, help="runs at the same time, each on its share of the cores")
+    patterns.add_argument("--steps", type=positive, default=1200)
+    patterns.add_argument("--seeds", type=positive, default=2)
+    patterns.add_argument(
+        "--jobs", type=positive, default=1, help="runs at the same time, each on its share of the cores"
+    )
     patterns.add_argument("--out", default="out/patterns", help="finished runs are kept here, and not run again")
     args = parser.parse_args(argv)
     globals()[f"bench_{args.command}"](args)

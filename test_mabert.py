@@ -21,6 +21,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -2262,9 +2264,14 @@ def test_bench_patterns(tmp_path, capsys, monkeypatch):
     bench.main([*flags, "--out", str(tmp_path / "patterns")])
     rows = re.findall(r"^\| (\S.*?) \| (\d\.\d+) \| (\d\.\d+) \| \d+ \|$", capsys.readouterr().out, re.MULTILINE)
     assert [row[0] for row in rows] == ["T", "MT, centred convolution"]
-    kept = (tmp_path / "patterns" / "T-seed0" / "model.pt").stat().st_mtime_ns
+    log = (tmp_path / "patterns" / "T-seed0" / "log.csv").read_text()
     bench.main([*flags, "--out", str(tmp_path / "patterns")])
-    assert (tmp_path / "patterns" / "T-seed0" / "model.pt").stat().st_mtime_ns == kept
+    assert re.findall(r"^\| (\S.*?) \| (\d\.\d+) \|", capsys.readouterr().out, re.MULTILINE) == [
+        row[:2] for row in rows
+    ]
+    assert (tmp_path / "patterns" / "T-seed0" / "log.csv").read_text() == log  # a finished run is only read
+    with pytest.raises(SystemExit, match="is a run with other --steps or --data"):
+        bench.main([*flags, "--steps", "4", "--out", str(tmp_path / "patterns")])
 
 
 def test_the_baselines_have_the_parameters_of_the_papers_table():
@@ -2288,14 +2295,14 @@ def small_peers(monkeypatch):
     own = {name: vars(tiny(pattern)) for name, pattern in (("MaBERT", "MMT"), ("T12", "TT"), ("M12", "MM"))}
     monkeypatch.setattr(bench, "OURS", own)
     monkeypatch.setattr(bench, "MODELS", [*small, *bench.OURS])
-    monkeypatch.setattr(bench.gc, "collect", lambda: None)  # half a second each
+    monkeypatch.setattr(bench, "release", lambda: None)  # half a second each
     monkeypatch.setattr(bench, "in_a_process", lambda call: str(1.0 + eval(f"bench.{call}")))
 
 
 def test_positions_of_the_baselines_are_interpolated(monkeypatch):
     pytest.importorskip("transformers")
     small_peers(monkeypatch)
-    for name, first in (("BERT", 0), ("ALBERT", 0), ("BigBird", 0), ("Longformer", 2)):
+    for name, first in (("BERT", 0), ("ALBERT", 0), ("Longformer", 2)):
         tables = []
         for length in (16, 63):  # 32 positions are there; 63 have one between any two
             torch.manual_seed(0)
@@ -2309,7 +2316,7 @@ def test_positions_of_the_baselines_are_interpolated(monkeypatch):
         torch.testing.assert_close(new[first + 1 :: 2], (old[first:-1] + old[first + 1 :]) / 2, rtol=0, atol=1e-6)
     assert bench.build("DeBERTa-v3", 4096).deberta.encoder.max_relative_positions == 4096
     for name in bench.MODELS:
-        bench.build(name, 80).eval()(input_ids=torch.full((1, 80), 7))
+        bench.build(name, 100).eval()(input_ids=torch.full((1, 100), 7))  # of which BigBird makes 13 blocks of 8
 
 
 @pytest.mark.parametrize("changes", [{}, dict(d_state=64, expand=1, d_conv=3, hidden_size=96, num_heads=4, dt_rank=7)])
@@ -2330,6 +2337,44 @@ def test_the_cost_model_counts_what_pytorch_counts(changes):
         [bench.forward_cost(config, kind, length)[0] for kind in "MT"] for length in (at, at - 1)
     )
     assert t > m and (at == 1 or t_before <= m_before)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the values that operations read and write. Views and new memory cost nothing."""
+
+    values = 0
+
+    def add(self, *trees):
+        self.values += sum(x.numel() for x in tree_leaves(trees) if isinstance(x, torch.Tensor))
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if not any(x.alias_info for x in op._schema.returns) and not re.search("view|empty|zeros|ones", str(op)):
+            self.add(args, kwargs, out)
+        return out
+
+
+def test_the_cost_model_counts_the_bytes_of_every_operation(monkeypatch):
+    config, length = MaBERTConfig(pattern="MT"), 500
+
+    def scan(u, delta, A, B, C, D, z, delta_bias, **options):
+        traffic.add(u, u)  # comes channel-first from the convolution, and is copied to rows
+        traffic.add(u, delta, A, B, C, D, z, delta_bias, y := torch.empty_like(delta))
+        return y
+
+    def attention(q, k, v, **options):
+        traffic.add(q, k, v, out := torch.empty(1, length, *q.shape[1::2], device="meta").transpose(1, 2))
+        return out
+
+    monkeypatch.setattr(mabert, "selective_scan", scan)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    for kind in "MT":
+        with torch.device("meta"):
+            layer = mabert.LAYERS[kind](config).eval()
+            x, mask = torch.zeros(1, length, config.hidden_size), torch.ones(1, length, dtype=torch.bool)
+        with torch.no_grad(), Traffic() as traffic:
+            layer(x, mask)
+        assert 2 * traffic.values == pytest.approx(bench.forward_cost(config, kind, length)[1], rel=0.005)
 
 
 def test_bench_efficiency(tmp_path, monkeypatch, capsys):
@@ -2427,7 +2472,7 @@ def test_efficiency_takes_the_fastest_setting(monkeypatch, capsys):
     out, errors = capsys.readouterr()
     assert len(re.findall(r"\| MaBERT \| \S+ \| [\d.]+ \(compile default\) \|\n", out)) == 2 and "B5" not in out
     assert len(re.findall(r"\| T12 \| \S+ \| [\d.]+ \(plain\) \|\n", out)) == 2
-    assert "T12, compile default: no latency: no such graph\n" in errors
+    assert "T12, compile default, 256 tokens: no latency: no such graph\n" in errors
     bench.main([*flags[:-1], "--compile"])
     assert "torch.compile on" in capsys.readouterr().out
 
@@ -2438,8 +2483,9 @@ def test_efficiency_takes_the_fastest_setting(monkeypatch, capsys):
         (["--flash", "--device", "cpu"], "--flash is for a GPU"),
         (["--fastest", "--compile"], "--fastest tries"),
         (["--models", "GPT"], "invalid choice: 'GPT'"),
-        (["--lengths", "0"], "invalid positive value: '0'"),
-        (["--out", "nowhere/efficiency", "--device", "cpu"], "there is no folder nowhere"),
+        (["--lengths", "0"], "0 is less than 1"),
+        (["--out", "results/", "--device", "cpu"], "must be the beginning of file names"),
+        (["--out", "nowhere/efficiency", "--device", "cpu"], "in a folder that exists"),
         pytest.param(
             *(["--device", "cuda"], "sees no GPU"), marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")
         ),
@@ -2450,6 +2496,41 @@ def test_efficiency_refuses_what_it_cannot_do(flags, said, capsys, monkeypatch, 
     with pytest.raises(SystemExit) as refused:
         bench.main(["efficiency", *flags])
     assert said in str(refused.value) + capsys.readouterr().err
+
+
+def test_efficiency_compiles_every_model_and_never_falls_back(monkeypatch):
+    small_peers(monkeypatch)
+    monkeypatch.setattr(bench, "OURS", bench.OURS | {"T24": vars(tiny("TTT")), "M24": vars(tiny("MMM"))})
+    compile, graphs = torch.compile, []
+
+    def compiled(model, **options):
+        return compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph, dynamic=False)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    args = argparse.Namespace(models=list(bench.OURS), settings=[bench.Setting(compile=mode) for mode in "ab"])
+    vars(args).update(device="cpu", batch_size=2, warm_up=1, runs=3, seconds=0.0)
+    cells = bench.measure_times(8, args)  # five models of one class, two settings, inference and training: 20 graphs
+    assert all(cell["value"] for cell in cells) and len(graphs) >= 20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("flag", [None, "--fastest"])
+def test_efficiency_on_a_gpu(tmp_path, monkeypatch, flag):
+    for package in ("transformers", "matplotlib"):
+        pytest.importorskip(package)
+    small_peers(monkeypatch)
+    flags = ["--lengths", "128", "--batch-size", "4", "--seconds", "0.1", "--out", str(tmp_path / "efficiency")]
+    bench.main(["efficiency", *flags, *([flag] if flag else []), "--models", *bench.MODELS])
+    found = json.loads((tmp_path / "efficiency.json").read_text())
+    assert "driver" in found and all(cell["value"] for cell in found["cells"])
+
+
+def test_reasons_of_failure():
+    assert bench.reason(torch.OutOfMemoryError("CUDA out of memory")) == "out of memory"
+    assert bench.reason(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")) == "out of memory"
+    assert bench.reason(subprocess.CalledProcessError(-signal.SIGKILL, "python")) == "out of memory"
+    assert bench.reason(RuntimeError("invalid configuration\nmore")) == "invalid configuration"
 
 
 @pytest.mark.parametrize("package", ["transformers", "matplotlib"])
