@@ -562,6 +562,7 @@ def build(name: str, length: int, device: str = "cpu") -> torch.nn.Module:
             return model
     import transformers
 
+    transformers.logging.set_verbosity_error()  # no notes on how it pads
     family, sizes = TRANSFORMERS[name]
     config = getattr(transformers, f"{family}Config")(**sizes)
     model_class = getattr(transformers, f"{family}ForSequenceClassification")
@@ -841,7 +842,7 @@ MaBERT has 205.3 M parameters. T12 and M12 are MaBERT with one type of layer (T1
 """
     for measure, title in MEASURES.items():
         if any(cell["measure"] == measure for cell in found):
-            title = title.replace("optimizer step", f"optimizer step of {args.batch_size} rows")
+            title = title.replace("optimizer step", f"optimizer step, batch {args.batch_size}")
             rows = [
                 [name, f"{parameters[name] / 1e6:.1f}"]
                 + [efficiency_cell(cells.get((name, length, measure)), args) for length in lengths]
@@ -1165,7 +1166,7 @@ def main(argv: list[str]):
     )
     efficiency = commands.add_parser("efficiency", help="Tables B5 to B7 and Figure 5: MaBERT and its peers")
     add = efficiency.add_argument
-    add("--device", choices=["cuda", "cpu"], help="default: the GPU, if there is one; on a CPU about 15 minutes")
+    add("--device", choices=["cuda", "cpu"], help="default: the GPU, if there is one; on a CPU 15 to 20 minutes")
     add("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}")
     add(
         "--lengths",
