@@ -974,10 +974,10 @@ def sentences(args, vocab_size: int, longest: int) -> list[torch.Tensor]:
 def distances(model: MaBERT, rows: list[torch.Tensor], unpadded: list[torch.Tensor], pads: int, side: str) -> dict:
     """How far the final hidden states of real tokens are from those without pads, as means over the rows.
 
-    All rows are one batch, in which the longest has so many pads. "tokens" is the relative L2 change of all of a row's
-    tokens; "cls" and "mean" are the paper's, cosine distances of the first token's and of the mean over the tokens.
+    All rows are one batch, in which the longest has so many pads. The paper's measures are the cosine distances of the
+    first token's state and of the mean over the tokens; the relative L2 changes, of all tokens too, are ours.
     """
-    total = dict(tokens=0.0, cls=0.0, mean=0.0)
+    total = collections.Counter()
     length = pads + max(ids.shape[1] for ids in rows)
     wheres = [(0, length - ids.shape[1]) if side == "right" else (length - ids.shape[1], 0) for ids in rows]
     pad = model.config.pad_token_id
@@ -985,10 +985,16 @@ def distances(model: MaBERT, rows: list[torch.Tensor], unpadded: list[torch.Tens
     mask = torch.cat([F.pad(torch.ones_like(part), where) for part, where in zip(rows, wheres)])
     for x, y, (before, after) in zip(unpadded, model(ids, mask).split(list(map(len, rows))), wheres):
         y = y[:, before : length - after]
-        total["tokens"] += ((y - x).norm(dim=(1, 2)) / x.norm(dim=(1, 2))).sum().item()
-        for name, a, b in (("cls", x[:, 0], y[:, 0]), ("mean", x.mean(dim=1), y.mean(dim=1))):
+        for name, a, b in (
+            ("tokens", x.flatten(1), y.flatten(1)),
+            ("cls", x[:, 0], y[:, 0]),
+            ("mean", x.mean(dim=1), y.mean(dim=1)),
+        ):
+            total[f"{name}_l2"] += ((b - a).norm(dim=1) / a.norm(dim=1)).sum().item()
             a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
-            total[name] += ((a - b).square().sum(dim=1) / 2).sum().item()  # 1 - cosine, without cancellation
+            total[f"{name}_cosine"] += (
+                ((b - a).square().sum(dim=1) / 2).sum().item()
+            )  # 1 - cosine, without cancellation
     return {name: value / len(ids) for name, value in total.items()}
 
 
@@ -1033,9 +1039,11 @@ def bench_drift(args):
     head = ["PSM stages", *(f"{'causal' if causal else 'centred'}, pads {side}" for causal, side in cases)]
     text = f"{header()}\nWith {' / '.join(map(str, args.pads))} pads in the longest row, float64; {what}.\n"
     titles = dict(
-        tokens="Relative L2 change of the final hidden states of real tokens",
-        cls="Cosine distance of the final [CLS] (the paper's Figures 3a and 4)",
-        mean="Cosine distance of the mean over real tokens (the paper's Figure 3b)",
+        tokens_l2="Relative L2 change of the final hidden states of real tokens",
+        cls_l2="Relative L2 change of the final [CLS]",
+        mean_l2="Relative L2 change of the mean over real tokens",
+        cls_cosine="Cosine distance of the final [CLS] (the paper's Figures 3a and 4)",
+        mean_cosine="Cosine distance of the mean over real tokens (the paper's Figure 3b)",
     )
     for measure, title in titles.items():
         text += f"\n{title}:\n\n{table(head, [[form, *cells(form, measure)] for form in forms])}\n"
@@ -1049,14 +1057,16 @@ def draw_drift(out: str, pads: list[int], found: list[dict], forms: list[str], c
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    measures = dict(tokens="relative L2, real tokens", cls="cosine distance, [CLS]", mean="cosine distance, mean")
+    measures = dict(
+        tokens_l2="relative L2, real tokens", cls_cosine="cosine distance, [CLS]", mean_cosine="cosine distance, mean"
+    )
     panels = figure.subplots(len(measures), len(cases), sharex=True, sharey="row")
     for (measure, label), line in zip(measures.items(), panels):
         for (causal, side), axes in zip(cases, line):
             for i, form in enumerate(forms):
                 values = [r[measure] for r in found if (r["psm"], r["causal"], r["side"]) == (form, causal, side)]
                 values = [
-                    max(value, 1e-18 if measure == "tokens" else 1e-36) for value in values
+                    max(value, 1e-18 if measure == "tokens_l2" else 1e-36) for value in values
                 ]  # zero, on a log axis
                 axes.plot(pads, values, "osv^Dx+"[i] + "-", label=form, lw=6 - 0.8 * i, ms=4, alpha=0.8)  # all are seen
             axes.set_yscale("log")
@@ -1064,9 +1074,9 @@ def draw_drift(out: str, pads: list[int], found: list[dict], forms: list[str], c
             axes.set_xticks(pads, labels=map(str, pads), fontsize=8)
             axes.minorticks_off()
             axes.grid(alpha=0.3)
-            if measure == "tokens":
+            if measure == "tokens_l2":
                 axes.set_title(f"{'causal' if causal else 'centred'} convolution, pads {side}", fontsize=9)
-            if measure == "mean":
+            if measure == "mean_cosine":
                 axes.set_xlabel("pads of the longest row")
         line[0].set_ylabel(label)
     handles, labels = panels[0, 0].get_legend_handles_labels()

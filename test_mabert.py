@@ -2231,8 +2231,10 @@ def test_bench_drift(tmp_path, checkpoint, capsys):
     assert max(drifts["pre+scan+post"]) < 1e-12 < 1e-6 < min(drifts["none"][1:]) and drifts["none"][0] < 1e-12
     found = json.loads((tmp_path / "drift.json").read_text())["distances"]
     assert len(found) == 7 * 2 * 2 * 2
-    assert max(r["tokens"] for r in found if r["pads"] == 0) == 0
-    assert all(r["cls"] < r["tokens"] and r["mean"] < r["tokens"] for r in found if r["tokens"] > 1e-6)
+    measures = [f"{what}_{measure}" for what in ("tokens", "cls", "mean") for measure in ("l2", "cosine")]
+    assert max(r[measure] for r in found if r["pads"] == 0 for measure in measures) == 0
+    for what in ("tokens", "cls", "mean"):  # small changes at right angles: the cosine distance is half their square
+        assert all(0 < r[f"{what}_cosine"] < 2 * r[f"{what}_l2"] ** 2 for r in found if r["tokens_l2"] > 1e-6)
     assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
 
     (tmp_path / "dev.tsv").write_text("gj04\t1\t\tw1 w2 w3\ngj04\t0\t*\tw1 w2\n\n")
