@@ -599,7 +599,8 @@ class Contender:
         mask = None if self.setting.flash else torch.ones_like(rows)
         on_gpu = self.device.type == "cuda"
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=bool(labels))
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.setting.compile:
+            torch.compiler.cudagraph_mark_step_begin()
         with attention_kernels(self.device, self.setting.flash), half:
             return self.call(input_ids=rows, attention_mask=mask, **labels)
 
@@ -975,7 +976,7 @@ def distances(model: MaBERT, rows: list[torch.Tensor], unpadded: list[torch.Tens
     """How far the final hidden states of real tokens are from those without pads, as means over the rows.
 
     All rows are one batch, in which the longest has so many pads. The paper's measures are the cosine distances of the
-    first token's state and of the mean over the tokens; the relative L2 changes, of all tokens too, are ours.
+    first token's state and of the mean over the tokens; beside them are relative L2 changes, those of all tokens too.
     """
     total = collections.Counter()
     length = pads + max(ids.shape[1] for ids in rows)
@@ -992,9 +993,8 @@ def distances(model: MaBERT, rows: list[torch.Tensor], unpadded: list[torch.Tens
         ):
             total[f"{name}_l2"] += ((b - a).norm(dim=1) / a.norm(dim=1)).sum().item()
             a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
-            total[f"{name}_cosine"] += (
-                ((b - a).square().sum(dim=1) / 2).sum().item()
-            )  # 1 - cosine, without cancellation
+            cosine_distance = (b - a).square().sum(dim=1) / 2  # 1 - cosine, without cancellation
+            total[f"{name}_cosine"] += cosine_distance.sum().item()
     return {name: value / len(ids) for name, value in total.items()}
 
 
