@@ -874,14 +874,15 @@ def draw_efficiency(found: list[dict], args):
     for measure, axes in zip(measures, panels):
         for name in args.models:
             i = MODELS.index(name)
-            own = dict(ls="-", lw=2.2, zorder=3) if name in OURS else dict(ls="--", lw=1.2)
+            own = dict(ls="-", lw=1.8, zorder=3) if name in OURS else dict(ls="--", lw=1.2)
             points = [(c["length"], c["value"]) for c in found if (c["model"], c["measure"]) == (name, measure)]
             lengths, values = zip(*((length, value or math.nan) for length, value in points))
             axes.plot(lengths, values, marker="osv^Dp*XPh"[i], ms=5, color=f"C{i}", label=name, **own)
-            if name in PAPER:
-                axes.plot(PAPER_LENGTHS, PAPER[name][measure], "o", ms=6, mew=0, color=f"C{i}", alpha=0.25)
+            known = [(length, value) for length in lengths if (value := paper_value(name, measure, length))]
+            for length, value in known:
+                axes.plot(length, value, "osv^Dp*XPh"[i], ms=6, mew=0, color=f"C{i}", alpha=0.25)
         axes.set(xscale="log", yscale="log", xlabel="tokens", title=MEASURES[measure].split(": ")[1].split(" (")[0])
-        ticks = sorted({cell["length"] for cell in found} | set(PAPER_LENGTHS))
+        ticks = sorted({cell["length"] for cell in found})
         axes.set_xticks(ticks, labels=map(str, ticks), fontsize=8)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
@@ -1080,7 +1081,8 @@ def draw_drift(out: str, pads: list[int], found: list[dict], forms: list[str], c
                 axes.set_xlabel("pads of the longest row")
         line[0].set_ylabel(label)
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(forms), fontsize=8)
+    title = "PSM stages; no change at all is drawn at the bottom"
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8, title=title, title_fontsize=8)
     figure.savefig(f"{out}.png", dpi=120)
 
 
@@ -1108,14 +1110,14 @@ def pretrain(args, pattern: str, centred: bool, seed: int, profile: bool) -> flo
     if (out / "args.json").exists():
         made = json.loads((out / "args.json").read_text())
         if made["steps"] != args.steps or resolved(made["data"]) != resolved(args.data):
-            raise SystemExit(f"{out} is a run with other --steps or --data: choose another --out")
+            raise SystemExit(f"{out} has --steps {made['steps']} --data {made['data']}: give another --out for others")
     kept = out / ("profile.txt" if profile else "model.pt")
     if not kept.exists():
         command = list(map(str, [sys.executable, Path(__file__).with_name("train_mlm.py"), *flags]))
         threads = {} if profile or args.jobs == 1 else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
         if result.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr[-2000:]}")
+            raise SystemExit(f"{out}: train_mlm.py: {result.stderr.strip().splitlines()[-1]}")
         if profile:
             out.mkdir(parents=True, exist_ok=True)
             kept.write_text(result.stdout)
@@ -1126,13 +1128,21 @@ def pretrain(args, pattern: str, centred: bool, seed: int, profile: bool) -> flo
 
 
 def bench_patterns(args):
+    for path in args.data or []:
+        if not Path(path).exists():
+            raise SystemExit(f"--data: {path} does not exist")
+    for pattern in args.patterns:
+        try:
+            MaBERTConfig(pattern=pattern)
+        except ValueError as error:
+            raise SystemExit(f"--patterns: {error}") from error
     cases = [(pattern, False) for pattern in args.patterns] + [(CENTRED, True)]
     runs = [(*case, seed) for seed in range(args.seeds) for case in cases]
     # First the step times, alone and in turns: a drifting clock hits all alike. The first run makes the token cache.
     seconds = {run: pretrain(args, *run, profile=True) for run in tqdm(runs, desc="step time", unit="run")}
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         losses = pool.map(lambda run: pretrain(args, *run, profile=False), runs)
-        losses = dict(zip(runs, tqdm(losses, desc="pretraining", unit="run", total=len(runs))))
+        losses = dict(zip(runs, list(tqdm(losses, desc="pretraining", unit="run", total=len(runs)))))
     rows = []
     for pattern, centred in cases:
         found = [losses[pattern, centred, seed] for seed in range(args.seeds)]
@@ -1142,9 +1152,8 @@ def bench_patterns(args):
         cells = [f"{statistics.mean(found):.3f}{deviation}", f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"]
         rows.append([f"{pattern}{', centred convolution' if centred else ''}", *cells, f"{1000 * step:.0f}"])
     print(header("cuda" if torch.cuda.is_available() else "cpu"))
-    print(
-        f"{args.steps} steps of masked language modelling, 32 rows of 64 tokens, hidden size 64, {args.seeds} seeds.\n"
-    )
+    seeds = f"{args.seeds} seed{'s' * (args.seeds > 1)}"
+    print(f"{args.steps} steps of masked language modelling, 32 rows of 64 tokens, hidden size 64, {seeds}.\n")
     print(table(["pattern", "held-out loss, nats", "parameters, M", f"ms a step, best of {args.seeds}"], rows))
 
 
@@ -1161,8 +1170,10 @@ positive = at_least(1)
 
 
 def scan_size(text: str) -> list[int]:
-    b, l, d, n = map(positive, text.split(","))
-    return [b, l, d, n]
+    size = [positive(number) for number in text.split(",")]
+    if len(size) != 4:
+        raise argparse.ArgumentTypeError(f"{text} is not B,L,D,N")
+    return size
 
 
 def main(argv: list[str]):
@@ -1197,32 +1208,51 @@ def main(argv: list[str]):
     drift = commands.add_parser("drift", help="what padding does to real tokens, for each form of PSM")
     drift.add_argument(
         "--pads",
-        type=int,
+        type=at_least(0),
         nargs="+",
         default=[0, 1, 8, 64, 512],
-        help="pads of the longest row; shorter ones are padded to its length",
+        help="pads of the longest row; shorter ones are padded to its length (%(default)s)",
     )
-    drift.add_argument("--checkpoint", help="a folder of train_mlm.py, instead of random weights")
+    drift.add_argument("--checkpoint", help="a folder with a trained model, instead of random weights")
     drift.add_argument(
-        "--sentences", metavar="FILE", help="CoLA's dev.tsv, or a text file of lines, instead of random rows"
+        "--sentences",
+        metavar="FILE",
+        help="CoLA's dev.tsv, or a text file of lines, instead of random rows; without --checkpoint, a token a word",
     )
-    drift.add_argument("--count", type=positive, default=100, help="rows")
+    drift.add_argument("--count", type=positive, default=100, help="rows (%(default)s)")
     drift.add_argument("--out", metavar="NAME", help="write NAME.md, NAME.json and NAME.png (needs matplotlib)")
-    drift.add_argument("--seed", type=int, default=0)
+    drift.add_argument("--seed", type=int, default=0, help="of the random weights and rows (%(default)s)")
     patterns = commands.add_parser("patterns", help="a short pretraining of each pattern of the paper's Table 1")
     patterns.add_argument(
         "--data", nargs="+", metavar="PATH", help="text, as train_mlm.py takes it; without, its demo's"
     )
-    patterns.add_argument("--patterns", nargs="+", default=PATTERNS)
-    patterns.add_argument("--steps", type=positive, default=1200)
-    patterns.add_argument("--seeds", type=positive, default=2)
     patterns.add_argument(
-        "--jobs", type=positive, default=1, help="runs at the same time, each on its share of the cores"
+        "--patterns",
+        nargs="+",
+        default=PATTERNS,
+        help="one letter a layer, M or T (the paper's eight, of 12 layers); MMT × 4, centred convolution, comes last",
     )
-    patterns.add_argument("--out", default="out/patterns", help="finished runs are kept here, and not run again")
+    patterns.add_argument("--steps", type=positive, default=1200, help="of each run (%(default)s)")
+    patterns.add_argument("--seeds", type=positive, default=2, help="runs of each pattern (%(default)s)")
+    patterns.add_argument(
+        "--jobs",
+        type=positive,
+        default=1,
+        help="pretraining runs at the same time, each on its share of the cores (%(default)s)",
+    )
+    patterns.add_argument(
+        "--out",
+        default="out/patterns",
+        help="a folder, where finished runs of the same --steps and --data are kept (%(default)s)",
+    )
     args = parser.parse_args(argv)
     globals()[f"bench_{args.command}"](args)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "\ninterrupted; patterns goes on when it is given again, efficiency --out has whole lengths"
+        ) from None

@@ -2272,7 +2272,7 @@ def test_bench_patterns(tmp_path, capsys, monkeypatch):
         row[:2] for row in rows
     ]
     assert (tmp_path / "patterns" / "T-seed0" / "log.csv").read_text() == log  # a finished run is only read
-    with pytest.raises(SystemExit, match="is a run with other --steps or --data"):
+    with pytest.raises(SystemExit, match="has --steps 3 --data"):
         bench.main([*flags, "--steps", "4", "--out", str(tmp_path / "patterns")])
 
 
@@ -2541,6 +2541,27 @@ def test_efficiency_says_what_to_install(package, monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
     with pytest.raises(SystemExit, match=rf"{package}: pip install -e \"\.\[bench\]\""):
         bench.main(["efficiency", "--device", "cpu", "--out", str(tmp_path / "efficiency")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["drift", "--pads", "-1"], "-1 is less than 0"),
+        (["scan", "--sizes", "1,2,3"], "1,2,3 is not B,L,D,N"),
+        (["patterns", "--data", "nowhere.txt"], "--data: nowhere.txt does not exist"),
+        (["patterns", "--patterns", "MT", "mmt"], "pattern is 'mmt'; it must be a string of the letters"),
+        (
+            ["patterns", "--data", "short.txt", "--patterns", "M", "--steps", "3", "--out", "runs"],
+            "runs/M-seed0: train_mlm",
+        ),
+    ],
+)
+def test_benchmarks_refuse_bad_input(flags, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("a few words")
+    with pytest.raises(SystemExit) as refused:
+        bench.main(flags)
+    assert said in str(refused.value) + capsys.readouterr().err and str(refused.value).count("\n") == 0
 
 
 def test_bench_scan(capsys):
