@@ -878,9 +878,8 @@ def draw_efficiency(found: list[dict], args):
             points = [(c["length"], c["value"]) for c in found if (c["model"], c["measure"]) == (name, measure)]
             lengths, values = zip(*((length, value or math.nan) for length, value in points))
             axes.plot(lengths, values, marker="osv^Dp*XPh"[i], ms=5, color=f"C{i}", label=name, **own)
-            known = [(length, value) for length in lengths if (value := paper_value(name, measure, length))]
-            for length, value in known:
-                axes.plot(length, value, "osv^Dp*XPh"[i], ms=6, mew=0, color=f"C{i}", alpha=0.25)
+            paper = [paper_value(name, measure, length) or math.nan for length in lengths]
+            axes.plot(lengths, paper, "osv^Dp*XPh"[i], ms=6, mew=0, color=f"C{i}", alpha=0.25)
         axes.set(xscale="log", yscale="log", xlabel="tokens", title=MEASURES[measure].split(": ")[1].split(" (")[0])
         ticks = sorted({cell["length"] for cell in found})
         axes.set_xticks(ticks, labels=map(str, ticks), fontsize=8)
@@ -1031,12 +1030,10 @@ def bench_drift(args):
     what = "random weights (MMT four times, hidden size 64)"
     if args.checkpoint:
         convolution = "causal" if config.causal_conv else "centred"
-        what = (
-            f"{args.checkpoint}, pretrained with PSM {'+'.join(config.psm) or 'none'} and a {convolution} convolution"
-        )
-    what += (
-        f", {sum(map(len, rows))} {'sentences of ' + args.sentences if args.sentences else 'random rows of 24 tokens'}"
-    )
+        psm = "+".join(config.psm) or "none"
+        what = f"{args.checkpoint}, pretrained with PSM {psm} and a {convolution} convolution"
+    source = f"sentences of {args.sentences}" if args.sentences else "random rows of 24 tokens"
+    what += f", {sum(map(len, rows))} {source}"
     head = ["PSM stages", *(f"{'causal' if causal else 'centred'}, pads {side}" for causal, side in cases)]
     text = f"{header()}\nWith {' / '.join(map(str, args.pads))} pads in the longest row, float64; {what}.\n"
     titles = dict(
@@ -1066,9 +1063,8 @@ def draw_drift(out: str, pads: list[int], found: list[dict], forms: list[str], c
         for (causal, side), axes in zip(cases, line):
             for i, form in enumerate(forms):
                 values = [r[measure] for r in found if (r["psm"], r["causal"], r["side"]) == (form, causal, side)]
-                values = [
-                    max(value, 1e-18 if measure == "tokens_l2" else 1e-36) for value in values
-                ]  # zero, on a log axis
+                lowest = 1e-18 if measure == "tokens_l2" else 1e-36  # stands for zero on a log axis
+                values = [max(value, lowest) for value in values]
                 axes.plot(pads, values, "osv^Dx+"[i] + "-", label=form, lw=6 - 0.8 * i, ms=4, alpha=0.8)  # all are seen
             axes.set_yscale("log")
             axes.set_xscale("symlog", base=2, linthresh=1)
