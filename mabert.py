@@ -19,16 +19,22 @@ the state of the scan at step t. Masks are True at real tokens and False at pads
 
 Map of the file:
     Part I, the model     MaBERTConfig · MambaMixer, MambaLayer · SelfAttention, TransformerLayer · MaBERT · Pooling
-                          · MaBERTForMaskedLM, MaBERTForSequenceClassification (with save_pretrained, from_pretrained)
-    Part II, the scan     the masked selective scan with its backward pass: as a loop, the definition; as Triton kernels
-                          for a GPU; selective_scan, which picks
+                          · MaBERTForMaskedLM, MaBERTForSequenceClassification · saving, loading, checks of arguments
+    Part II, the scan     reference_scan, the masked selective scan as its formula; the same as a faster loop, and as
+                          Triton kernels for a GPU, each with a backward pass; selective_scan, which picks
+    The command           python mabert.py FOLDER "text with a [MASK]"
 """
 
+import argparse
 import dataclasses
 import json
 import logging
 import math
 import os
+import sys
+import tempfile
+import textwrap
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,18 +51,9 @@ except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=float)
 
 __all__ = [
-    "MaBERT",
-    "MaBERTConfig",
-    "MaBERTForMaskedLM",
-    "MaBERTForSequenceClassification",
-    "MambaLayer",
-    "MambaMixer",
-    "Output",
-    "Pooling",
-    "SelfAttention",
-    "TransformerLayer",
-    "selective_scan",
-]
+    "MaBERT", "MaBERTConfig", "MaBERTForMaskedLM", "MaBERTForSequenceClassification", "MambaLayer", "MambaMixer",
+    "Output", "Pooling", "SelfAttention", "TransformerLayer", "reference_scan", "selective_scan",
+]  # fmt: skip
 
 logger = logging.getLogger("mabert")
 
@@ -124,7 +121,7 @@ class MaBERTConfig:
         require("causal_conv", isinstance(self.causal_conv, bool), "True or False")
         require("dropout", isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1, "in [0, 1)")
         eps = self.layer_norm_eps
-        require("layer_norm_eps", isinstance(eps, float) and eps > 0, "a positive float")
+        require("layer_norm_eps", isinstance(eps, float) and 0 < eps < math.inf, "a positive, finite float")
         in_vocab = self.pad_token_id == 0 or (positive(self.pad_token_id) and self.pad_token_id < self.vocab_size)
         require("pad_token_id", in_vocab, f"an id below vocab_size ({self.vocab_size})")
         stages = isinstance(self.psm, (tuple, list)) and all(stage in PSM_STAGES for stage in self.psm)
@@ -132,6 +129,23 @@ class MaBERTConfig:
         self.psm = tuple(stage for stage in PSM_STAGES if stage in self.psm)  # JSON brings it as a list
         require("pooling", self.pooling in POOLINGS, f"one of {POOLINGS}")
         require("scan_backend", self.scan_backend in SCAN_BACKENDS, f"one of {SCAN_BACKENDS}")
+
+
+def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    """With BERT's initialisation: weights normal(0, 0.02), biases 0."""
+    layer = nn.Linear(inputs, outputs, bias)
+    nn.init.normal_(layer.weight, std=0.02)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, but where a row is zero, as the post stage makes pads, BERT's 1/√eps of 10⁶ is beyond float16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        eps = max(self.eps, 1e-7) if x.dtype == torch.float16 else self.eps
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, eps)
 
 
 class MambaMixer(nn.Module):
@@ -147,25 +161,16 @@ class MambaMixer(nn.Module):
         self.sizes = (r, n, n)
         self.conv_padding = (k - 1, 0) if config.causal_conv else ((k - 1) // 2, k // 2)  # (left, right)
         self.scan_backend = config.scan_backend
-        self.in_proj = nn.Linear(h, 2 * d, bias=False)
+        self.in_proj = linear(h, 2 * d, bias=False)
         self.conv1d = nn.Conv1d(d, d, k, groups=d)
-        self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
-        self.dt_proj = nn.Linear(r, d)
-        self.A_log = nn.Parameter(torch.empty(d, n))
-        self.D = nn.Parameter(torch.empty(d))
-        self.out_proj = nn.Linear(d, h, bias=False)
-        self.init_core()
-
-    @torch.no_grad()
-    def init_core(self):
-        """Mamba's own initialisation of A, D and Δ."""
-        d, n = self.A_log.shape
-        self.A_log.copy_(torch.arange(1, n + 1).log().expand(d, n))
-        self.D.fill_(1)
-        bound = self.dt_proj.in_features**-0.5
-        self.dt_proj.weight.uniform_(-bound, bound)
+        self.x_proj = linear(d, r + 2 * n, bias=False)
+        self.out_proj = linear(d, h, bias=False)
+        # Mamba's own initialisation of Δ, A and D
+        self.dt_proj = nn.Linear(r, d)  # PyTorch's weights, uniform ±1/√r, are Mamba's too
         delta = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(0.1)))
-        self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
+        self.dt_proj.bias = nn.Parameter(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
+        self.A_log = nn.Parameter(torch.arange(1, n + 1).log().repeat(d, 1))
+        self.D = nn.Parameter(torch.ones(d))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         # Eqs. 4–9, in their order
@@ -176,15 +181,14 @@ class MambaMixer(nn.Module):
         delta = F.linear(rho, self.dt_proj.weight)  # (b, l, d); its bias and softplus join in the scan
         A = -torch.exp(self.A_log)  # (d, n)
         # the recurrence, + D x, · SiLU(z): (b, l, d)
-        y = selective_scan(
-            x, delta, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True, mask=mask, backend=self.scan_backend
-        )
+        options = dict(delta_softplus=True, mask=mask, backend=self.scan_backend)
+        y = selective_scan(x, delta, A, B, C, self.D, z, self.dt_proj.bias, **options)
         return self.out_proj(y)
 
 
 def feed_forward(config: MaBERTConfig) -> nn.Sequential:
     h, inner = config.hidden_size, config.intermediate_size
-    return nn.Sequential(nn.Linear(h, inner), nn.GELU(), nn.Linear(inner, h))
+    return nn.Sequential(linear(h, inner), nn.GELU(), linear(inner, h))
 
 
 class MambaLayer(nn.Module):
@@ -196,15 +200,15 @@ class MambaLayer(nn.Module):
             stage, zeroed input is not enough: the convolution's bias makes x, B and Δ non-zero at pads;
     - post: the block's output is zero at pads, residual path and feed-forward included.
 
-    forward(x, mask=None): x (b, l, h), mask (b, l) -> (b, l, h).
+    forward(x, mask=None): x (b, l, h), mask (b, l), bool -> (b, l, h).
     """
 
     def __init__(self, config: MaBERTConfig):
         super().__init__()
         self.psm = config.psm
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mixer = MambaMixer(config)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.ffn = feed_forward(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -220,15 +224,15 @@ class MambaLayer(nn.Module):
 class SelfAttention(nn.Module):
     """Bidirectional multi-head self-attention in which pads get no weight as keys.
 
-    forward(x, mask=None): x (b, l, h), mask (b, l) -> (b, l, h).
+    forward(x, mask=None): x (b, l, h), mask (b, l), bool -> (b, l, h).
     """
 
     def __init__(self, config: MaBERTConfig):
         super().__init__()
         self.num_heads = config.num_heads
         self.dropout = config.dropout
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         b, l, h = x.shape
@@ -243,13 +247,13 @@ class SelfAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """A pre-LN Transformer layer (Eq. 1). forward(x, mask=None): x (b, l, h), mask (b, l) -> (b, l, h)."""
+    """A pre-LN Transformer layer (Eq. 1). forward(x, mask=None): x (b, l, h), mask (b, l), bool -> (b, l, h)."""
 
     def __init__(self, config: MaBERTConfig):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = SelfAttention(config)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.ffn = feed_forward(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -261,62 +265,15 @@ class TransformerLayer(nn.Module):
 LAYERS = {"M": MambaLayer, "T": TransformerLayer}  # the letters of config.pattern
 
 
-@torch.no_grad()
-def init_weights(module: nn.Module):
-    """BERT's initialisation, weights normal(0, 0.02) and biases 0, with Mamba's for A_log, D and Δ; for `Module.apply`.
-
-    `apply` reaches a MambaMixer after its parts, so init_core has the last word. The convolution keeps PyTorch's.
-    """
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        module.weight.normal_(0, 0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        module.bias.zero_()
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        module.weight[module.padding_idx].zero_()
-    if isinstance(module, MambaMixer):
-        module.init_core()
-
-
-def check_mask(mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-    """A (b, l) padding mask as bool; None, which means that all is real, stays None.
-
-    Values other than 0 and 1 are refused for CPU tensors in eager mode; on a GPU looking would cost a synchronisation.
-    """
-    if mask is None:
-        return None
-    if mask.shape != shape:
-        raise ValueError(f"the mask has shape {tuple(mask.shape)}; (batch, length) is {tuple(shape)}")
-    if mask.dtype != torch.bool and mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not ((mask == 0) | (mask == 1)).all():
-            raise ValueError("the mask has values other than 0 (pad) and 1 (real token)")
-    return mask.bool()
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """float32 from the half precisions; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class PretrainedModel(nn.Module):
-    """What MaBERT and the models with heads share: saving and loading. A folder holds config.json and model.pt."""
+    """What MaBERT and the models with heads share: saving and loading (`save_model`, `load_model` below).
 
-    config: MaBERTConfig
+    A folder holds config.json and model.pt.
+    """
 
     def save_pretrained(self, folder: str | os.PathLike):
         """Writes config.json and model.pt; each file appears whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(dataclasses.asdict(self.config), indent=2) + "\n"
-        for name, write in (
-            ("model.pt", lambda path: torch.save(self.state_dict(), path)),
-            ("config.json", lambda path: path.write_text(config, encoding="utf-8")),
-        ):
-            temporary = folder / f".{name}.{os.getpid()}"
-            try:
-                write(temporary)
-                os.replace(temporary, folder / name)
-            finally:
-                temporary.unlink(missing_ok=True)
+        save_model(self, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **overrides):
@@ -328,94 +285,39 @@ class PretrainedModel(nn.Module):
 
         Raises FileNotFoundError, or ValueError where a file is damaged or does not fit.
         """
-        for name in ("config.json", "model.pt"):
-            if not (Path(folder) / name).is_file():
-                raise FileNotFoundError(f"{Path(folder) / name} is missing: give a folder that save_pretrained wrote")
-        model = cls(_read_config(Path(folder) / "config.json", overrides))
-        saved_encoder, saved_head = _encoder_and_head(_read_weights(Path(folder) / "model.pt"))
-        encoder, head = _encoder_and_head(model.state_dict())
-        misfits = [
-            f"{name}: {_shape(saved_encoder, name)} in the file, {_shape(encoder, name)} in the config"
-            for name in sorted(saved_encoder.keys() | encoder.keys())
-            if _shape(saved_encoder, name) != _shape(encoder, name)
-        ]
-        if misfits:
-            more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-            raise ValueError(f"{folder}: model.pt does not fit its config: {'; '.join(misfits[:3])}{more}")
-        prefix = "" if isinstance(model, MaBERT) else "encoder."
-        weights = {prefix + name: weight for name, weight in saved_encoder.items()}
-        weights |= {name: saved_head[name] for name in head if _shape(saved_head, name) == _shape(head, name)}
-        model.load_state_dict(weights, strict=False)
-        fresh, unused = sorted(head.keys() - weights.keys()), sorted(saved_head.keys() - weights.keys())
-        if fresh or unused:
-            said = [f"new and untrained: {', '.join(fresh)}"] * bool(fresh)
-            said += [f"in the file but not used: {', '.join(unused)}"] * bool(unused)
-            logger.warning("%s: encoder loaded; %s", folder, "; ".join(said))
-        return model.eval()
-
-
-def _read_config(file: Path, overrides: dict) -> MaBERTConfig:
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8")) | overrides
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    unknown = fields.keys() - {field.name for field in dataclasses.fields(MaBERTConfig)}
-    if unknown:
-        raise ValueError(f"{file} with the overrides has fields that MaBERTConfig lacks: {sorted(unknown)}")
-    return MaBERTConfig(**fields)
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a truncated or foreign file fails in any of a dozen ways
-        raise ValueError(f"{file} is damaged or not written by save_pretrained: {error}") from error
-    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        raise ValueError(f"{file} is damaged or not written by save_pretrained: it is no dict of tensors")
-    return weights
-
-
-def _encoder_and_head(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A state dict's encoder parameters, without their prefix, and the rest; a bare encoder's have no prefix."""
-    encoder = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
-    if not encoder:
-        return state, {}
-    return encoder, {name: value for name, value in state.items() if not name.startswith("encoder.")}
-
-
-def _shape(state: dict[str, Tensor], name: str) -> str:
-    return str(tuple(state[name].shape)) if name in state else "nothing"
+        return load_model(folder, overrides, cls)
 
 
 class MaBERT(PretrainedModel):
     """The encoder: embeddings, the layers that config.pattern spells, a final LayerNorm.
 
     forward(input_ids, attention_mask=None, token_type_ids=None) -> hidden states (b, l, h)
-    - input_ids, token_type_ids: integer (b, l); types default to 0
+    - input_ids, token_type_ids: int64 or int32 (b, l); types default to 0
     - attention_mask: (b, l), bool or 0/1 of any dtype, 1 at real tokens; None means that all are real
 
     Positions count real tokens only, so padding on either side changes nothing; hidden states at pads mean nothing.
-    Raises ValueError for wrong shapes, a mask or ids with wrong values (CPU, eager mode), or more than max_position
-    real tokens in a row; the padded length may be larger.
+    Raises ValueError for wrong types or shapes, a mask or ids with wrong values (CPU, eager mode), or more than
+    max_position real tokens in a row; the padded length may be larger.
     """
 
     def __init__(self, config: MaBERTConfig):
         super().__init__()
+        check("config", config, MaBERTConfig)
         self.config = config = dataclasses.replace(config)  # our own copy: resize_positions changes it
         h = config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, h, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position, h)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, h)
-        self.embedding_norm = nn.LayerNorm(h, eps=config.layer_norm_eps)
+        for table in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings):
+            nn.init.normal_(table.weight, std=0.02)
+        self.word_embeddings.weight.data[config.pad_token_id] = 0
+        self.embedding_norm = LayerNorm(h, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(LAYERS[letter](config) for letter in config.pattern)
-        self.final_norm = nn.LayerNorm(h, eps=config.layer_norm_eps)
-        self.apply(init_weights)
+        self.final_norm = LayerNorm(h, eps=config.layer_norm_eps)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
-        mask = self._check_inputs(input_ids, attention_mask, token_type_ids)
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None) -> Tensor:
+        mask = self.check_inputs(input_ids, attention_mask, token_type_ids)
         if mask is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, l)
         else:
@@ -428,30 +330,19 @@ class MaBERT(PretrainedModel):
             x = layer(x, mask)
         return self.final_norm(x)
 
-    def _check_inputs(self, input_ids, attention_mask, token_type_ids) -> Tensor | None:
-        if input_ids.dim() != 2 or input_ids.is_floating_point():
-            raise ValueError(
-                f"input_ids is {input_ids.dtype} {tuple(input_ids.shape)}; it must be integer (batch, length)"
-            )
-        if token_type_ids is not None and token_type_ids.shape != input_ids.shape:
-            raise ValueError(
-                f"token_type_ids has shape {tuple(token_type_ids.shape)}, input_ids {tuple(input_ids.shape)}"
-            )
-        mask = check_mask(attention_mask, input_ids.shape)
+    def check_inputs(self, input_ids, attention_mask, token_type_ids) -> Tensor | None:
+        """The mask as bool, after looking at all three."""
+        check("input_ids", input_ids, "int64 or int32", ("batch", "length"), self.config.vocab_size)
+        if token_type_ids is not None:
+            check("token_type_ids", token_type_ids, "int64 or int32", input_ids.shape, self.config.type_vocab_size)
+        mask = check_mask("attention_mask", attention_mask, input_ids.shape)
         if input_ids.numel() == 0:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; there is nothing in it")
-        limit, eager = self.config.max_position, not torch.compiler.is_compiling()
-        if input_ids.shape[1] > limit and (mask is None or eager):
-            longest = input_ids.shape[1] if mask is None else int(mask.sum(dim=-1).max())
-            if longest > limit:
-                raise ValueError(
-                    f"a row has {longest} real tokens; max_position is {limit} (see MaBERT.resize_positions)"
-                )
-        if eager and input_ids.device.type == "cpu":
-            tables = {"input_ids": input_ids, "token_type_ids": token_type_ids}
-            for (name, ids), size in zip(tables.items(), (self.config.vocab_size, self.config.type_vocab_size)):
-                if ids is not None and not 0 <= ids.min() <= ids.max() < size:
-                    raise ValueError(f"{name} reach from {ids.min()} to {ids.max()}; they must be in [0, {size})")
+        length, limit = input_ids.shape[1], self.config.max_position
+        if length > limit and mask is not None:  # to count costs a GPU a synchronisation, and breaks a compiled graph
+            length = 0 if torch.compiler.is_compiling() else int(mask.sum(dim=-1).max())
+        if length > limit:
+            raise ValueError(f"a row has {length} real tokens; max_position is {limit} (see MaBERT.resize_positions)")
         return mask
 
     @torch.no_grad()
@@ -480,10 +371,10 @@ class Pooling(nn.Module):
 
     def __init__(self, config: MaBERTConfig):
         super().__init__()
+        check("config", config, MaBERTConfig)
         self.kind = config.pooling
         if self.kind in ("map", "attn"):
-            self.score = nn.Linear(config.hidden_size, 1, bias=False)  # Eq. 11's bias would cancel in the softmax
-            self.apply(init_weights)
+            self.score = linear(config.hidden_size, 1, bias=False)  # Eq. 11's bias would cancel in the softmax
 
     def weights(self, x: Tensor, mask: Tensor) -> Tensor:
         """The weight of each token, (b, l)."""
@@ -497,7 +388,8 @@ class Pooling(nn.Module):
         return scores.softmax(dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        mask = check_mask(mask, x.shape[:2])
+        check("x", x, "floating-point", ("batch", "length", "hidden_size"))
+        mask = check_mask("mask", mask, x.shape[:2])
         if mask is None:
             mask = x.new_ones(x.shape[:2], dtype=torch.bool)
         weights = self.weights(x, mask) * mask.any(dim=-1, keepdim=True)  # (b, l), zero in a row of pads
@@ -514,8 +406,8 @@ class MaBERTForMaskedLM(PretrainedModel):
 
     forward(input_ids, attention_mask=None, token_type_ids=None, labels=None, reduction="mean") -> Output(loss, logits)
     - without labels: loss None, logits (b, l, vocab)
-    - with labels, integer (b, l), -100 where there is nothing to predict: the vocabulary projection runs on the
-      labelled positions alone, and logits are (number labelled, vocab) in row-major order. The loss is the mean
+    - with labels, int64 or int32 (b, l), -100 where there is nothing to predict: the vocabulary projection runs on
+      the labelled positions alone, and logits are (number labelled, vocab) in row-major order. The loss is the mean
       cross-entropy in nats over them (0 where there are none), or their sum with reduction="sum". Labels may be on
       the CPU while the rest is on a GPU: counting them is then no reason to wait for it.
     """
@@ -525,24 +417,15 @@ class MaBERTForMaskedLM(PretrainedModel):
         self.encoder = MaBERT(config)
         self.config = self.encoder.config
         h = config.hidden_size
-        self.transform = nn.Sequential(nn.Linear(h, h), nn.GELU(), nn.LayerNorm(h, eps=config.layer_norm_eps))
+        self.transform = nn.Sequential(linear(h, h), nn.GELU(), LayerNorm(h, eps=config.layer_norm_eps))
         self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.transform.apply(init_weights)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        reduction: str = "mean",
-    ) -> Output:
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None, reduction="mean") -> Output:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'")
-        if labels is not None and labels.shape != input_ids.shape:
-            raise ValueError(f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}")
         x = self.encoder(input_ids, attention_mask, token_type_ids)  # (b, l, h)
         if labels is not None:
+            check("labels", labels, "int64 or int32", x.shape[:2], self.config.vocab_size, also=-100)
             places = (labels.flatten() != -100).nonzero().squeeze(1)  # (number labelled,)
             labels = labels.flatten()[places].long().to(x.device, non_blocking=True)
             x = x.flatten(0, 1).index_select(0, places.to(x.device, non_blocking=True))  # (number labelled, h)
@@ -557,7 +440,8 @@ class MaBERTForSequenceClassification(PretrainedModel):
     """The encoder with pooling and a linear classifier (Eq. 14).
 
     forward(input_ids, attention_mask=None, token_type_ids=None, labels=None) -> Output(loss, logits (b, num_labels))
-    - labels: class indices (b,) for cross-entropy; with num_labels=1, floats (b,) for squared error
+    - labels: classes, int64 or int32 (b,), for the mean cross-entropy in nats; rows with -100 do not count
+    - with num_labels=1: numbers of any dtype (b,), for the mean squared error
     """
 
     def __init__(self, config: MaBERTConfig):
@@ -566,28 +450,139 @@ class MaBERTForSequenceClassification(PretrainedModel):
         self.config = self.encoder.config
         self.pooling = Pooling(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.classifier.apply(init_weights)
+        self.classifier = linear(config.hidden_size, config.num_labels)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-    ) -> Output:
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None) -> Output:
         x = self.encoder(input_ids, attention_mask, token_type_ids)  # (b, l, h)
         logits = self.classifier(self.dropout(self.pooling(x, attention_mask)))  # (b, num_labels)
         if labels is None:
             return Output(None, logits)
-        if labels.shape != logits.shape[:1]:
-            raise ValueError(
-                f"labels has shape {tuple(labels.shape)}; it must be (batch,), here {tuple(logits.shape[:1])}"
-            )
+        predicted = at_least_float32(logits)
         if self.config.num_labels == 1:
-            predicted = at_least_float32(logits).squeeze(-1)
-            return Output(F.mse_loss(predicted, labels.to(predicted.dtype)), logits)
-        return Output(F.cross_entropy(at_least_float32(logits), labels), logits)
+            check("labels", labels, "not complex", x.shape[:1])
+            return Output(F.mse_loss(predicted.squeeze(-1), labels.to(predicted.dtype)), logits)
+        check("labels", labels, "int64 or int32", x.shape[:1], self.config.num_labels, also=-100)
+        loss = F.cross_entropy(predicted, labels.long(), reduction="sum")
+        return Output(loss / (labels != -100).sum().clamp(min=1), logits)
+
+
+# ---- Saving and loading ----
+
+
+def save_model(model: PretrainedModel, folder: str | os.PathLike):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as partial:
+        torch.save(model.state_dict(), Path(partial, "model.pt"))
+        config = json.dumps(dataclasses.asdict(model.config), indent=2) + "\n"
+        Path(partial, "config.json").write_text(config, encoding="utf-8")
+        for name in ("model.pt", "config.json"):
+            os.replace(Path(partial, name), Path(folder, name))
+
+
+def torch_load(file: Path) -> dict:
+    """A dict that torch.save wrote, on the CPU; nothing in the file is executed. ValueError where it is damaged."""
+    try:
+        if part := zipfile.ZipFile(file).testzip():  # torch.load does not look at checksums
+            raise ValueError(f"the checksum of {part} is wrong")
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # a truncated or foreign file fails in any of a dozen ways
+        said = textwrap.shorten(str(error), 300)
+        raise ValueError(f"{file} is damaged or not written by this program: {said}") from error
+
+
+def load_model(folder: str | os.PathLike, overrides: dict, model_class: type | None = None) -> PretrainedModel:
+    """See from_pretrained. Without a model_class, the one whose weights these are."""
+    config_file, weights_file = Path(folder) / "config.json", Path(folder) / "model.pt"
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: give a folder that save_pretrained wrote")
+    try:
+        config = MaBERTConfig(**json.loads(config_file.read_text(encoding="utf-8")) | overrides)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config_file} with the overrides {overrides} is no valid config: {error}") from error
+    saved = torch_load(weights_file)
+    if not all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in saved.values()):
+        raise ValueError(
+            f"{weights_file} is damaged or not written by save_pretrained: not all are floating-point tensors"
+        )
+    head = {name: weight for name, weight in saved.items() if not name.startswith("encoder.")}
+    if len(head) == len(saved):  # a bare encoder's names have no prefix
+        head = {}
+    if model_class is None:
+        with_head = MaBERTForSequenceClassification if "classifier.weight" in head else MaBERTForMaskedLM
+        model_class = with_head if head else MaBERT
+    model = model_class(config)
+    encoder = getattr(model, "encoder", model)
+    try:
+        encoder.load_state_dict({name.removeprefix("encoder."): saved[name] for name in saved if name not in head})
+    except RuntimeError as error:  # it names all that does not fit
+        raise ValueError(f"{weights_file} does not fit its config: {textwrap.shorten(str(error), 300)}") from None
+    own = {} if model is encoder else {n: w for n, w in model.state_dict().items() if not n.startswith("encoder.")}
+    fitting = {name: weight for name, weight in head.items() if name in own and weight.shape == own[name].shape}
+    model.load_state_dict(fitting, strict=False)
+    news = {"new and untrained": own.keys() - fitting.keys(), "in the file but not used": head.keys() - fitting.keys()}
+    if said := [f"{what}: {', '.join(sorted(names))}" for what, names in news.items() if names]:
+        logger.warning("%s: encoder loaded; %s", folder, "; ".join(said))
+    return model.eval()
+
+
+# ---- Checks of arguments ----
+
+KINDS = {  # of tensors
+    "floating-point": torch.is_floating_point,
+    "int64 or int32": lambda x: x.dtype in (torch.int64, torch.int32),
+    "not complex": lambda x: not x.is_complex(),
+}
+
+
+def check(name: str, x, kind: str | type, shape: tuple = (), size: int | None = None, also: int = 0):
+    """Raises a ValueError of one line unless the argument `name` is what it must be: of a class; or a tensor of one of
+    KINDS and of the shape (a word there is any length), with a size of whole numbers in [0, size), or `also`.
+
+    Values are looked at on a CPU in eager mode only: a GPU would have to be waited for, a compiled graph would break.
+    """
+    if isinstance(kind, type):
+        if not isinstance(x, kind):
+            raise ValueError(f"{name} is {textwrap.shorten(repr(x), 100)}; it must be a {kind.__name__}")
+        return
+    fits = isinstance(x, Tensor) and KINDS[kind](x) and x.dim() == len(shape)
+    if not fits or not all(isinstance(n, str) or n == m for n, m in zip(shape, x.shape)):
+        found = f"is {x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is of type {type(x).__name__}"
+    elif size is None or x.dtype == torch.bool or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    elif len(wrong := x[(x != also) & ((x < 0) | (x >= size) | (x != x.long()))]):
+        found = f"has the value {wrong[0].item()}"
+    else:
+        return
+    values = "" if size is None else f", of whole numbers from 0 to {size - 1}" + f" or {also}" * (also != 0)
+    raise ValueError(f"{name} {found}; it must be a tensor of shape {tuple(shape)}, {kind}{values}".replace("'", ""))
+
+
+def check_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """A (b, l) padding mask as bool; None, which means that all is real, stays None."""
+    if mask is None:
+        return None
+    check(name, mask, "not complex", shape, size=2)
+    return mask.bool()
+
+
+def check_scan(u, delta, A, B, C, D, z, delta_bias, mask) -> Tensor | None:
+    """The mask as bool, after looking at all arguments of a scan."""
+    check("u", u, "floating-point", ("batch", "length", "d"))
+    check("A", A, "floating-point", (u.shape[2], "n"))
+    (b, l, d), n = u.shape, A.shape[1]
+    shapes = dict(delta=(b, l, d), B=(b, l, n), C=(b, l, n), D=(d,), z=(b, l, d), delta_bias=(d,))
+    for (name, shape), tensor in zip(shapes.items(), (delta, B, C, D, z, delta_bias)):
+        if tensor is not None or name in ("delta", "B", "C"):
+            check(name, tensor, "floating-point", shape)
+    if l == 0:
+        raise ValueError(f"u has shape {(b, l, d)}; its length must be at least 1")
+    return check_mask("mask", mask, (b, l))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """float32 from the half precisions; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ======================================================================================================================
@@ -600,8 +595,27 @@ class MaBERTForSequenceClassification(PretrainedModel):
 #     h_t = exp(Δ_t A) h_{t−1} + Δ_t u_t B_t
 #     y_t = m_t · SiLU(z_t) · (Σ_n C_t h_t + D u_t)
 #
-# The loop is the definition, on any device and in float64 too, and what trains where there is no GPU. The kernels after
-# it do the same on a GPU. `selective_scan`, at the end of the file, picks.
+# `reference_scan` is these three lines in PyTorch. The loop and the kernels compute the same faster, the loop on a CPU,
+# the kernels on a GPU. `selective_scan`, after them, picks.
+
+
+def reference_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, mask=None, reverse=False):
+    """The formula, a step at a time, in plain PyTorch: on any device, in any dtype, with autograd. Slow.
+
+    Arguments, result and errors are those of `selective_scan`.
+    """
+    mask = check_scan(u, delta, A, B, C, D, z, delta_bias, mask)
+    dtype, m = torch.promote_types(u.dtype, torch.float32), 1 if mask is None else mask[..., None]  # (b, l, 1)
+    u_, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
+    delta = delta if delta_bias is None else delta + delta_bias
+    delta = m * (F.softplus(delta) if delta_softplus else delta)  # (b, l, d)
+    x, h, y = delta * u_, 0, [None] * u.shape[1]
+    for t in sorted(range(u.shape[1]), reverse=reverse):
+        h = torch.exp(delta[:, t, :, None] * A) * h + x[:, t, :, None] * B[:, t, None]  # (b, d, n)
+        y[t] = (h * C[:, t, None]).sum(dim=-1)  # (b, d)
+    y = torch.stack(y, dim=1) + (0 if D is None else D * u_)
+    return (m * (y if z is None else F.silu(z.to(dtype)) * y)).to(u.dtype)
+
 
 # ---- A loop ----
 
@@ -689,9 +703,7 @@ def _(delta, x, A, B, C):
     return _empty_like(x), x.new_empty(-(-l // LOOP_CHUNK), b, n, d)
 
 
-@_scan_loop_backward.register_fake
-def _(dy, delta, x, A, B, C, starts):
-    return tuple(_empty_like(tensor) for tensor in (delta, x, A, B, C))
+_scan_loop_backward.register_fake(lambda dy, *inputs: tuple(map(_empty_like, inputs[:5])))
 
 
 def _setup_context(ctx, inputs, output):
@@ -708,35 +720,35 @@ _scan_loop.register_autograd(_backward, setup_context=_setup_context)
 
 # ---- The same in Triton ----
 #
-# A program of the main kernels is one warp. It has 32 channels, one to a lane, and goes through time in tiles of TILE
-# steps with the n states of its channels in registers. A tile's steps lie in one thread, so the recurrence needs no
-# exchange between threads. Mask, softplus, D and z are part of the kernels. As many registers as there are give tiles
-# of 8 steps forward and 4 backward.
+# Three phases let the segments of a row run in parallel, here three of them. A segment's decay is a = exp(A Σ Δ).
 #
-# Where rows × blocks of channels are too few programs to fill the GPU, time is cut into segments that run in parallel,
-# in three phases: `_ends` finds where each segment ends that starts from zero, `_carry` makes start states of these (a
-# segment decays a state by exp(A Σ Δ)), and the main kernel starts from them. That is `_outputs` forward. Backward it
-# is `_gradients`, which takes chunks from the right, replays each from the state that the forward pass kept at its
-# start, and goes back over it (formulas at _scan_loop_backward, with q_t for a_t g_t). A segment is whole chunks, a
-# chunk whole tiles; only the row's last may be cut off by l. Nothing is added atomically: the same call gives the same
-# bits.
+#     forward       segment 0             segment 1             segment 2
+#     1.         0 ───────────▶ e₀     0 ───────────▶ e₁     0 ───────────▶ e₂       _segment_ends: each from zero
+#     2.         h₀ = 0      ···▶      h₁ = a₀ h₀ + e₀ ···▶  h₂ = a₁ h₁ + e₁         _segment_starts: the ends alone
+#     3.         h₀ ─────▶ y           h₁ ─────▶ y           h₂ ─────▶ y             _outputs: each from its start
+#
+#     backward, with q_t = a_t g_t (formulas at _scan_loop_backward): what a step hands to the one on its left
+#     1.         e₀ ◀─────────── 0     e₁ ◀─────────── 0     e₂ ◀─────────── 0       _segment_ends, BACKWARD
+#     2.         q₀ = a₁ q₁ + e₁ ◀···  q₁ = a₂ q₂ + e₂ ◀···           q₂ = 0         _segment_starts, BACKWARD
+#     3.         gradients ◀── q₀      gradients ◀── q₁      gradients ◀── q₂        _gradients
+#
+# Where rows × blocks of channels fill the GPU by themselves there is one segment, and only the third phase runs. In it
+# the forward pass keeps the state at the start of each chunk; the backward pass takes chunks from the right, replays
+# each from that state, and goes back over it. A segment is whole chunks, a chunk whole tiles of TILE steps; only the
+# row's last may be cut off by l. Nothing is added atomically: the same call gives the same bits.
+#
+# A program is one warp. It has 32 channels, one to a lane, and goes through time tile by tile with the n states of its
+# channels in registers; there are enough of these for tiles of 8 steps forward and 4 backward. Mask, softplus, D and z
+# are part of the kernels. (`bench.py scan --static` reads what their machine code costs.)
 #
 # In memory u, delta, z, dy are rows of channels, *_row apart from step to step (negative with `reverse`); outputs are
 # contiguous, d apart, times SIGN, which is −1 with `reverse`. Between the kernels, all float32, time as the scan goes:
 #     packed   (b, tiles, 2 n + 1, TILE)    _pack, for all       B, C and the mask of a tile, which all channels share
-#     starts   (b, segments, n, d)          _ends and _carry     what segments end in, then their start states, or q
+#     ends     (b, segments, n, d)          _segment_ends        e; _segment_starts makes it h, or q, in place
 #     kept     (b, chunks − 1, n, d)        _outputs             the states that all chunks but the first start from
 #     scratch  (programs, tiles, n, 32)     _gradients           the states before each tile of the chunk in work
 #     parts    (b, segments, n + 2, d)      _gradients           gradients of A, D and delta_bias, by segment
 #     dBC      (b, blocks, tiles, n, 2, 4)  _gradients           gradients of B and C, by block of channels
-#
-# What their machine code taught (bench.py scan --static reads it):
-# - `tl.multiple_of` on a tile's pointers makes Triton put all its rows into one thread; then picking a row and writing
-#   one with tl.where are free
-# - in the forward pass u and delta come a tile ahead of their use, and a barrier every 8 states keeps the compiler from
-#   loading all of B and C at once, for which there are no registers
-# - exp2 and rsqrt are one instruction each; exp, log and a division are several
-# - `tl.sum` over channels shuffles each sum five times; `_channel_sums` shuffles each about once
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on CPU tensors, for tests
 constexpr = tl.constexpr
@@ -751,6 +763,7 @@ def jit(function):
 
 @jit
 def _sigmoid(x):
+    """exp2 and rsqrt are one instruction each, where exp, log and a division are several."""
     r = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
     return r * r
 
@@ -780,7 +793,8 @@ def _place(l, segment, d: constexpr, SIGN: constexpr):
 
 @jit
 def _pointers(ptr, row, ROW: constexpr, TILE: constexpr):
-    """Pointers to a tile's rows. The promise of one element's alignment, and no more, keeps all rows in one thread."""
+    """Pointers to a tile's rows. The promise of one element's alignment, and no more, makes Triton put all rows of a
+    channel into one thread; so the recurrence needs no exchange between threads."""
     rows = (ptr + row * ROW)[None, :] + tl.arange(0, TILE).to(tl.int64)[:, None] * ROW
     return tl.multiple_of(rows, (1, ptr.dtype.element_ty.primitive_bitwidth // 8))
 
@@ -815,12 +829,13 @@ def _store_vectors(ptr, h, exists, STRIDE: constexpr, n: constexpr):
 
 @jit
 def _row(x, k, i):
-    """Row i of a tile. It costs nothing: an integer + 0 may be left out, which the compiler may not do with x + 0.0."""
+    """Row i of a tile. As the rows are in one thread it costs nothing: the compiler drops every + 0 from a sum of
+    integers, which it may not do with floats (−0.0 + 0.0 is 0.0)."""
     return tl.sum(tl.where((k == i)[:, None], x.to(tl.int32, bitcast=True), 0), 0).to(tl.float32, bitcast=True)
 
 
 @jit
-def _states(a, x, h, TILE: constexpr):
+def _tile_forward(a, x, h, TILE: constexpr):
     """h_t = a_t h_{t−1} + x_t over a tile: the states after and before each step, and the last."""
     k = tl.arange(0, TILE)
     after, before = x, x
@@ -832,7 +847,7 @@ def _states(a, x, h, TILE: constexpr):
 
 
 @jit
-def _adjoints(a, c, q, TILE: constexpr):
+def _tile_backward(a, c, q, TILE: constexpr):
     """g_t = c_t + q_{t+1} and q_t = a_t g_t over a tile, from its end: all g, all q, and the first q."""
     k = tl.arange(0, TILE)
     g, all_q = c, c
@@ -854,8 +869,9 @@ def _fold(x, y, bit: constexpr):
 
 @jit
 def _channel_sums(x, y):
-    """Sums over channels of two (4, 32) tiles, in as many exchanges as there are sums and one more: each fold halves
-    the rows that a lane cares for. Lanes 4 r to 4 r + 3 get row r of x, and those from 16 on the rows of y."""
+    """Sums over channels of two (4, 32) tiles. Lanes 4 r to 4 r + 3 get row r of x, and those from 16 on the rows of y.
+    tl.sum would shuffle each of the eight sums five times; here each fold halves the rows that a lane cares for, and
+    nine exchanges do."""
     k, rows = tl.arange(0, 4), ()
     for r in tl.static_range(4):
         rows += (_fold(_row(x, k, r), _row(y, k, r), 16),)
@@ -886,77 +902,79 @@ def _pack(
 
 
 @jit
-def _ends(
+def _segment_ends(
     v_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, bias_ptr, ends_ptr, delta_sums_ptr, l, segment,
     d: constexpr, n: constexpr, v_row: constexpr, delta_row: constexpr, z_row: constexpr,
-    SOFTPLUS: constexpr, SIGN: constexpr, ADJOINT: constexpr, TILE: constexpr,
+    SOFTPLUS: constexpr, SIGN: constexpr, BACKWARD: constexpr, TILE: constexpr,
 ):  # fmt: skip
-    """Where each segment ends that starts from zero, (b, segments, n, d), and its Σ Δ, (b, segments, d): with v = u,
-    the last state; with v = dy and ADJOINT, on the way back, the first q."""
+    """Phase 1: where each segment ends that starts from zero, (b, segments, n, d), and its Σ Δ, (b, segments, d). With
+    v = u, h after its last step; with v = dy and BACKWARD, from the right, q before its first. `carried` is h or q."""
     b, row_segment, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
     packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
-    A, h = _load_vectors(A_ptr, channel * n, exists, 1, n), _load_vectors(None, 0, exists, 0, n)
+    A, carried = _load_vectors(A_ptr, channel * n, exists, 1, n), _load_vectors(None, 0, exists, 0, n)
     bias, delta_sums = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :], tl.zeros((32,), tl.float32)
-    t = (end - 1) // TILE * TILE if ADJOINT else begin
+    t = (end - 1) // TILE * TILE if BACKWARD else begin
     valid = exists[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
-    next_v = _load(v_ptr + channel, origin + t, valid, v_row, TILE)
+    next_v = _load(v_ptr + channel, origin + t, valid, v_row, TILE)  # a tile ahead of its use: memory is far
     next_delta = _load(delta_ptr + channel, origin + t, valid, delta_row, TILE)
     for _tile in tl.range(begin, end, TILE, num_stages=1):
         v, delta = next_v.to(tl.float32), next_delta.to(tl.float32) + bias
-        if ADJOINT and z_ptr is not None:
+        if BACKWARD and z_ptr is not None:
             z = _load(z_ptr + channel, origin + t, valid, z_row, TILE).to(tl.float32)
             v *= z * _sigmoid(z)
         packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
-        t = tl.maximum(t - TILE, 0) if ADJOINT else t + TILE
+        t = tl.maximum(t - TILE, 0) if BACKWARD else t + TILE
         valid = exists[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
         next_v = _load(v_ptr + channel, origin + t, valid, v_row, TILE)
         next_delta = _load(delta_ptr + channel, origin + t, valid, delta_row, TILE)
         real = tl.load(packed + 2 * n * TILE)[:, None]
         delta = (_softplus(delta) if SOFTPLUS else delta) * real
         delta_sums += tl.sum(delta, 0)
-        v *= real if ADJOINT else delta
-        new_h = ()
+        v *= real if BACKWARD else delta
+        new = ()
         for i in tl.static_range(n):
             if i % 8 == 0:
-                tl.debug_barrier()
+                tl.debug_barrier()  # or all of B and C would be loaded at once, for which there are no registers
             a = tl.exp2(delta * (A[i] * LOG2E)[None, :])
-            if ADJOINT:
-                new_h += (_adjoints(a, v * tl.load(packed + (n + i) * TILE)[:, None], h[i], TILE)[2],)
+            if BACKWARD:
+                new += (_tile_backward(a, v * tl.load(packed + (n + i) * TILE)[:, None], carried[i], TILE)[2],)
             else:
-                new_h += (_states(a, v * tl.load(packed + i * TILE)[:, None], h[i], TILE)[2],)
-        h = new_h
-    _store_vectors(ends_ptr + row_segment * (n * d) + channel, h, exists, d, n)
+                new += (_tile_forward(a, v * tl.load(packed + i * TILE)[:, None], carried[i], TILE)[2],)
+        carried = new
+    _store_vectors(ends_ptr + row_segment * (n * d) + channel, carried, exists, d, n)
     tl.store(delta_sums_ptr + row_segment * d + channel, delta_sums, mask=exists)
 
 
 @jit
-def _carry(ends_ptr, delta_sums_ptr, A_ptr, segments, d: constexpr, n: constexpr, ADJOINT: constexpr, TILE: constexpr):
-    """Segments' ends to their starts, in place: h = exp(A Σ Δ) h + end, from the left, or with ADJOINT the right."""
+def _segment_starts(
+    ends_ptr, delta_sums_ptr, A_ptr, segments, d: constexpr, n: constexpr, BACKWARD: constexpr, TILE: constexpr
+):  # fmt: skip
+    """Phase 2: what segments start from, in place of their ends: h from the left, or with BACKWARD q from the right."""
     j = tl.program_id(0) % tl.cdiv(n * d, 32) * 32 + tl.arange(0, 32)  # of n d
     exists = j < n * d if n * d % 32 else tl.full((32,), True, tl.int1)
-    SIGN: constexpr = -1 if ADJOINT else 1
-    row = tl.program_id(0).to(tl.int64) // tl.cdiv(n * d, 32) * segments * SIGN - (segments - 1 if ADJOINT else 0)
+    SIGN: constexpr = -1 if BACKWARD else 1
+    row = tl.program_id(0).to(tl.int64) // tl.cdiv(n * d, 32) * segments * SIGN - (segments - 1 if BACKWARD else 0)
     A = tl.load(A_ptr + j % d * n + j // d, mask=exists, other=0.0)[None, :] * LOG2E
-    h = tl.zeros((32,), tl.float32)
+    carried = tl.zeros((32,), tl.float32)
     for s in tl.range(0, segments, TILE, num_stages=1):
         valid = exists[None, :] & (tl.arange(0, TILE) < segments - s)[:, None]
         a = tl.exp2(A * _load(delta_sums_ptr + j % d, row + s, valid, SIGN * d, TILE))
         ends = _load(ends_ptr + j, row + s, valid, SIGN * n * d, TILE)
-        _, starts, h = _states(a, ends, h, TILE)
+        _, starts, carried = _tile_forward(a, ends, carried, TILE)
         _store(ends_ptr + j, starts, row + s, valid, SIGN * n * d, TILE)
 
 
 @jit
 def _outputs(
-    u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, starts_ptr, kept_ptr, y_ptr, l, segment,
+    u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, h_ptr, kept_ptr, y_ptr, l, segment,
     d: constexpr, n: constexpr, u_row: constexpr, delta_row: constexpr, z_row: constexpr,
     SOFTPLUS: constexpr, SIGN: constexpr, CHUNK: constexpr, TILE: constexpr,
 ):  # fmt: skip
-    """y; and kept, if kept_ptr is given."""
+    """Phase 3, forward: y; and kept, if kept_ptr is given. h_ptr: the segments' first states, or None for zeros."""
     b, row_segment, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
     packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
     A = _load_vectors(A_ptr, channel * n, exists, 1, n)
-    h = _load_vectors(starts_ptr, row_segment * (n * d) + channel, exists, d, n)
+    h = _load_vectors(h_ptr, row_segment * (n * d) + channel, exists, d, n)
     bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
     D = tl.load(D_ptr + channel, mask=exists, other=0.0)[None, :]
     valid = exists[None, :] & (tl.arange(0, TILE) < end - begin)[:, None]
@@ -983,7 +1001,7 @@ def _outputs(
             if i % 8 == 0:
                 tl.debug_barrier()
             B, C = tl.load(packed + i * TILE)[:, None], tl.load(packed + (n + i) * TILE)[:, None]
-            states, _, h_i = _states(tl.exp2(delta * (A[i] * LOG2E)[None, :]), x * B, h[i], TILE)
+            states, _, h_i = _tile_forward(tl.exp2(delta * (A[i] * LOG2E)[None, :]), x * B, h[i], TILE)
             y += states * C
             new_h += (h_i,)
         h = new_h
@@ -995,14 +1013,15 @@ def _outputs(
 
 @jit
 def _gradients(
-    dy_ptr, u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, kept_ptr, starts_ptr,
+    dy_ptr, u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, kept_ptr, q_ptr,
     scratch_ptr, du_ptr, ddelta_ptr, dz_ptr, dBC_ptr, parts_ptr, l, segment,
     d: constexpr, n: constexpr, dy_row: constexpr, u_row: constexpr, delta_row: constexpr, z_row: constexpr,
     SOFTPLUS: constexpr, SIGN: constexpr, CHUNK: constexpr, TILE: constexpr,
 ):  # fmt: skip
-    """The gradients of u, delta and z, and each program's part of the others'. For each chunk from the right: replay
-    it from the state kept at its start, writing the state before each tile to scratch; then, tile by tile from the
-    right, all its states again, and g and q with them. A is (n, d) here, and times log2 e; starts are of q, or None."""
+    """Phase 3, backward: the gradients of u, delta and z, and each program's part of the others'. For each chunk from
+    the right: replay it from the state kept at its start, writing the state before each tile to scratch; then, tile by
+    tile from the right, all its states again, and g and q with them. A is (n, d) here, and times log2 e. q_ptr: the
+    segments' first q, or None for zeros."""
     b, row_segment, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
     packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
     dBC_ptr += tl.program_id(0).to(tl.int64) * tl.cdiv(l, TILE) * (n * 8) + tl.arange(0, 32) // 4
@@ -1011,14 +1030,13 @@ def _gradients(
     scratch_ptr += own * (CHUNK // TILE * n * 32) + tl.arange(0, 32)
     bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
     D = tl.load(D_ptr + channel, mask=exists, other=0.0)[None, :]
-    q = _load_vectors(starts_ptr, row_segment * (n * d) + channel, exists, d, n)
+    q = _load_vectors(q_ptr, row_segment * (n * d) + channel, exists, d, n)
     dA, dD, dbias = _load_vectors(None, 0, exists, 0, n), tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
     for j in tl.range(begin, end, CHUNK, num_stages=1):
         first = begin + (end - 1 - begin) // CHUNK * CHUNK - (j - begin)  # chunks from the right
         last = tl.minimum(first + CHUNK, end)
-        known = exists & (
-            channel < tl.where(first > 0, d, 0)
-        )  # the row's first state is zero (a block & a scalar is an integer)
+        # the row's first state is zero (and a block & a scalar is an integer)
+        known = exists & (channel < tl.where(first > 0, d, 0))
         h = _load_vectors(kept_ptr, tl.cast(first // CHUNK, tl.int64) * (n * d), known, d, n)
         tl.debug_barrier()
         _store_vectors(scratch_ptr, h, None, 32, n)
@@ -1032,7 +1050,7 @@ def _gradients(
             new_h = ()
             for i in tl.static_range(n):
                 a = tl.exp2(delta * tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :])
-                new_h += (_states(a, x * tl.load(packed + i * TILE)[:, None], h[i], TILE)[2],)
+                new_h += (_tile_forward(a, x * tl.load(packed + i * TILE)[:, None], h[i], TILE)[2],)
             h = new_h
             _store_vectors(scratch_ptr + ((t - first) // TILE + 1) * (n * 32), h, None, 32, n)
         tl.debug_barrier()
@@ -1056,8 +1074,8 @@ def _gradients(
                 B, C = tl.load(packed + i * TILE)[:, None], tl.load(packed + (n + i) * TILE)[:, None]
                 A = tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :]
                 a, start = tl.exp2(delta * A), tl.load(scratch_ptr + (t - first) // TILE * (n * 32) + i * 32)
-                states, previous, _ = _states(a, x * B, start, TILE)
-                g, all_q, q_i = _adjoints(a, dstate * C, q[i], TILE)
+                states, previous, _ = _tile_forward(a, x * B, start, TILE)
+                g, all_q, q_i = _tile_backward(a, dstate * C, q[i], TILE)
                 y += states * C
                 dx += g * B
                 w = all_q * previous
@@ -1115,19 +1133,20 @@ def _pack_tiles(B, C, mask, reverse, TILE):
     return packed
 
 
-def _starts(v, delta, z, packed, A, bias, segment, ADJOINT, **options):
-    """What segments start from, (b, segments, n, d): states, or with ADJOINT q. None where there is one segment."""
+def _starts(v, delta, z, packed, A, bias, segment, BACKWARD, **options):
+    """Phases 1 and 2: the h, or with BACKWARD the q, that segments start from, (b, segments, n, d); None for one."""
     (b, l, d), n = v.shape, A.shape[1]
     segments = triton.cdiv(l, segment)
     if segments == 1:
         return None
-    starts, sums = A.new_empty(b, segments, n, d), A.new_empty(b, segments, d)
-    _ends[(b * triton.cdiv(d, 32), segments)](
-        **_rows(options["SIGN"], v=v, delta=delta, z=z), packed_ptr=packed, A_ptr=A, bias_ptr=bias, ends_ptr=starts,
-        delta_sums_ptr=sums, l=l, segment=segment, ADJOINT=ADJOINT, **options,
+    ends, sums = A.new_empty(b, segments, n, d), A.new_empty(b, segments, d)
+    _segment_ends[(b * triton.cdiv(d, 32), segments)](
+        **_rows(options["SIGN"], v=v, delta=delta, z=z), packed_ptr=packed, A_ptr=A, bias_ptr=bias, ends_ptr=ends,
+        delta_sums_ptr=sums, l=l, segment=segment, BACKWARD=BACKWARD, **options,
     )  # fmt: skip
-    _carry[(b * triton.cdiv(n * d, 32),)](starts, sums, A, segments, d=d, n=n, ADJOINT=ADJOINT, TILE=8, num_warps=1)
-    return starts
+    sizes = dict(d=d, n=n, BACKWARD=BACKWARD, TILE=8, num_warps=1)
+    _segment_starts[(b * triton.cdiv(n * d, 32),)](ends, sums, A, segments, **sizes)
+    return ends
 
 
 @torch.library.custom_op("mabert::scan_triton", mutates_args=())
@@ -1144,11 +1163,10 @@ def _scan_triton(
     options = dict(d=d, n=n, SOFTPLUS=softplus, SIGN=-1 if reverse else 1, TILE=8, num_warps=1, enable_fp_fusion=True)
     with torch.cuda.device_of(u):
         packed = _pack_tiles(B, C, mask, reverse, TILE=8)
-        starts = _starts(u, delta, None, packed, A, bias, segment, ADJOINT=False, **options)
+        starts = _starts(u, delta, None, packed, A, bias, segment, BACKWARD=False, **options)
         _outputs[(b * blocks, triton.cdiv(l, segment))](
             **_rows(options["SIGN"], u=u, delta=delta, z=z), packed_ptr=packed, A_ptr=A, D_ptr=D, bias_ptr=bias,
-            starts_ptr=starts, kept_ptr=states if keep else None, y_ptr=y, l=l, segment=segment, CHUNK=chunk,
-            **options,
+            h_ptr=starts, kept_ptr=states if keep else None, y_ptr=y, l=l, segment=segment, CHUNK=chunk, **options,
         )  # fmt: skip
     return y, states
 
@@ -1170,10 +1188,10 @@ def _scan_triton_backward(
     options = dict(d=d, n=n, SOFTPLUS=softplus, SIGN=-1 if reverse else 1, TILE=4, num_warps=1, enable_fp_fusion=True)
     with torch.cuda.device_of(u):
         packed = _pack_tiles(B, C, mask, reverse, TILE=4)
-        starts = _starts(dy, delta, z, packed, A_, bias_, segment, ADJOINT=True, **options)
+        starts = _starts(dy, delta, z, packed, A_, bias_, segment, BACKWARD=True, **options)
         _gradients[(b * blocks, segments)](
             **_rows(options["SIGN"], dy=dy, u=u, delta=delta, z=z), packed_ptr=packed,
-            A_ptr=(A_.T / math.log(2)).contiguous(), D_ptr=D_, bias_ptr=bias_, kept_ptr=states, starts_ptr=starts,
+            A_ptr=(A_.T / math.log(2)).contiguous(), D_ptr=D_, bias_ptr=bias_, kept_ptr=states, q_ptr=starts,
             scratch_ptr=scratch, du_ptr=du, ddelta_ptr=ddelta, dz_ptr=dz, dBC_ptr=dBC, parts_ptr=parts,
             l=l, segment=segment, CHUNK=chunk, **options,
         )  # fmt: skip
@@ -1207,24 +1225,12 @@ def _setup_triton_context(ctx, inputs, output):
 def _triton_backward(ctx, dy, _):
     if dy is None:
         return (None,) * 14
-    saved = ctx.saved_tensors
-    gradients = list(_scan_triton_backward(dy, *saved, ctx.softplus, ctx.reverse, ctx.chunk))
-    for i, tensor in enumerate(saved[1:9]):  # u, delta, A, B, C, D, z, bias; the mask and the rest get none
-        gradients[i] = None if tensor is None else gradients[i]
-    return *gradients, *(None,) * 6
+    saved = ctx.saved_tensors  # after the states: u, delta, A, B, C, D, z, bias, mask
+    gradients = _scan_triton_backward(dy, *saved, ctx.softplus, ctx.reverse, ctx.chunk)
+    return *(None if x is None else dx for x, dx in zip(saved[1:9], gradients)), *(None,) * 6
 
 
 _scan_triton.register_autograd(_triton_backward, setup_context=_setup_triton_context)
-
-
-def _no_triton(u: Tensor) -> str | None:
-    """Why the kernels cannot run on u, or None if they can."""
-    if triton is None:
-        return "the package triton is not installed"
-    if not u.is_cuda and not INTERPRETED:
-        return f"it needs a GPU, and u is on {u.device} (TRITON_INTERPRET=1, set before Python starts, runs it, slowly)"
-    if u.dtype == torch.float64:
-        return "its arithmetic is in float32, and u is float64"
 
 
 def _selective_scan_triton(u, delta, A, B, C, D, z, bias, softplus, mask, reverse):
@@ -1244,19 +1250,11 @@ def _selective_scan_triton(u, delta, A, B, C, D, z, bias, softplus, mask, revers
     return y.to(u.dtype)
 
 
+# ---- The pick ----
+
+
 def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    mask: Tensor | None = None,
-    reverse: bool = False,
-    backend: str | None = None,
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, mask=None, reverse=False, backend=None
 ) -> Tensor:
     """The masked selective scan (the formula above): u, delta, A, B, C, ... -> y (b, l, d) of u's dtype.
 
@@ -1266,48 +1264,81 @@ def selective_scan(
     reverse: the recurrence runs from the right end.
     backend: "triton" (float32 arithmetic, on a GPU), "loop", or None for Triton where it can run and else the loop.
 
-    Raises ValueError for shapes or a mask that do not fit (the mask's values are looked at on a CPU only), RuntimeError
-    for a backend that cannot run here. Gradients of gradients are not implemented.
+    Raises ValueError for arguments that do not fit (the mask's values are looked at on a CPU only), RuntimeError for a
+    backend that cannot run here. Gradients of gradients are not implemented.
     """
-    if not u.is_floating_point():
-        raise ValueError(f"u is {u.dtype}; it must be floating-point")
-    if u.dim() != 3 or u.shape[1] == 0:
-        raise ValueError(f"u has shape {tuple(u.shape)}; it must be (batch, length, d) with a length of at least 1")
-    (b, l, d), n = u.shape, A.shape[-1]
-    expected = {"delta": (b, l, d), "A": (d, n), "B": (b, l, n), "C": (b, l, n), "D": (d,), "z": (b, l, d)}
-    expected["delta_bias"] = (d,)
-    given = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-    for name, tensor in given.items():
-        if tensor is not None and tensor.shape != expected[name]:
-            told = f"with u (batch, length, d) {(b, l, d)} it must be {expected[name]}"
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {told}")
+    mask = check_scan(u, delta, A, B, C, D, z, delta_bias, mask)
     if backend not in SCAN_BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {SCAN_BACKENDS}")
-    mask = check_mask(mask, (b, l))
     if backend is None:
         backend = "triton" if triton and u.is_cuda and u.dtype != torch.float64 else "loop"
     if backend == "triton":
-        if problem := _no_triton(u):
-            raise RuntimeError(f"backend='triton' cannot run here: {problem}; use backend='loop' or None")
+        no = "backend='triton' cannot run here (backend='loop' or None can): "
+        if triton is None:
+            raise RuntimeError(no + "the package triton is not installed")
+        if not u.is_cuda and not INTERPRETED:
+            raise RuntimeError(no + f"it needs a GPU, and u is on {u.device}; with TRITON_INTERPRET=1 it runs, slowly")
+        if u.dtype == torch.float64:
+            raise RuntimeError(no + "its arithmetic is in float32, and u is float64")
         return _selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, mask, reverse)
-    u_ = at_least_float32(u)
-    delta, A, B, C = (tensor.to(u_.dtype) for tensor in (delta, A, B, C))
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(delta.dtype)
-    if delta_softplus:
-        delta = F.softplus(delta)
-    if mask is not None:
-        delta = delta * mask[..., None]
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    u_, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
+    delta = delta if delta_bias is None else delta + delta_bias.to(dtype)
+    delta = F.softplus(delta) if delta_softplus else delta
+    delta = delta if mask is None else delta * mask[..., None]
     inputs = delta, delta * u_, A, B, C
     if reverse:
         inputs = [tensor if tensor is A else tensor.flip(1) for tensor in inputs]
     y, _ = _scan_loop(*inputs)
-    if reverse:
-        y = y.flip(1)
-    if D is not None:
-        y = y + D.to(y.dtype) * u_
-    if z is not None:
-        y = y * F.silu(z.to(y.dtype))
-    if mask is not None:
-        y = y * mask[..., None]
-    return y.to(u.dtype)
+    y = y.flip(1) if reverse else y
+    y = y if D is None else y + D.to(dtype) * u_
+    y = y if z is None else y * F.silu(z.to(dtype))
+    return (y if mask is None else y * mask[..., None]).to(u.dtype)
+
+
+# ---- The command: python mabert.py FOLDER "text with a [MASK]" ----
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None):
+    """Asks a trained model: five guesses for each [MASK] of a text; without one, the text's embedding, the mean of its
+    hidden states; from a classifier each class's probability, or the regression's value."""
+    parser = argparse.ArgumentParser(description=" ".join(main.__doc__.split()))
+    parser.add_argument("folder", type=Path, help="what train_mlm.py, or finetune_glue.py --save, wrote")
+    parser.add_argument("text", help="in quotation marks")
+    args = parser.parse_args(argv)
+    try:
+        from tokenizers import Tokenizer
+
+        model, file = load_model(args.folder, {}), args.folder / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise ValueError(f"{file} is missing or damaged: {error}") from error
+        tokenizer.no_truncation()
+        cls, sep, mask = map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[MASK]"))
+        if None in (cls, sep, mask):
+            raise ValueError(f"{file} lacks [CLS], [SEP] or [MASK]")
+        ids = [cls, *tokenizer.encode(args.text, add_special_tokens=False).ids, sep]  # whatever post-processor it has
+        output = model(torch.tensor([ids]))
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"mabert.py: {error}")
+    if isinstance(model, MaBERTForSequenceClassification):
+        for i, probability in enumerate(output.logits[0].softmax(dim=0).tolist()):
+            print(
+                f"class {i}: {probability:.4f}" if model.config.num_labels > 1 else f"value: {output.logits.item():.4f}"
+            )
+    elif isinstance(model, MaBERTForMaskedLM) and mask in ids:
+        for place in (i for i, token in enumerate(ids) if token == mask):
+            best = output.logits[0, place].softmax(dim=0).topk(5)
+            guesses = (f"{tokenizer.id_to_token(i)} {p:.4f}" for p, i in zip(*map(Tensor.tolist, best)))
+            print("[MASK]:", ", ".join(guesses))
+    else:
+        x = (output if isinstance(model, MaBERT) else model.encoder(torch.tensor([ids])))[0].mean(dim=0)  # (h,)
+        print(
+            f"embedding: norm {x.norm():.4f}, {len(x)} numbers:", *(f"{value:.4f}" for value in x[:5].tolist()), "..."
+        )
+
+
+if __name__ == "__main__":
+    main()
