@@ -673,7 +673,7 @@ def save_checkpoint(out: Path, keep: int, model: MaBERTForMaskedLM, tokenizer: T
     partial = folder.with_suffix(".partial")
     try:
         model.save_pretrained(partial)
-        tokenizer.save(str(partial / "tokenizer.json"))
+        write_whole(partial / "tokenizer.json", tokenizer.to_str(pretty=True))
         torch.save(training, partial / "training.pt")
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one, if any
         os.replace(partial, folder)
@@ -991,7 +991,7 @@ def main(argv: list[str]):
         if re.search("out of memory|ALLOC_FAILED|allocate", str(error)):  # CUDA's, cuBLAS's, the allocator's, NumPy's
             advice = (f"out of memory: lower --micro-batch-size (now {args.micro_batch_size}; the batch stays) "
                       "or the lengths of --length-schedule; or pass --activation-checkpointing")  # fmt: skip
-        elif isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
+        elif isinstance(error, OSError) or re.search("iostream|StreamWriter", str(error)):  # torch.save, a full disk
             advice = "cannot write: is the disk full? What is whole of tokens and checkpoints is kept; --resume goes on"
         elif PROCESSES > 1 and "gloo" in str(error):
             advice = f"process {RANK} lost another, whose message says why"
