@@ -1000,6 +1000,7 @@ def main(argv: list[str]):
         raise SystemExit(f"{advice}\n{error}") from error
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():
             dist.destroy_process_group()
 
