@@ -1,12 +1,13 @@
 """MaBERT in one file: a BERT-sized masked-language-model encoder that interleaves Mamba and Transformer layers.
 
 Paper: "MaBERT: A Padding-Safe Interleaved Transformer–Mamba Hybrid Encoder for Efficient Extended-Context Masked
-Language Modeling", Kim and Park, 2026, arXiv:2603.03001. Equation and table numbers below are the paper's.
+Language Modeling", Kim and Park, 2026, arXiv:2603.03001. Equation numbers below are the paper's.
 
 What is particular about it:
-- the layer pattern is a string, MMT four times: M is a Mamba layer (a selective state-space scan, linear in length),
-  T is a Transformer layer (bidirectional attention);
-- padding-safe masking (PSM): the number of pads in a batch never changes what the model says about real tokens;
+- the layer pattern is a string, MMT four times: M is a Mamba layer (a selective state-space scan, left to right, linear
+  in length), T is a Transformer layer (bidirectional attention);
+- padding-safe masking (PSM): the number of pads in a batch never changes what the model says about real tokens; the
+  paper's two stages, and a third that makes this exact;
 - mask-aware attention pooling (MAP) feeds the classifier.
 
 Letters in the shape comments, and their names in the config:
@@ -14,12 +15,13 @@ Letters in the shape comments, and their names in the config:
     l  sequence length              n  state size per channel, d_state (16)
     h  hidden size (768)            r  rank of Δ, dt_rank (⌈h / 16⌉)
     c  chunks of the scan           k  width of the convolution, d_conv (4)
-Capitals A, B, C, D are the state-space matrices; Δ is `delta`, and `rho` what it is projected from. In formulas h_t is
-the state of the scan at step t. Masks are True at real tokens and False at pads.
+Capitals A, B, C, D are the state-space matrices. `delta` is Δ before bias, softplus and mask; `rho` is what it is
+projected from. In the scan u is the input, x = Δ u, and h_t the state at step t. A row is a sequence of the batch.
+Masks are True at real tokens and False at pads.
 
 Map of the file:
-    Part I, the model     MaBERTConfig · MambaMixer, MambaLayer · SelfAttention, TransformerLayer · MaBERT · Pooling
-                          · MaBERTForMaskedLM, MaBERTForSequenceClassification · saving, loading, checks of arguments
+    Part I, the model     MaBERTConfig · MambaMixer, MambaLayer · SelfAttention, TransformerLayer · saving, loading ·
+                          MaBERT · Pooling · MaBERTForMaskedLM, MaBERTForSequenceClassification · checks of arguments
     Part II, the scan     reference_scan, the masked selective scan as its formula; the same as a faster loop, and as
                           Triton kernels for a GPU, each with a backward pass; selective_scan, which picks
     The command           python mabert.py FOLDER "text with a [MASK]"
@@ -30,12 +32,10 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import sys
 import tempfile
 import textwrap
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -48,87 +48,69 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton, tl = None, SimpleNamespace(constexpr=float)
+    triton, tl = None, SimpleNamespace(constexpr=float)  # enough for the definitions below
 
 __all__ = [
     "MaBERT", "MaBERTConfig", "MaBERTForMaskedLM", "MaBERTForSequenceClassification", "MambaLayer", "MambaMixer",
-    "Output", "Pooling", "SelfAttention", "TransformerLayer", "reference_scan", "selective_scan",
+    "Output", "Pooling", "PretrainedModel", "SelfAttention", "TransformerLayer", "reference_scan", "selective_scan",
 ]  # fmt: skip
 
 logger = logging.getLogger("mabert")
 
-# ======================================================================================================================
-# Part I: the model
-# ======================================================================================================================
+# ================================================= Part I: the model ==================================================
 
-PSM_STAGES = ("pre", "scan", "post")
+PSM_STAGES = ("pre", "scan", "post")  # see MambaLayer
 POOLINGS = ("map", "attn", "cls", "mean")
 SCAN_BACKENDS = (None, "loop", "triton")
 
 
-@dataclass
+@dataclasses.dataclass
 class MaBERTConfig:
     """Sizes and variants of a MaBERT model. The defaults are the paper's where it gives them (psm adds one stage), else
-    BERT's and Mamba's.
-
-    pattern: one letter per layer, M or T.
-    dt_rank: rank of Δ; None means ⌈hidden_size / 16⌉.
-    causal_conv: False centres the core's convolution, so that it also looks at the tokens to the right.
-    max_position: the most real tokens that a row may have (`MaBERT.resize_positions` changes it).
-    psm: which stages of padding-safe masking are on. The paper's are "pre" and "post"; "scan" makes them exact.
-    pooling: what the classifier reads: "map", "attn", "cls" or "mean" (see `Pooling`).
-    num_labels: classes of the classifier; 1 means regression.
-    scan_backend: passed to `selective_scan`.
-
-    Raises ValueError that names the field, its value and what is allowed.
-    """
+    BERT's and Mamba's. Raises ValueError that names the field, its value and what is allowed."""
 
     vocab_size: int = 30522
     hidden_size: int = 768
-    pattern: str = "MMTMMTMMTMMT"
+    pattern: str = "MMTMMTMMTMMT"  # one letter per layer, M or T
     num_heads: int = 12
     intermediate_size: int = 3072
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
-    dt_rank: int | None = None
-    causal_conv: bool = True
-    max_position: int = 512
+    dt_rank: int | None = None  # rank of Δ; None means ⌈hidden_size / 16⌉
+    causal_conv: bool = True  # False centres the core's convolution, so that it also looks at the tokens to the right
+    max_position: int = 512  # the most real tokens that a row may have (`MaBERT.resize_positions` changes it)
     type_vocab_size: int = 2
     dropout: float = 0.1
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
-    psm: tuple[str, ...] = PSM_STAGES
-    pooling: str = "map"
-    num_labels: int = 2
-    scan_backend: str | None = None
+    psm: tuple[str, ...] = PSM_STAGES  # padding-safe masking; the paper has "pre" and "post", "scan" makes them exact
+    pooling: str = "map"  # what the classifier reads: "map", "attn", "cls" or "mean" (see `Pooling`)
+    num_labels: int = 2  # classes of the classifier; 1 means regression
+    scan_backend: str | None = None  # passed to `selective_scan`
 
     def __post_init__(self):
-        def require(field, ok, allowed):
-            if not ok:
-                raise ValueError(f"MaBERTConfig.{field} is {getattr(self, field)!r}; it must be {allowed}")
-
-        def positive(value):
-            return isinstance(value, int) and not isinstance(value, bool) and value > 0
+        def positive(x):
+            return type(x) is int and x > 0
 
         sizes = "vocab_size hidden_size num_heads intermediate_size d_state d_conv expand max_position type_vocab_size"
-        for field in (*sizes.split(), "num_labels"):
-            require(field, positive(getattr(self, field)), "a positive integer")
-        require("hidden_size", self.hidden_size % self.num_heads == 0, f"a multiple of num_heads ({self.num_heads})")
-        letters = set(self.pattern) if isinstance(self.pattern, str) else set()
-        require("pattern", letters and letters <= set(LAYERS), f"a string of the letters {', '.join(LAYERS)}")
-        require("dt_rank", self.dt_rank is None or positive(self.dt_rank), "a positive integer or None")
-        require("causal_conv", isinstance(self.causal_conv, bool), "True or False")
-        require("dropout", isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1, "in [0, 1)")
-        eps = self.layer_norm_eps
-        require("layer_norm_eps", isinstance(eps, float) and 0 < eps < math.inf, "a positive, finite float")
-        in_vocab = self.pad_token_id == 0 or (positive(self.pad_token_id) and self.pad_token_id < self.vocab_size)
-        require("pad_token_id", in_vocab, f"an id below vocab_size ({self.vocab_size})")
-        stages = isinstance(self.psm, (tuple, list)) and all(stage in PSM_STAGES for stage in self.psm)
-        require("psm", stages, f"a tuple with any of {PSM_STAGES}")
-        self.psm = tuple(stage for stage in PSM_STAGES if stage in self.psm)  # JSON brings it as a list
-        require("pooling", self.pooling in POOLINGS, f"one of {POOLINGS}")
-        require("scan_backend", self.scan_backend in SCAN_BACKENDS, f"one of {SCAN_BACKENDS}")
+        rules = [(field, positive, "a positive integer") for field in (*sizes.split(), "num_labels")]
+        rules += [
+            ("hidden_size", lambda x: x % self.num_heads == 0, f"a multiple of num_heads ({self.num_heads})"),
+            ("pattern", lambda x: isinstance(x, str) and x and {*x} <= {*LAYERS}, f"letters of {', '.join(LAYERS)}"),
+            ("dt_rank", lambda x: x is None or positive(x), "a positive integer or None"),
+            ("causal_conv", lambda x: isinstance(x, bool), "True or False"),
+            ("dropout", lambda x: isinstance(x, (int, float)) and 0 <= x < 1, "in [0, 1)"),
+            ("layer_norm_eps", lambda x: isinstance(x, float) and 0 < x < math.inf, "a positive, finite float"),
+            ("pad_token_id", lambda x: type(x) is int and 0 <= x < self.vocab_size, "an id below vocab_size"),
+            ("psm", lambda x: isinstance(x, (tuple, list)) and all(y in PSM_STAGES for y in x), f"any of {PSM_STAGES}"),
+            ("pooling", lambda x: x in POOLINGS, f"one of {POOLINGS}"),
+            ("scan_backend", lambda x: x in SCAN_BACKENDS, f"one of {SCAN_BACKENDS}"),
+        ]
+        for field, fits, allowed in rules:
+            if not fits(getattr(self, field)):
+                raise ValueError(f"MaBERTConfig.{field} is {getattr(self, field)!r}; it must be {allowed}")
+        self.psm = tuple(stage for stage in PSM_STAGES if stage in self.psm)  # in order, each once; JSON brings a list
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
@@ -141,7 +123,7 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
 
 
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's, but where a row is zero, as the post stage makes pads, BERT's 1/√eps of 10⁶ is beyond float16."""
+    """PyTorch's, with eps ≥ 1e-7 in float16: on a zero vector (a pad) BERT's 1e-12 gives 1/√eps = 10⁶, an overflow."""
 
     def forward(self, x: Tensor) -> Tensor:
         eps = max(self.eps, 1e-7) if x.dtype == torch.float16 else self.eps
@@ -149,16 +131,14 @@ class LayerNorm(nn.LayerNorm):
 
 
 class MambaMixer(nn.Module):
-    """The core of a Mamba layer (Eqs. 4–9): projections, a short convolution and the selective scan.
-
-    forward(x, mask=None): x (b, l, h) -> (b, l, h). With a mask (b, l), pads pass the scan's state through.
-    """
+    """The core of a Mamba layer (Eqs. 4–9): projections, a short convolution and the selective scan. (b, l, h) ->
+    (b, l, h); with a mask (b, l), bool, pads pass the scan's state through."""
 
     def __init__(self, config: MaBERTConfig):
         super().__init__()
         h, n, k = config.hidden_size, config.d_state, config.d_conv
         d, r = config.expand * h, config.dt_rank or math.ceil(h / 16)
-        self.sizes = (r, n, n)
+        self.rho_B_C_sizes = (r, n, n)
         self.conv_padding = (k - 1, 0) if config.causal_conv else ((k - 1) // 2, k // 2)  # (left, right)
         self.scan_backend = config.scan_backend
         self.in_proj = linear(h, 2 * d, bias=False)
@@ -166,7 +146,7 @@ class MambaMixer(nn.Module):
         self.x_proj = linear(d, r + 2 * n, bias=False)
         self.out_proj = linear(d, h, bias=False)
         # Mamba's own initialisation of Δ, A and D
-        self.dt_proj = nn.Linear(r, d)  # PyTorch's weights, uniform ±1/√r, are Mamba's too
+        self.dt_proj = nn.Linear(r, d)  # PyTorch's weights, uniform ±1/√r, are Mamba's too; never called as a layer
         delta = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(0.1)))
         self.dt_proj.bias = nn.Parameter(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
         self.A_log = nn.Parameter(torch.arange(1, n + 1).log().repeat(d, 1))
@@ -174,15 +154,14 @@ class MambaMixer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         # Eqs. 4–9, in their order
-        x, z = self.in_proj(x).chunk(2, dim=-1)  # both (b, l, d)
-        x = F.pad(x.transpose(1, 2), self.conv_padding)  # (b, d, k - 1 + l)
-        x = F.silu(self.conv1d(x)).transpose(1, 2)  # (b, l, d)
-        rho, B, C = self.x_proj(x).split(self.sizes, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # both (b, l, d)
+        u = F.pad(u.transpose(1, 2), self.conv_padding)  # (b, d, k - 1 + l)
+        u = F.silu(self.conv1d(u)).transpose(1, 2)  # (b, l, d)
+        rho, B, C = self.x_proj(u).split(self.rho_B_C_sizes, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
         delta = F.linear(rho, self.dt_proj.weight)  # (b, l, d); its bias and softplus join in the scan
         A = -torch.exp(self.A_log)  # (d, n)
-        # the recurrence, + D x, · SiLU(z): (b, l, d)
         options = dict(delta_softplus=True, mask=mask, backend=self.scan_backend)
-        y = selective_scan(x, delta, A, B, C, self.D, z, self.dt_proj.bias, **options)
+        y = selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, **options)  # scan, + D u, · SiLU(z)
         return self.out_proj(y)
 
 
@@ -192,15 +171,13 @@ def feed_forward(config: MaBERTConfig) -> nn.Sequential:
 
 
 class MambaLayer(nn.Module):
-    """A pre-LN Mamba layer with padding-safe masking (Eqs. 2–3, 10).
+    """A pre-LN Mamba layer with padding-safe masking (Eqs. 2–3, 10): x (b, l, h), mask (b, l) -> (b, l, h).
 
     The three stages, any of which config.psm selects:
     - pre:  the core's input is zero at pads, so the convolution sees zeros there, as it does beyond a row's ends;
     - scan: at pads Δ = 0, so exp(Δ A) = 1 and nothing enters the state: it passes through untouched. Without this
-            stage, zeroed input is not enough: the convolution's bias makes x, B and Δ non-zero at pads;
+            stage, zeroed input is not enough: the convolution's bias makes u, B and Δ non-zero at pads;
     - post: the block's output is zero at pads, residual path and feed-forward included.
-
-    forward(x, mask=None): x (b, l, h), mask (b, l), bool -> (b, l, h).
     """
 
     def __init__(self, config: MaBERTConfig):
@@ -222,10 +199,7 @@ class MambaLayer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Bidirectional multi-head self-attention in which pads get no weight as keys.
-
-    forward(x, mask=None): x (b, l, h), mask (b, l), bool -> (b, l, h).
-    """
+    """Bidirectional multi-head self-attention; pads get no weight as keys: x (b, l, h), mask (b, l) -> (b, l, h)."""
 
     def __init__(self, config: MaBERTConfig):
         super().__init__()
@@ -239,7 +213,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x).view(b, l, 3, self.num_heads, h // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, num_heads, l, h / num_heads)
         if mask is not None:
-            mask = mask | ~mask.any(dim=-1, keepdim=True)  # a row of pads sees itself: softmax over nothing is NaN
+            mask = mask | ~mask.any(dim=-1, keepdim=True)  # a row of pads sees its pads: softmax over nothing is NaN
             mask = mask[:, None, None]  # (b, 1, 1, l)
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
@@ -247,7 +221,7 @@ class SelfAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """A pre-LN Transformer layer (Eq. 1). forward(x, mask=None): x (b, l, h), mask (b, l), bool -> (b, l, h)."""
+    """A pre-LN Transformer layer (Eq. 1): x (b, l, h), mask (b, l) -> (b, l, h)."""
 
     def __init__(self, config: MaBERTConfig):
         super().__init__()
@@ -265,27 +239,71 @@ class TransformerLayer(nn.Module):
 LAYERS = {"M": MambaLayer, "T": TransformerLayer}  # the letters of config.pattern
 
 
+# ---- Saving and loading, which the models below share ----
+
+
+def torch_load(file: Path) -> dict:
+    """A dict that torch.save wrote, on the CPU; nothing in the file is executed. ValueError where it is damaged."""
+    try:
+        if part := zipfile.ZipFile(file).testzip():  # torch.load does not look at checksums
+            raise ValueError(f"the checksum of {part} is wrong")
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # a truncated or foreign file fails in any of a dozen ways
+        raise ValueError(f"{file} is damaged or not ours: {textwrap.shorten(str(error), 300)}") from error
+
+
 class PretrainedModel(nn.Module):
-    """What MaBERT and the models with heads share: saving and loading (`save_model`, `load_model` below).
+    """A model with a config, saved in a folder as config.json and model.pt, its state dict. The encoder's names begin
+    with "encoder." in a model with a head."""
 
-    A folder holds config.json and model.pt.
-    """
-
-    def save_pretrained(self, folder: str | os.PathLike):
+    def save_pretrained(self, folder: str | Path):
         """Writes config.json and model.pt; each file appears whole or not at all."""
-        save_model(self, folder)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as partial:
+            torch.save(self.state_dict(), Path(partial, "model.pt"))
+            Path(partial, "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+            for file in Path(partial).iterdir():
+                file.replace(Path(folder, file.name))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, **overrides):
+    def from_pretrained(cls, folder: str | Path, **overrides):
         """Reads a folder that save_pretrained wrote, of this class or another, into a model on the CPU in eval mode.
+        PretrainedModel.from_pretrained gives the class whose weights these are.
 
         overrides replace config fields (num_labels, pooling, psm, dropout, ...). The encoder's weights must fit the
         config; a head that the file lacks, or has in another shape, is new, and a warning says what was not loaded.
-        Nothing in the file is executed.
-
-        Raises FileNotFoundError, or ValueError where a file is damaged or does not fit.
+        Nothing in the file is executed. Raises FileNotFoundError; ValueError where a file is damaged or does not fit.
         """
-        return load_model(folder, overrides, cls)
+        config_file, weights_file = Path(folder, "config.json"), Path(folder, "model.pt")
+        for file in (config_file, weights_file):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is missing: give a folder that save_pretrained wrote")
+        try:
+            config = MaBERTConfig(**json.loads(config_file.read_text(encoding="utf-8")) | overrides)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{config_file} with the overrides {overrides} is no valid config: {error}") from error
+        saved = torch_load(weights_file)
+        if not all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in saved.values()):
+            raise ValueError(f"{weights_file} is damaged or not written by save_pretrained: not all of it are weights")
+        if not any(name.startswith("encoder.") for name in saved):  # a bare encoder's
+            saved = {f"encoder.{name}": weight for name, weight in saved.items()}
+        if cls is PretrainedModel:
+            classes = {"classifier.weight": MaBERTForSequenceClassification, "decoder_bias": MaBERTForMaskedLM}
+            cls = next((classes[name] for name in classes if name in saved), MaBERT)
+        model = cls(config)
+        whole = nn.ModuleDict({"encoder": model}) if isinstance(model, MaBERT) else model
+        head = {name: weight for name, weight in whole.state_dict().items() if not name.startswith("encoder.")}
+        fits = [name for name in head if name in saved and saved[name].shape == head[name].shape]
+        used = {name: weight for name, weight in saved.items() if name.startswith("encoder.") or name in fits}
+        try:
+            whole.load_state_dict(head | used)
+        except RuntimeError as error:  # it names all that does not fit
+            raise ValueError(f"{weights_file} does not fit its config: {textwrap.shorten(str(error), 300)}") from None
+        new, unused = (", ".join(sorted(names.keys() - used.keys())) for names in (head, saved))
+        if new or unused:
+            said = f"new and untrained: {new or 'nothing'}; in the file but not used: {unused or 'nothing'}"
+            logger.warning("%s: encoder loaded; %s", folder, said)
+        return model.eval()
 
 
 class MaBERT(PretrainedModel):
@@ -302,7 +320,8 @@ class MaBERT(PretrainedModel):
 
     def __init__(self, config: MaBERTConfig):
         super().__init__()
-        check("config", config, MaBERTConfig)
+        if not isinstance(config, MaBERTConfig):
+            raise ValueError(f"config is {textwrap.shorten(repr(config), 100)}; it must be a MaBERTConfig")
         self.config = config = dataclasses.replace(config)  # our own copy: resize_positions changes it
         h = config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, h, padding_idx=config.pad_token_id)
@@ -348,10 +367,7 @@ class MaBERT(PretrainedModel):
     @torch.no_grad()
     def resize_positions(self, max_position: int):
         """Stretches the position table to max_position rows by 1-D linear interpolation; the two ends stay the same.
-
-        The table is a new parameter: make an optimizer afterwards.
-        Raises ValueError where max_position is not a positive integer.
-        """
+        The table is a new parameter: make an optimizer afterwards. ValueError if it is not a positive integer."""
         config = dataclasses.replace(self.config, max_position=max_position)  # checks the value
         table = self.position_embeddings.weight  # (old, h)
         new = F.interpolate(table.T[None], size=max_position, mode="linear", align_corners=True)  # (1, h, new)
@@ -371,7 +387,6 @@ class Pooling(nn.Module):
 
     def __init__(self, config: MaBERTConfig):
         super().__init__()
-        check("config", config, MaBERTConfig)
         self.kind = config.pooling
         if self.kind in ("map", "attn"):
             self.score = linear(config.hidden_size, 1, bias=False)  # Eq. 11's bias would cancel in the softmax
@@ -384,7 +399,7 @@ class Pooling(nn.Module):
             return mask / mask.sum(dim=-1, keepdim=True).clamp(min=1).to(x.dtype)
         scores = self.score(x).squeeze(-1)  # Eq. 11
         if self.kind == "map":
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # Eq. 12: pads get −∞
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # Eq. 12; −∞ would make a row of pads NaN
         return scores.softmax(dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -409,7 +424,7 @@ class MaBERTForMaskedLM(PretrainedModel):
     - with labels, int64 or int32 (b, l), -100 where there is nothing to predict: the vocabulary projection runs on
       the labelled positions alone, and logits are (number labelled, vocab) in row-major order. The loss is the mean
       cross-entropy in nats over them (0 where there are none), or their sum with reduction="sum". Labels may be on
-      the CPU while the rest is on a GPU: counting them is then no reason to wait for it.
+      the CPU while the rest is on a GPU: counting them then does not wait for the GPU.
     """
 
     def __init__(self, config: MaBERTConfig):
@@ -432,7 +447,7 @@ class MaBERTForMaskedLM(PretrainedModel):
         logits = F.linear(self.transform(x), self.encoder.word_embeddings.weight, self.decoder_bias)
         if labels is None:
             return Output(None, logits)
-        loss = F.cross_entropy(at_least_float32(logits), labels, reduction="sum")
+        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
         return Output(loss / max(1, labels.numel()) if reduction == "mean" else loss, logits)
 
 
@@ -457,73 +472,13 @@ class MaBERTForSequenceClassification(PretrainedModel):
         logits = self.classifier(self.dropout(self.pooling(x, attention_mask)))  # (b, num_labels)
         if labels is None:
             return Output(None, logits)
-        predicted = at_least_float32(logits)
+        predicted = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.config.num_labels == 1:
             check("labels", labels, "not complex", x.shape[:1])
             return Output(F.mse_loss(predicted.squeeze(-1), labels.to(predicted.dtype)), logits)
         check("labels", labels, "int64 or int32", x.shape[:1], self.config.num_labels, also=-100)
-        loss = F.cross_entropy(predicted, labels.long(), reduction="sum")
+        loss = F.cross_entropy(predicted, labels.long(), reduction="sum")  # "mean" would be NaN where no row counts
         return Output(loss / (labels != -100).sum().clamp(min=1), logits)
-
-
-# ---- Saving and loading ----
-
-
-def save_model(model: PretrainedModel, folder: str | os.PathLike):
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as partial:
-        torch.save(model.state_dict(), Path(partial, "model.pt"))
-        config = json.dumps(dataclasses.asdict(model.config), indent=2) + "\n"
-        Path(partial, "config.json").write_text(config, encoding="utf-8")
-        for name in ("model.pt", "config.json"):
-            os.replace(Path(partial, name), Path(folder, name))
-
-
-def torch_load(file: Path) -> dict:
-    """A dict that torch.save wrote, on the CPU; nothing in the file is executed. ValueError where it is damaged."""
-    try:
-        if part := zipfile.ZipFile(file).testzip():  # torch.load does not look at checksums
-            raise ValueError(f"the checksum of {part} is wrong")
-        return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:  # a truncated or foreign file fails in any of a dozen ways
-        said = textwrap.shorten(str(error), 300)
-        raise ValueError(f"{file} is damaged or not written by this program: {said}") from error
-
-
-def load_model(folder: str | os.PathLike, overrides: dict, model_class: type | None = None) -> PretrainedModel:
-    """See from_pretrained. Without a model_class, the one whose weights these are."""
-    config_file, weights_file = Path(folder) / "config.json", Path(folder) / "model.pt"
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: give a folder that save_pretrained wrote")
-    try:
-        config = MaBERTConfig(**json.loads(config_file.read_text(encoding="utf-8")) | overrides)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{config_file} with the overrides {overrides} is no valid config: {error}") from error
-    saved = torch_load(weights_file)
-    if not all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in saved.values()):
-        raise ValueError(
-            f"{weights_file} is damaged or not written by save_pretrained: not all are floating-point tensors"
-        )
-    head = {name: weight for name, weight in saved.items() if not name.startswith("encoder.")}
-    if len(head) == len(saved):  # a bare encoder's names have no prefix
-        head = {}
-    if model_class is None:
-        with_head = MaBERTForSequenceClassification if "classifier.weight" in head else MaBERTForMaskedLM
-        model_class = with_head if head else MaBERT
-    model = model_class(config)
-    encoder = getattr(model, "encoder", model)
-    try:
-        encoder.load_state_dict({name.removeprefix("encoder."): saved[name] for name in saved if name not in head})
-    except RuntimeError as error:  # it names all that does not fit
-        raise ValueError(f"{weights_file} does not fit its config: {textwrap.shorten(str(error), 300)}") from None
-    own = {} if model is encoder else {n: w for n, w in model.state_dict().items() if not n.startswith("encoder.")}
-    fitting = {name: weight for name, weight in head.items() if name in own and weight.shape == own[name].shape}
-    model.load_state_dict(fitting, strict=False)
-    news = {"new and untrained": own.keys() - fitting.keys(), "in the file but not used": head.keys() - fitting.keys()}
-    if said := [f"{what}: {', '.join(sorted(names))}" for what, names in news.items() if names]:
-        logger.warning("%s: encoder loaded; %s", folder, "; ".join(said))
-    return model.eval()
 
 
 # ---- Checks of arguments ----
@@ -535,35 +490,28 @@ KINDS = {  # of tensors
 }
 
 
-def check(name: str, x, kind: str | type, shape: tuple = (), size: int | None = None, also: int = 0):
-    """Raises a ValueError of one line unless the argument `name` is what it must be: of a class; or a tensor of one of
-    KINDS and of the shape (a word there is any length), with a size of whole numbers in [0, size), or `also`.
-
-    Values are looked at on a CPU in eager mode only: a GPU would have to be waited for, a compiled graph would break.
-    """
-    if isinstance(kind, type):
-        if not isinstance(x, kind):
-            raise ValueError(f"{name} is {textwrap.shorten(repr(x), 100)}; it must be a {kind.__name__}")
-        return
+def check(name: str, x, kind: str, shape: tuple, size: int | None = None, also: int = 0):
+    """Raises a ValueError of one line unless the argument `name` is a tensor of one of KINDS and of the shape (a word
+    there is any length) and, if size is given, of whole numbers in [0, size) or equal to `also`. Values
+    are looked at on a CPU in eager mode only: a GPU would have to be waited for, a compiled graph would break."""
+    found = None
     fits = isinstance(x, Tensor) and KINDS[kind](x) and x.dim() == len(shape)
-    if not fits or not all(isinstance(n, str) or n == m for n, m in zip(shape, x.shape)):
+    if not fits or any(n != m for n, m in zip(shape, x.shape) if not isinstance(n, str)):
         found = f"is {x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is of type {type(x).__name__}"
-    elif size is None or x.dtype == torch.bool or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    elif len(wrong := x[(x != also) & ((x < 0) | (x >= size) | (x != x.long()))]):
-        found = f"has the value {wrong[0].item()}"
-    else:
-        return
-    values = "" if size is None else f", of whole numbers from 0 to {size - 1}" + f" or {also}" * (also != 0)
-    raise ValueError(f"{name} {found}; it must be a tensor of shape {tuple(shape)}, {kind}{values}".replace("'", ""))
+    elif size and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = x[(x != also) & ((x < 0) | (x >= size) | (x != x.long()))]
+        found = f"has the value {wrong[0].item()}" if len(wrong) else None
+    if found:
+        values = f", of whole numbers from 0 to {size - 1}" + f" or {also}" * (also != 0) if size else ""
+        allowed = f"a tensor of shape {tuple(shape)}, {kind}{values}".replace("'", "")
+        raise ValueError(f"{name} {found}; it must be {allowed}")
 
 
 def check_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
     """A (b, l) padding mask as bool; None, which means that all is real, stays None."""
-    if mask is None:
-        return None
-    check(name, mask, "not complex", shape, size=2)
-    return mask.bool()
+    if mask is not None:
+        check(name, mask, "not complex", shape, size=2)
+    return mask if mask is None else mask.bool()
 
 
 def check_scan(u, delta, A, B, C, D, z, delta_bias, mask) -> Tensor | None:
@@ -580,46 +528,42 @@ def check_scan(u, delta, A, B, C, D, z, delta_bias, mask) -> Tensor | None:
     return check_mask("mask", mask, (b, l))
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """float32 from the half precisions; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-# ======================================================================================================================
-# Part II: the masked selective scan
-# ======================================================================================================================
+# ======================================== Part II: the masked selective scan ==========================================
 #
-# Eqs. 4–9 of the paper with the mask inside. Per row, channel and state n, m = 1 at real tokens and 0 at pads:
+# The recurrence and gate in Eqs. 4–9, with the mask inside. Per row, channel and state n; m = 1 at real tokens, else 0:
 #
 #     Δ_t = m_t · softplus(delta_t + delta_bias)       so that a pad passes the state through: exp(0 · A) = 1
 #     h_t = exp(Δ_t A) h_{t−1} + Δ_t u_t B_t
 #     y_t = m_t · SiLU(z_t) · (Σ_n C_t h_t + D u_t)
 #
+# softplus only with delta_softplus; with reverse, t runs from the right end (no layer here uses it yet).
 # `reference_scan` is these three lines in PyTorch. The loop and the kernels compute the same faster, the loop on a CPU,
 # the kernels on a GPU. `selective_scan`, after them, picks.
 
 
 def reference_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, mask=None, reverse=False):
-    """The formula, a step at a time, in plain PyTorch: on any device, in any dtype, with autograd. Slow.
-
-    Arguments, result and errors are those of `selective_scan`.
-    """
+    """The formula, a step at a time, in plain PyTorch: on any device, in any dtype, with autograd. Slow. Arguments,
+    result and errors are those of `selective_scan`."""
     mask = check_scan(u, delta, A, B, C, D, z, delta_bias, mask)
     dtype, m = torch.promote_types(u.dtype, torch.float32), 1 if mask is None else mask[..., None]  # (b, l, 1)
     u_, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
-    delta = delta if delta_bias is None else delta + delta_bias
+    delta = delta if delta_bias is None else delta + delta_bias.to(dtype)
     delta = m * (F.softplus(delta) if delta_softplus else delta)  # (b, l, d)
     x, h, y = delta * u_, 0, [None] * u.shape[1]
-    for t in sorted(range(u.shape[1]), reverse=reverse):
+    for t in range(u.shape[1])[:: -1 if reverse else 1]:
         h = torch.exp(delta[:, t, :, None] * A) * h + x[:, t, :, None] * B[:, t, None]  # (b, d, n)
         y[t] = (h * C[:, t, None]).sum(dim=-1)  # (b, d)
-    y = torch.stack(y, dim=1) + (0 if D is None else D * u_)
+    y = torch.stack(y, dim=1) + (0 if D is None else D.to(dtype) * u_)
     return (m * (y if z is None else F.silu(z.to(dtype)) * y)).to(u.dtype)
 
 
 # ---- A loop ----
 
 LOOP_CHUNK = 16  # steps. One state kept per chunk takes l / 16 · n · d numbers a row: with n = 16, as many as u
+
+
+def _empty_like(tensor):
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _chunks(*tensors):
@@ -629,12 +573,10 @@ def _chunks(*tensors):
         yield s, *(tensor[:, s].transpose(0, 1) for tensor in tensors)  # each (steps, b, ...)
 
 
-def _replay(delta, x, A, B, h):
-    """A chunk's decays a_t = exp(Δ_t A), (steps, b, n, d), and its states, (steps + 1, b, n, d), h the first.
-
-    delta, x (steps, b, d), A (n, d), B (steps, b, n), h (b, n, d). Time comes first and channels last, so that a step
-    is one multiply-add over contiguous memory.
-    """
+def _states(delta, x, A, B, h):
+    """A chunk's decays a_t = exp(Δ_t A), (steps, b, n, d), and its states, (steps + 1, b, n, d), h the first. From
+    delta, x (steps, b, d), A (n, d), B (steps, b, n), h (b, n, d): time comes first and channels last, so that a step
+    is one multiply-add over contiguous memory."""
     a = (delta[:, :, None] * A).exp_()
     states = h.new_empty(len(x) + 1, *h.shape)
     states[0] = h
@@ -654,10 +596,10 @@ def _scan_loop(delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tup
     A = A.T.contiguous()  # (n, d)
     y, starts = _empty_like(x), []
     h = x.new_zeros(x.shape[0], *A.shape)  # (b, n, d)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):  # else @ would be in half precision
         for s, delta_s, x_s, B_s, C_s in _chunks(delta, x, B, C):
             starts.append(h)
-            _, states = _replay(delta_s, x_s, A, B_s, h)
+            _, states = _states(delta_s, x_s, A, B_s, h)
             y[:, s] = (C_s[:, :, None] @ states[1:]).squeeze(2).transpose(0, 1)  # (steps, b, 1, n) @ (steps, b, n, d)
             h = states[-1].clone()
     return y, torch.stack(starts)
@@ -665,19 +607,19 @@ def _scan_loop(delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tup
 
 @torch.library.custom_op("mabert::scan_loop_backward", mutates_args=())
 def _scan_loop_backward(
-    dy: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor
+    dy: Tensor, starts: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of delta, x, A, B and C; the states inside a chunk are replayed from its start.
 
     With g_t the loss's gradient by h_t:  g_t = dy_t C_t + a_{t+1} g_{t+1},  dx_t = Σ_n g_t B_t,  dB_t = Σ_d g_t x_t,
-    dC_t = Σ_d dy_t h_t,  dΔ_t = Σ_n A w_t and dA = Σ_{b,t} Δ_t w_t, where w_t = g_t a_t h_{t−1}.
+    dC_t = Σ_d dy_t h_t,  dΔ_t = Σ_n A w_t (x held fixed), dA = Σ_{b,t} Δ_t w_t, where w_t = g_t a_t h_{t−1}.
     """
     A = A.T.contiguous()  # (n, d)
     ddelta, dx, dB, dC, dA = _empty_like(delta), _empty_like(x), _empty_like(B), _empty_like(C), torch.zeros_like(A)
     carry = torch.zeros_like(starts[0])  # a_{t+1} g_{t+1}, (b, n, d)
     with torch.autocast(x.device.type, enabled=False):
         for (s, dy_s, delta_s, x_s, B_s, C_s), h in reversed(list(zip(_chunks(dy, delta, x, B, C), starts))):
-            a, states = _replay(delta_s, x_s, A, B_s, h)
+            a, states = _states(delta_s, x_s, A, B_s, h)
             dC[:, s] = (dy_s[:, :, None] @ states[1:].mT).squeeze(2).transpose(0, 1)  # (steps, b, 1, d) @ (…, d, n)
             g = dy_s[:, :, None] * C_s[..., None]  # (steps, b, n, d)
             g[-1] += carry
@@ -692,63 +634,56 @@ def _scan_loop_backward(
     return ddelta, dx, dA.T.contiguous(), dB, dC
 
 
-def _empty_like(tensor):
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
 # For torch.compile: what the ops return, without computing it. For autograd: what to keep, and the backward op.
-@_scan_loop.register_fake
-def _(delta, x, A, B, C):
-    (b, l, d), n = x.shape, A.shape[1]
-    return _empty_like(x), x.new_empty(-(-l // LOOP_CHUNK), b, n, d)
+_scan_loop.register_fake(
+    lambda _, x, A, *BC: (_empty_like(x), x.new_empty(-(-x.shape[1] // LOOP_CHUNK), x.shape[0], *A.T.shape))
+)
+_scan_loop_backward.register_fake(lambda dy, starts, *inputs: tuple(map(_empty_like, inputs)))
 
 
-_scan_loop_backward.register_fake(lambda dy, *inputs: tuple(map(_empty_like, inputs[:5])))
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(output[1], *inputs[:9])  # the states, and all tensors
+    ctx.options = inputs[9:12]  # of _scan_triton: softplus, reverse, chunk
+    ctx.set_materialize_grads(False)  # the states need no gradient: do not make one of zeros
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.set_materialize_grads(False)  # the chunk states need no gradient: do not make one of zeros
-
-
-def _backward(ctx, dy, _):
-    return (None,) * 5 if dy is None else _scan_loop_backward(dy, *ctx.saved_tensors)
-
-
-_scan_loop.register_autograd(_backward, setup_context=_setup_context)
+_scan_loop.register_autograd(lambda ctx, dy, _: _scan_loop_backward(dy, *ctx.saved_tensors), setup_context=_keep)
 
 
 # ---- The same in Triton ----
 #
-# Three phases let the segments of a row run in parallel, here three of them. A segment's decay is a = exp(A Σ Δ).
+# A program is one warp on one block of 32 channels, one to a lane. It goes through time in tiles of TILE steps with all
+# states of its channels in registers; there are enough of these for tiles of 8 steps forward and 4 backward. Mask,
+# softplus, D and z are part of the kernels. (`bench.py scan --static` checks what is said below of machine code.)
+#
+# Three phases let the segments of a row run in parallel, here three of them. In the figure subscripts number segments;
+# a = exp(A Σ Δ) is a segment's decay, and backward q_t = a_t g_t (formulas at _scan_loop_backward) is what a step hands
+# to the one on its left.
 #
 #     forward       segment 0             segment 1             segment 2
-#     1.         0 ───────────▶ e₀     0 ───────────▶ e₁     0 ───────────▶ e₂       _segment_ends: each from zero
+#     1.         0 ───────────▶ e₀     0 ───────────▶ e₁                             _segment_ends: each from zero
 #     2.         h₀ = 0      ···▶      h₁ = a₀ h₀ + e₀ ···▶  h₂ = a₁ h₁ + e₁         _segment_starts: the ends alone
 #     3.         h₀ ─────▶ y           h₁ ─────▶ y           h₂ ─────▶ y             _outputs: each from its start
 #
-#     backward, with q_t = a_t g_t (formulas at _scan_loop_backward): what a step hands to the one on its left
-#     1.         e₀ ◀─────────── 0     e₁ ◀─────────── 0     e₂ ◀─────────── 0       _segment_ends, BACKWARD
+#     backward
+#     1.                               e₁ ◀─────────── 0     e₂ ◀─────────── 0       _segment_ends, BACKWARD
 #     2.         q₀ = a₁ q₁ + e₁ ◀···  q₁ = a₂ q₂ + e₂ ◀···           q₂ = 0         _segment_starts, BACKWARD
 #     3.         gradients ◀── q₀      gradients ◀── q₁      gradients ◀── q₂        _gradients
 #
-# Where rows × blocks of channels fill the GPU by themselves there is one segment, and only the third phase runs. In it
-# the forward pass keeps the state at the start of each chunk; the backward pass takes chunks from the right, replays
-# each from that state, and goes back over it. A segment is whole chunks, a chunk whole tiles of TILE steps; only the
-# row's last may be cut off by l. Nothing is added atomically: the same call gives the same bits.
+# Where rows × blocks fill the GPU by themselves there is one segment, and only the third phase runs. In it the forward
+# pass keeps the state at the start of each chunk; the backward pass takes chunks from the right, replays each from that
+# state, and goes back over it. A segment is whole chunks, a chunk whole tiles; only the row's last may be cut off by l.
+# Nothing is added atomically: the same call gives the same bits.
 #
-# A program is one warp. It has 32 channels, one to a lane, and goes through time tile by tile with the n states of its
-# channels in registers; there are enough of these for tiles of 8 steps forward and 4 backward. Mask, softplus, D and z
-# are part of the kernels. (`bench.py scan --static` reads what their machine code costs.)
-#
-# In memory u, delta, z, dy are rows of channels, *_row apart from step to step (negative with `reverse`); outputs are
-# contiguous, d apart, times SIGN, which is −1 with `reverse`. Between the kernels, all float32, time as the scan goes:
-#     packed   (b, tiles, 2 n + 1, TILE)    _pack, for all       B, C and the mask of a tile, which all channels share
-#     ends     (b, segments, n, d)          _segment_ends        e; _segment_starts makes it h, or q, in place
-#     kept     (b, chunks − 1, n, d)        _outputs             the states that all chunks but the first start from
-#     scratch  (programs, tiles, n, 32)     _gradients           the states before each tile of the chunk in work
-#     parts    (b, segments, n + 2, d)      _gradients           gradients of A, D and delta_bias, by segment
-#     dBC      (b, blocks, tiles, n, 2, 4)  _gradients           gradients of B and C, by block of channels
+# In memory u, delta, z, dy have a step's channels side by side and the next step's *_row further, outputs d further;
+# both times SIGN, −1 with `reverse`. Between the kernels, all in float32 and with time as the scan goes:
+#     packed      (b, tiles, 2 n + 1, TILE)     _pack, for all    B, C and the mask of a tile, which all channels share
+#     ends        (b, segments, n, d)           _segment_ends     e; _segment_starts makes it h, or q, in place
+#     delta_sums  (b, segments, d)              _segment_ends     Σ Δ
+#     kept        (b, chunks − 1, n, d)         _outputs          the states that all chunks but the first start from
+#     scratch     (programs, CHUNK/TILE, n, 32) _gradients        the states before each tile of the chunk in work
+#     parts       (b, segments, n + 2, d)       _gradients        gradients of A, D and delta_bias, by segment
+#     dBC         (b, blocks, tiles, n, 2, 4)   _gradients        gradients of B and C, by block of channels
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on CPU tensors, for tests
 constexpr = tl.constexpr
@@ -763,7 +698,7 @@ def jit(function):
 
 @jit
 def _sigmoid(x):
-    """exp2 and rsqrt are one instruction each, where exp, log and a division are several."""
+    """1 / (1 + e^−x), as rsqrt squared: exp2 and rsqrt are one instruction each, a division is several."""
     r = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
     return r * r
 
@@ -792,32 +727,30 @@ def _place(l, segment, d: constexpr, SIGN: constexpr):
 
 
 @jit
-def _pointers(ptr, row, ROW: constexpr, TILE: constexpr):
+def _pointers(ptr, row, STRIDE: constexpr, TILE: constexpr):
     """Pointers to a tile's rows. The promise of one element's alignment, and no more, makes Triton put all rows of a
     channel into one thread; so the recurrence needs no exchange between threads."""
-    rows = (ptr + row * ROW)[None, :] + tl.arange(0, TILE).to(tl.int64)[:, None] * ROW
+    rows = (ptr + row * STRIDE)[None, :] + tl.arange(0, TILE).to(tl.int64)[:, None] * STRIDE
     return tl.multiple_of(rows, (1, ptr.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @jit
-def _load(ptr, row, valid, ROW: constexpr, TILE: constexpr):
-    return tl.load(_pointers(ptr, row, ROW, TILE), mask=valid, other=0.0)
+def _load(ptr, row, valid, STRIDE: constexpr, TILE: constexpr):
+    return tl.load(_pointers(ptr, row, STRIDE, TILE), mask=valid, other=0.0)
 
 
 @jit
-def _store(ptr, x, row, valid, ROW: constexpr, TILE: constexpr):
-    tl.store(_pointers(ptr, row, ROW, TILE), x.to(ptr.dtype.element_ty), mask=valid)
+def _store(ptr, x, row, valid, STRIDE: constexpr, TILE: constexpr):
+    tl.store(_pointers(ptr, row, STRIDE, TILE), x.to(ptr.dtype.element_ty), mask=valid)
 
 
 @jit
 def _load_vectors(ptr, offset, exists, STRIDE: constexpr, n: constexpr):
-    """A tuple of n vectors, one for each state; of zeros where ptr is None."""
+    """A tuple of n vectors, one for each state; where ptr is None, of zeros, whatever the rest."""
     h = ()
     for i in tl.static_range(n):
-        if ptr is None:
-            h += (tl.zeros((32,), tl.float32),)
-        else:
-            h += (tl.load(ptr + offset + i * STRIDE, mask=exists, other=0.0),)
+        zeros = tl.zeros((32,), tl.float32)
+        h += (zeros if ptr is None else tl.load(ptr + offset + i * STRIDE, mask=exists, other=0.0),)
     return h
 
 
@@ -896,8 +829,8 @@ def _pack(
     if mask_ptr is not None:
         real = tl.load(mask_ptr + row, mask=real, other=0) != 0
     packed_ptr += program * ((2 * n + 1) * TILE) + k
-    tl.store(packed_ptr[None, :] + i * TILE, B.to(tl.float32), mask=i < n + 0 * k[None, :])
-    tl.store(packed_ptr[None, :] + (n + i) * TILE, C.to(tl.float32), mask=i < n + 0 * k[None, :])
+    tl.store(packed_ptr[None, :] + i * TILE, B.to(tl.float32), mask=i < n)
+    tl.store(packed_ptr[None, :] + (n + i) * TILE, C.to(tl.float32), mask=i < n)
     tl.store(packed_ptr + 2 * n * TILE, real.to(tl.float32))
 
 
@@ -907,11 +840,11 @@ def _segment_ends(
     d: constexpr, n: constexpr, v_row: constexpr, delta_row: constexpr, z_row: constexpr,
     SOFTPLUS: constexpr, SIGN: constexpr, BACKWARD: constexpr, TILE: constexpr,
 ):  # fmt: skip
-    """Phase 1: where each segment ends that starts from zero, (b, segments, n, d), and its Σ Δ, (b, segments, d). With
-    v = u, h after its last step; with v = dy and BACKWARD, from the right, q before its first. `carried` is h or q."""
+    """Phase 1: the ends of segments that start from zero, and their Σ Δ. v is u, and an end is h after the last step;
+    or with BACKWARD v is dy, and an end, as time goes from the right, is q of the first step."""
     b, row_segment, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
     packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
-    A, carried = _load_vectors(A_ptr, channel * n, exists, 1, n), _load_vectors(None, 0, exists, 0, n)
+    A, carried = _load_vectors(A_ptr, channel * n, exists, 1, n), _load_vectors(None, 0, exists, 0, n)  # h or q
     bias, delta_sums = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :], tl.zeros((32,), tl.float32)
     t = (end - 1) // TILE * TILE if BACKWARD else begin
     valid = exists[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
@@ -936,10 +869,9 @@ def _segment_ends(
             if i % 8 == 0:
                 tl.debug_barrier()  # or all of B and C would be loaded at once, for which there are no registers
             a = tl.exp2(delta * (A[i] * LOG2E)[None, :])
-            if BACKWARD:
-                new += (_tile_backward(a, v * tl.load(packed + (n + i) * TILE)[:, None], carried[i], TILE)[2],)
-            else:
-                new += (_tile_forward(a, v * tl.load(packed + i * TILE)[:, None], carried[i], TILE)[2],)
+            c = v * tl.load(packed + (n + i if BACKWARD else i) * TILE)[:, None]
+            end_i = _tile_backward(a, c, carried[i], TILE)[2] if BACKWARD else _tile_forward(a, c, carried[i], TILE)[2]
+            new += (end_i,)
         carried = new
     _store_vectors(ends_ptr + row_segment * (n * d) + channel, carried, exists, d, n)
     tl.store(delta_sums_ptr + row_segment * d + channel, delta_sums, mask=exists)
@@ -999,7 +931,7 @@ def _outputs(
         new_h = ()
         for i in tl.static_range(n):
             if i % 8 == 0:
-                tl.debug_barrier()
+                tl.debug_barrier()  # as in _segment_ends
             B, C = tl.load(packed + i * TILE)[:, None], tl.load(packed + (n + i) * TILE)[:, None]
             states, _, h_i = _tile_forward(tl.exp2(delta * (A[i] * LOG2E)[None, :]), x * B, h[i], TILE)
             y += states * C
@@ -1035,10 +967,10 @@ def _gradients(
     for j in tl.range(begin, end, CHUNK, num_stages=1):
         first = begin + (end - 1 - begin) // CHUNK * CHUNK - (j - begin)  # chunks from the right
         last = tl.minimum(first + CHUNK, end)
-        # the row's first state is zero (and a block & a scalar is an integer)
+        # the row's first chunk starts from zero (exists & (first > 0) would be an integer)
         known = exists & (channel < tl.where(first > 0, d, 0))
         h = _load_vectors(kept_ptr, tl.cast(first // CHUNK, tl.int64) * (n * d), known, d, n)
-        tl.debug_barrier()
+        tl.debug_barrier()  # scratch is written and read across threads
         _store_vectors(scratch_ptr, h, None, 32, n)
         for t in tl.range(first, last - TILE, TILE, num_stages=1):  # replay: keep the states before each tile
             valid = exists[None, :] & (tl.arange(0, TILE) < last - t)[:, None]
@@ -1099,13 +1031,14 @@ def _gradients(
 
 
 def _chunk(b: int, l: int, d: int, n: int) -> int:
-    """Steps between the states that are kept for the backward pass: a power of 2, 16 at least and n at least, so that
-    the states are no more numbers than u, and in float32 no more bytes than u and delta in half precision."""
+    """The steps between the states that are kept for the backward pass: a power of 2 and n at least, so that the states
+    are no more numbers than u, in float32 no more bytes than u and delta in half precision. 64, but 16 for small inputs
+    (u of less than 2²² numbers), so that short rows too can be cut into segments, which are whole chunks."""
     return max(16 if b * l * d < 2**22 else 64, 1 << (n - 1).bit_length())
 
 
 def _segment(b: int, l: int, blocks: int, chunk: int, device: torch.device) -> int:
-    """Steps in a segment: all l where rows × blocks of channels give a warp to each scheduler of the GPU (there are
+    """The steps in a segment: all l where rows × blocks of channels give a warp to each scheduler of the GPU (there are
     four to a multiprocessor), and on a CPU; else whole chunks, about three warps to a scheduler."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
     if b * blocks >= 4 * processors:
@@ -1113,40 +1046,34 @@ def _segment(b: int, l: int, blocks: int, chunk: int, device: torch.device) -> i
     return chunk * math.ceil(l / (chunk * (12 * processors // max(1, b * blocks))))
 
 
-def _rows(SIGN: int, **tensors: Tensor | None) -> dict:
+def _strided(SIGN: int, **tensors: Tensor | None) -> dict:
     """Kernel arguments for (b, l, d) tensors: name_ptr, and name_row, from a step's row of channels to the next's."""
     arguments = {}
     for name, x in tensors.items():
-        if x is not None:
-            x = x.reshape(-1, x.shape[-1])  # a view, where there can be one
-            x = x if x.stride(1) == 1 else x.contiguous()
+        x = x if x is None else x.reshape(-1, x.shape[-1])  # a view, where there can be one
+        x = x if x is None or x.stride(1) == 1 else x.contiguous()
         arguments |= {f"{name}_ptr": x, f"{name}_row": 0 if x is None else SIGN * x.stride(0)}
     return arguments
 
 
-def _pack_tiles(B, C, mask, reverse, TILE):
-    (b, l, n), tiles = B.shape, triton.cdiv(B.shape[1], TILE)
-    packed = B.new_empty(b, tiles, 2 * n + 1, TILE, dtype=torch.float32)
+def _prepare(v, delta, z, A, B, C, bias, mask, segment, BACKWARD, **options):
+    """packed; and by phases 1 and 2 the segments' starts, h, or with BACKWARD q, (b, segments, n, d); None for one."""
+    (b, l, d), n, SIGN, TILE = v.shape, A.shape[1], options["SIGN"], options["TILE"]
+    tiles, segments = triton.cdiv(l, TILE), triton.cdiv(l, segment)
+    packed = A.new_empty(b, tiles, 2 * n + 1, TILE)
     B, C, mask = B.reshape(b * l, n), C.reshape(b * l, n), None if mask is None else mask.contiguous()
-    sizes = dict(n=n, N=triton.next_power_of_2(n), SIGN=-1 if reverse else 1, TILE=TILE)
-    _pack[(b * tiles,)](B, C, mask, packed, l, *B.stride(), *C.stride(), **sizes, num_warps=1)
-    return packed
-
-
-def _starts(v, delta, z, packed, A, bias, segment, BACKWARD, **options):
-    """Phases 1 and 2: the h, or with BACKWARD the q, that segments start from, (b, segments, n, d); None for one."""
-    (b, l, d), n = v.shape, A.shape[1]
-    segments = triton.cdiv(l, segment)
+    sizes = dict(n=n, N=triton.next_power_of_2(n), SIGN=SIGN, TILE=TILE, num_warps=1)
+    _pack[(b * tiles,)](B, C, mask, packed, l, *B.stride(), *C.stride(), **sizes)
     if segments == 1:
-        return None
+        return packed, None
     ends, sums = A.new_empty(b, segments, n, d), A.new_empty(b, segments, d)
     _segment_ends[(b * triton.cdiv(d, 32), segments)](
-        **_rows(options["SIGN"], v=v, delta=delta, z=z), packed_ptr=packed, A_ptr=A, bias_ptr=bias, ends_ptr=ends,
+        **_strided(SIGN, v=v, delta=delta, z=z), packed_ptr=packed, A_ptr=A, bias_ptr=bias, ends_ptr=ends,
         delta_sums_ptr=sums, l=l, segment=segment, BACKWARD=BACKWARD, **options,
     )  # fmt: skip
     sizes = dict(d=d, n=n, BACKWARD=BACKWARD, TILE=8, num_warps=1)
     _segment_starts[(b * triton.cdiv(n * d, 32),)](ends, sums, A, segments, **sizes)
-    return ends
+    return packed, ends
 
 
 @torch.library.custom_op("mabert::scan_triton", mutates_args=())
@@ -1161,11 +1088,10 @@ def _scan_triton(
     blocks = triton.cdiv(d, 32)
     segment = _segment(b, l, blocks, chunk, u.device)
     options = dict(d=d, n=n, SOFTPLUS=softplus, SIGN=-1 if reverse else 1, TILE=8, num_warps=1, enable_fp_fusion=True)
-    with torch.cuda.device_of(u):
-        packed = _pack_tiles(B, C, mask, reverse, TILE=8)
-        starts = _starts(u, delta, None, packed, A, bias, segment, BACKWARD=False, **options)
+    with torch.cuda.device_of(u):  # kernels go to the current device
+        packed, starts = _prepare(u, delta, None, A, B, C, bias, mask, segment, BACKWARD=False, **options)
         _outputs[(b * blocks, triton.cdiv(l, segment))](
-            **_rows(options["SIGN"], u=u, delta=delta, z=z), packed_ptr=packed, A_ptr=A, D_ptr=D, bias_ptr=bias,
+            **_strided(options["SIGN"], u=u, delta=delta, z=z), packed_ptr=packed, A_ptr=A, D_ptr=D, bias_ptr=bias,
             h_ptr=starts, kept_ptr=states if keep else None, y_ptr=y, l=l, segment=segment, CHUNK=chunk, **options,
         )  # fmt: skip
     return y, states
@@ -1187,10 +1113,9 @@ def _scan_triton_backward(
     scratch = A_.new_empty(b * blocks * segments * (chunk // 4) * n * 32)
     options = dict(d=d, n=n, SOFTPLUS=softplus, SIGN=-1 if reverse else 1, TILE=4, num_warps=1, enable_fp_fusion=True)
     with torch.cuda.device_of(u):
-        packed = _pack_tiles(B, C, mask, reverse, TILE=4)
-        starts = _starts(dy, delta, z, packed, A_, bias_, segment, BACKWARD=True, **options)
+        packed, starts = _prepare(dy, delta, z, A_, B, C, bias_, mask, segment, BACKWARD=True, **options)
         _gradients[(b * blocks, segments)](
-            **_rows(options["SIGN"], dy=dy, u=u, delta=delta, z=z), packed_ptr=packed,
+            **_strided(options["SIGN"], dy=dy, u=u, delta=delta, z=z), packed_ptr=packed,
             A_ptr=(A_.T / math.log(2)).contiguous(), D_ptr=D_, bias_ptr=bias_, kept_ptr=states, q_ptr=starts,
             scratch_ptr=scratch, du_ptr=du, ddelta_ptr=ddelta, dz_ptr=dz, dBC_ptr=dBC, parts_ptr=parts,
             l=l, segment=segment, CHUNK=chunk, **options,
@@ -1204,48 +1129,35 @@ def _scan_triton_backward(
 
 
 @_scan_triton.register_fake
-def _(u, delta, A, B, C, D, z, bias, mask, softplus, reverse, chunk, keep, dtype):
+def _scan_triton_fake(u, delta, A, B, C, D, z, bias, mask, softplus, reverse, chunk, keep, dtype):
     (b, l, d), n = u.shape, A.shape[1]
     states = u.new_empty(b, (l - 1) // chunk if keep else 0, n, d, dtype=torch.float32)
     return u.new_empty(b, l, d, dtype=dtype), states
 
 
-@_scan_triton_backward.register_fake
-def _(dy, states, u, delta, A, B, C, D, z, bias, mask, softplus, reverse, chunk):
-    dz = u.new_empty(0) if z is None else _empty_like(z)
-    return *map(_empty_like, (u, delta, A, B, C, D)), dz, _empty_like(bias)
-
-
-def _setup_triton_context(ctx, inputs, output):
-    *tensors, ctx.softplus, ctx.reverse, ctx.chunk, _, _ = inputs
-    ctx.save_for_backward(output[1], *tensors)
-    ctx.set_materialize_grads(False)
+_scan_triton_backward.register_fake(
+    lambda dy, states, u, *inputs: tuple(u.new_empty(0) if x is None else _empty_like(x) for x in (u, *inputs[:7]))
+)
 
 
 def _triton_backward(ctx, dy, _):
-    if dy is None:
-        return (None,) * 14
-    saved = ctx.saved_tensors  # after the states: u, delta, A, B, C, D, z, bias, mask
-    gradients = _scan_triton_backward(dy, *saved, ctx.softplus, ctx.reverse, ctx.chunk)
-    return *(None if x is None else dx for x, dx in zip(saved[1:9], gradients)), *(None,) * 6
+    gradients = _scan_triton_backward(dy, *ctx.saved_tensors, *ctx.options)
+    return *(None if x is None else dx for x, dx in zip(ctx.saved_tensors[1:9], gradients)), *(None,) * 6
 
 
-_scan_triton.register_autograd(_triton_backward, setup_context=_setup_triton_context)
+_scan_triton.register_autograd(_triton_backward, setup_context=_keep)
 
 
-def _selective_scan_triton(u, delta, A, B, C, D, z, bias, softplus, mask, reverse):
-    """Groups of 16 states, since a thread has no registers for more. SiLU(z) gates a sum, so it may gate each part of
-    it; y is summed in float32, the gradients of u, delta and z in their dtypes."""
-    (b, l, d), n = u.shape, A.shape[1]
-    zeros = A.new_zeros(d)
-    chunk = _chunk(b, l, d, n)
+def _selective_scan_triton(u, delta, A, B, C, D, z, bias, mask, softplus, reverse):
+    """In groups of 16 states, since a thread has no registers for more. SiLU(z) gates a sum, so it may gate each part
+    of it; y is summed in float32, the gradients of u, delta and z in their dtypes."""
+    n, zeros, chunk = A.shape[1], A.new_zeros(A.shape[0]), _chunk(*u.shape, A.shape[1])
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, bias))
-    bias = zeros if bias is None else bias
-    y, dtype = None, u.dtype if n <= 16 else torch.float32
+    bias, dtype = zeros if bias is None else bias, u.dtype if n <= 16 else torch.float32
+    y = None
     for i in range(0, n, 16):
-        D_ = zeros if D is None or i > 0 else D
-        group = A[:, i : i + 16], B[..., i : i + 16], C[..., i : i + 16]
-        part, _ = _scan_triton(u, delta, *group, D_, z, bias, mask, softplus, reverse, chunk, keep, dtype)
+        group = A[:, i : i + 16], B[..., i : i + 16], C[..., i : i + 16], zeros if D is None or i > 0 else D
+        part, _ = _scan_triton(u, delta, *group, z, bias, mask, softplus, reverse, chunk, keep, dtype)
         y = part if y is None else y + part
     return y.to(u.dtype)
 
@@ -1270,18 +1182,14 @@ def selective_scan(
     mask = check_scan(u, delta, A, B, C, D, z, delta_bias, mask)
     if backend not in SCAN_BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {SCAN_BACKENDS}")
-    if backend is None:
-        backend = "triton" if triton and u.is_cuda and u.dtype != torch.float64 else "loop"
-    if backend == "triton":
-        no = "backend='triton' cannot run here (backend='loop' or None can): "
-        if triton is None:
-            raise RuntimeError(no + "the package triton is not installed")
-        if not u.is_cuda and not INTERPRETED:
-            raise RuntimeError(no + f"it needs a GPU, and u is on {u.device}; with TRITON_INTERPRET=1 it runs, slowly")
-        if u.dtype == torch.float64:
-            raise RuntimeError(no + "its arithmetic is in float32, and u is float64")
-        return _selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, mask, reverse)
-    dtype = torch.promote_types(u.dtype, torch.float32)
+    can_run = triton and (u.is_cuda or INTERPRETED) and u.dtype != torch.float64
+    if backend == "triton" and not can_run:
+        why = f"it needs a GPU (or TRITON_INTERPRET=1), and not float64; u is {str(u.dtype)[6:]} on {u.device}"
+        why = why if triton else "the package triton is not installed"
+        raise RuntimeError(f"backend='triton' cannot run here (backend='loop' or None can): {why}")
+    if backend == "triton" or (backend is None and u.is_cuda and can_run):
+        return _selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, mask, delta_softplus, reverse)
+    dtype = torch.promote_types(u.dtype, torch.float32)  # float64 stays
     u_, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
     delta = delta if delta_bias is None else delta + delta_bias.to(dtype)
     delta = F.softplus(delta) if delta_softplus else delta
@@ -1310,7 +1218,7 @@ def main(argv: list[str] | None = None):
     try:
         from tokenizers import Tokenizer
 
-        model, file = load_model(args.folder, {}), args.folder / "tokenizer.json"
+        model, file = PretrainedModel.from_pretrained(args.folder), args.folder / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises bare Exceptions
@@ -1319,25 +1227,25 @@ def main(argv: list[str] | None = None):
         cls, sep, mask = map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[MASK]"))
         if None in (cls, sep, mask):
             raise ValueError(f"{file} lacks [CLS], [SEP] or [MASK]")
-        ids = [cls, *tokenizer.encode(args.text, add_special_tokens=False).ids, sep]  # whatever post-processor it has
-        output = model(torch.tensor([ids]))
+        tokens = tokenizer.encode(args.text, add_special_tokens=False).ids  # not every tokenizer.json adds them
+        ids = torch.tensor([[cls, *tokens, sep]])
+        output = model(ids)
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"mabert.py: {error}")
     if isinstance(model, MaBERTForSequenceClassification):
-        for i, probability in enumerate(output.logits[0].softmax(dim=0).tolist()):
-            print(
-                f"class {i}: {probability:.4f}" if model.config.num_labels > 1 else f"value: {output.logits.item():.4f}"
-            )
+        if model.config.num_labels == 1:
+            print(f"value: {output.logits.item():.4f}")
+        else:
+            print(*(f"class {i}: {p:.4f}" for i, p in enumerate(output.logits[0].softmax(dim=0).tolist())), sep="\n")
     elif isinstance(model, MaBERTForMaskedLM) and mask in ids:
-        for place in (i for i, token in enumerate(ids) if token == mask):
-            best = output.logits[0, place].softmax(dim=0).topk(5)
+        for logits in output.logits[ids == mask]:
+            best = logits.softmax(dim=0).topk(5)
             guesses = (f"{tokenizer.id_to_token(i)} {p:.4f}" for p, i in zip(*map(Tensor.tolist, best)))
             print("[MASK]:", ", ".join(guesses))
     else:
-        x = (output if isinstance(model, MaBERT) else model.encoder(torch.tensor([ids])))[0].mean(dim=0)  # (h,)
-        print(
-            f"embedding: norm {x.norm():.4f}, {len(x)} numbers:", *(f"{value:.4f}" for value in x[:5].tolist()), "..."
-        )
+        x = getattr(model, "encoder", model)(ids)[0].mean(dim=0)  # (h,)
+        first = " ".join(f"{value:.4f}" for value in x[:5].tolist())
+        print(f"embedding: norm {x.norm():.4f}, {len(x)} numbers: {first} ...")
 
 
 if __name__ == "__main__":
