@@ -746,8 +746,8 @@ def pretrain(args, name: str, flags: list[str], profile: bool = False) -> Path:
     finished stays as it is, and a run that was stopped goes on. One of several --jobs has a process of its own."""
     out, printed = Path(args.out, name), io.StringIO()
     made, kept = out / "flags.txt", out / ("profile.txt" if profile else "model.pt")
-    if made.exists() and made.read_text(encoding="utf-8") != shlex.join(flags):
-        raise SystemExit(f"{out} was made with other flags, those in its flags.txt: give another --out")
+    if kept.exists() and (not made.exists() or made.read_text(encoding="utf-8") != shlex.join(flags)):
+        raise SystemExit(f"{out} was made with other flags than these, its flags.txt has them: give another --out")
     command = [*flags, "--out", str(out), *(["--profile", "10"] if profile else ["--resume"])]
     try:
         if kept.exists():

@@ -74,7 +74,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--ablation", action="store_true", help="the four variants of Table 3: PSM or none, map or cls")
     add("--poolings", action="store_true", help="the four poolings of Table B4")
     add = parser.add_argument_group("training").add_argument
-    add("--lr", type=number(float, 0), default=2e-5, help="peak learning rate: linear warm-up, linear decay to 0")
+    add("--lr", type=number(float, 1e-30), default=2e-5, help="peak learning rate: linear warm-up, linear decay to 0")
     add("--batch-size", type=number(int, 1), default=32, help="rows")
     add("--epochs", type=number(int, 1), default=3)
     add("--max-length", type=number(int, 8), default=128, help="tokens of a row; of a pair the longer is cut first")
@@ -434,12 +434,16 @@ def sweep(args: argparse.Namespace, tokenizer: Tokenizer, chosen: list[Variant],
                 continue
             if keeps:
                 model.save_pretrained(folder)
-                write_whole(last, Path(args.checkpoint, last.name).read_text(encoding="utf-8"))
+                whole = train_mlm.load_tokenizer(str(Path(args.checkpoint, last.name)))  # which cuts nothing
+                write_whole(last, whole.to_str(pretty=True))
             result |= dict(settings=settings, machine=machine)
             write_whole(file, json.dumps(result, indent=2) + "\n")
         results[variant].append(result)
         if submits:
-            submit(name, load_model(folder), tokenizer, args)
+            try:
+                submit(name, load_model(folder), tokenizer, args)
+            except FloatingPointError as error:
+                diverged.append(f"{title}, test set: {error}")
     if diverged:
         raise SystemExit("\n".join(diverged))
     return results

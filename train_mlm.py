@@ -102,7 +102,7 @@ def psm(text: str) -> tuple[str, ...]:
 
 def length_share(text: str) -> tuple[int, float]:
     length, share = text.split(":")
-    return number(int, 8)(length), number(float, 1e-9, 1.01)(share)
+    return number(int, 8, 2**16)(length), number(float, 1e-9, 1.01)(share)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -344,16 +344,20 @@ def tokenize(corpora: list, tokenizer: Tokenizer) -> Tokens:
         from datasets.fingerprint import Hasher
 
         features = datasets.Features(ids=datasets.List(datasets.Value("uint16")))
-        count = 1 + corpus.data.nbytes // PART
+        count = min(len(corpus), 1 + corpus.data.nbytes // PART)
         for i in range(count):
             part = corpus.shard(count, i, contiguous=True)
-            key = Hasher.hash(
-                (part._fingerprint, tokenizer.to_str(), "version 1")
-            )  # of text and tokenizer, not of code
+            key = Hasher.hash((part._fingerprint, tokenizer.to_str(), "1"))  # of text and tokenizer, not of code
             options = dict(batched=True, batch_size=100, remove_columns="text", features=features, new_fingerprint=key)
-            for documents in (
-                part.map(encode, desc=f"tokens, part {i + 1}/{count}", **options).data.column("ids").chunks
-            ):
+            try:
+                done = part.map(encode, desc=f"tokens, part {i + 1}/{count}", **options)
+                if len(done) != len(part):
+                    raise ValueError(f"{len(done)} documents instead of {len(part)}")
+            except (OSError, ValueError) as error:
+                if isinstance(error, UnicodeDecodeError) or getattr(error, "errno", None):  # the text, a full disk
+                    raise
+                raise SystemExit(f"the cache of `datasets` is damaged ({error}); remove it") from error
+            for documents in done.data.column("ids").chunks:
                 chunks.append(documents.flatten().to_numpy())
                 lengths.append(np.diff(documents.offsets.to_numpy()))
     counts, checksum = np.zeros(vocab_size(tokenizer), dtype=np.int64), 0
@@ -365,6 +369,8 @@ def tokenize(corpora: list, tokenizer: Tokenizer) -> Tokens:
                 raise SystemExit(f"the cache of `datasets` is damaged, it has token {len(found) - 1}; remove it")
             counts += found
     lengths = np.concatenate(lengths)
+    if (lengths < 0).any() or lengths.sum() != sum(map(len, chunks)):
+        raise SystemExit("the cache of `datasets` is damaged, its documents have other lengths; remove it")
     offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0], dtype=np.int64)])
     if offsets[-1] == 0:
         raise SystemExit("the corpus is empty: no text, or nothing that the tokenizer keeps")
@@ -561,7 +567,11 @@ class Data(NamedTuple):
 def prepare(args: argparse.Namespace, kept: Path) -> Data:
     """Everything that training reads. A tokenizer that is trained on the text is kept in a file, for --resume. What the
     first process finds or makes, the others take over."""
+    if RANK > 0:
+        gathered(None)
     corpora, tokenizer = load_corpora(args), None
+    if RANK == 0:  # the others find in the cache of `datasets` what it leaves there
+        gathered(None)
     if RANK == 0 and args.vocab_size and not (args.resume and kept.exists()):
         print(f"training a tokenizer of {args.vocab_size} word pieces (words of megabytes take minutes)")
         batches = (batch for corpus in corpora for batch in (corpus if args.demo else corpus.iter(100)))
@@ -575,7 +585,7 @@ def prepare(args: argparse.Namespace, kept: Path) -> Data:
     if RANK > 0:
         gathered(None)
     tokens = tokenize(corpora, tokenizer)
-    if RANK == 0:  # the others find in the cache what it left there
+    if RANK == 0:
         gathered(None)
     vocabulary = Vocabulary.of(tokenizer)
     seen, held = split_held_out(tokens)
@@ -687,8 +697,16 @@ def save_checkpoint(out: Path, keep: int, model: MaBERTForMaskedLM, tokenizer: T
 def read_checkpoint(folder: Path) -> tuple[dict, dict]:
     """(weights, training); ValueError or OSError where a file is damaged or not of this program."""
     weights, training = MaBERTForMaskedLM.from_pretrained(folder).state_dict(), torch_load(folder / "training.pt")
+    if {name: w.shape for name, w in torch_load(folder / "model.pt").items()} != {
+        n: w.shape for n, w in weights.items()
+    }:
+        raise ValueError("model.pt has other weights than a MaBERTForMaskedLM")
     if missing := {"step", "optimizer", "identity", "log", "sums", "line"} - training.keys():
         raise ValueError(f"training.pt has no {', '.join(sorted(missing))}")
+    try:
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ValueError(f"tokenizer.json: {error}") from error
     return weights, training
 
 
@@ -893,7 +911,7 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
 
 def finish(args: argparse.Namespace, data: Data, out: Path, model: MaBERTForMaskedLM, log: list[dict]):
     """Writes the model and says what came of the run."""
-    loss, (unigram, uniform) = held_out_loss(model, data, args.micro_batch_size), data.baselines
+    loss, (unigram, uniform) = float(log[-1]["held_out_loss"]), data.baselines
     model.save_pretrained(out)
     print(f"\nheld-out loss {loss:.3f} nats per masked token ({(data.held_out[2] != IGNORED).sum()} of them); the "
           f"training text's word frequencies give {unigram:.3f}, chance {uniform:.3f}\n{abs(unigram - loss):.2f} nats "
@@ -935,11 +953,12 @@ def over_processes(value: float, reduction=dist.ReduceOp.SUM) -> float:
 
 def lock(out: Path):
     """Keeps other runs out of the folder until this process ends, however it ends."""
+    file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
     with contextlib.suppress(ImportError):  # Windows has no such locks
         import fcntl
 
         try:
-            fcntl.lockf(os.open(out / ".lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise SystemExit(f"another run is writing to {out}; choose another --out") from None
 
@@ -985,14 +1004,14 @@ def main(argv: list[str]):
     except KeyboardInterrupt:
         raise SystemExit("interrupted; what is whole of tokens and checkpoints is kept, and --resume goes on") from None
     except UnicodeDecodeError as error:  # strings of JSON and parquet are looked at when they are read
-        refuse_not_utf8(local_files(args.data))
+        refuse_not_utf8(local_files(args.data or []))
         raise SystemExit(f"--data: a document of a .parquet file is not UTF-8: {error}") from error
     except (OSError, RuntimeError, MemoryError) as error:
-        if re.search("out of memory|ALLOC_FAILED|allocate", str(error)):  # CUDA's, cuBLAS's, the allocator's, NumPy's
+        if isinstance(error, MemoryError) or re.search("out of memory|ALLOC_FAILED|allocate", str(error)):
             advice = (f"out of memory: lower --micro-batch-size (now {args.micro_batch_size}; the batch stays) "
                       "or the lengths of --length-schedule; or pass --activation-checkpointing")  # fmt: skip
         elif isinstance(error, OSError) or re.search("iostream|StreamWriter", str(error)):  # torch.save, a full disk
-            advice = "cannot write: is the disk full? What is whole of tokens and checkpoints is kept; --resume goes on"
+            advice = "cannot read or write: is the disk full? What is whole of tokens and checkpoints is kept"
         elif PROCESSES > 1 and "gloo" in str(error):
             advice = f"process {RANK} lost another, whose message says why"
         else:
@@ -1040,6 +1059,7 @@ def profile(args: argparse.Namespace, data: Data, warm_up: int = 2):
             train_step(shared, optimizer, batch, i, args, mark)
             if i < warm_up:
                 del marks[:-1]
+                torch.cuda.reset_peak_memory_stats() if on_gpu else None
             else:
                 real, padded = real + batch.real, padded + batch.padded
         memory, parts = "", {}
