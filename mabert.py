@@ -1141,8 +1141,9 @@ _scan_triton_backward.register_fake(
 
 
 def _triton_backward(ctx, dy, _):
-    gradients = _scan_triton_backward(dy, *ctx.saved_tensors, *ctx.options)
-    return *(None if x is None else dx for x, dx in zip(ctx.saved_tensors[1:9], gradients)), *(None,) * 6
+    saved = ctx.saved_tensors  # read once: activation checkpointing gives them no second time
+    gradients = _scan_triton_backward(dy, *saved, *ctx.options)
+    return *(None if x is None else dx for x, dx in zip(saved[1:9], gradients)), *(None,) * 6
 
 
 _scan_triton.register_autograd(_triton_backward, setup_context=_keep)
