@@ -2164,7 +2164,7 @@ REFUSALS = [  # script, flags, {file: its contents, None for no file, or what th
     ("bench", "scan --sizes 1,2,3", {}, "1,2,3 is not B,L,D,N"), ("bench", "scan --sizes 1,2,3,x", {}, "invalid"),
     ("bench", "patterns --data nowhere.txt --out runs", {}, "runs/tokenizer: train_mlm.py: --data: "),
     ("bench", "patterns --data text.txt --out runs", {"text.txt": "a few words"}, "runs/tokenizer: train_mlm.py: "),
-    ("bench", "patterns --patterns MT mmt", {}, "pattern is 'mmt'; it must be a string of the letters"),
+    ("bench", "patterns --patterns MT mmt", {}, "pattern is 'mmt'; it must be letters of M, T"),
     ("bench", "efficiency --models GPT", {}, "invalid choice: 'GPT'"),
     ("bench", "efficiency --lengths 0", {}, r"0 must be finite and in \[1, "),
     ("bench", "efficiency --seconds nan", {}, "nan must be finite"),
