@@ -1196,6 +1196,26 @@ def python(code, flags=""):
     return subprocess.run([sys.executable, "-c", code, *arguments(flags)], capture_output=True, text=True)
 
 
+def test_one_document_is_one_part_and_a_damaged_cache_is_refused(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("cache"))
+    monkeypatch.setattr(train_mlm, "PART", 2000)
+    Path("big.txt").write_text("the cat sees a dog\n" * 500)
+
+    def tokens():
+        return train_mlm.tokenize(train_mlm.load_corpora(train_mlm.parse_args(["--data", "big.txt"])), tokenizer)
+
+    tokenizer = words_tokenizer(WORDS)
+    assert tokens().offsets.tolist() == [0, 2500]
+    (file,) = Path("cache").rglob("cache-*.arrow")
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:300] + bytes(2000) + whole[2300:]):
+        file.write_bytes(damaged)
+        with pytest.raises(SystemExit, match="cache of `datasets` is damaged"):
+            tokens()
+
+
 def test_tokens_are_made_once_and_go_on_after_a_kill(monkeypatch):
     import datasets
 
@@ -2004,6 +2024,7 @@ def test_bench_efficiency(device, small_peers, capsys):
     bert, own = (cells[name, 128, "latency"] for name in ("BERT", "MaBERT"))
     assert f"| {bench.shown(bert, '5.22')} |" in text and f"| {bench.shown(bert / own, 5.220 / 9.160)} |" in text
     assert f"BERT, 128 tokens, latency: {bench.shown(bert)}" in told  # a run that is stopped has shown it
+    assert "From 957 tokens on" in text
     assert Path("efficiency.png").read_bytes().startswith(b"\x89PNG")
     if device == "cuda":
         efficiency("--lengths 128 --fastest", bench.MODELS)
