@@ -237,6 +237,11 @@ def test_a_row_does_not_depend_on_its_batch():
         assert relative(logits[: row.shape[1]], model(row).logits[0]) < 1e-12
 
 
+def test_stage_post_gives_zero_at_pads():
+    x, mask = torch.randn(2, 6, 16, dtype=torch.float64), torch.tensor([[1] * 6, [0, 1, 1, 1, 0, 0]]).bool()
+    assert build(mabert.MambaLayer, tiny())(x, mask)[~mask].eq(0).all()
+
+
 @pytest.mark.parametrize("causal_conv", [True, False])
 def test_what_stands_at_pads_does_not_matter_in_holes_either(causal_conv):
     """Of a mask with holes no more is promised: with holes closed up the convolution would see other neighbours."""
@@ -651,6 +656,8 @@ def test_initialisation():
         for p in mixer.conv1d.parameters():  # PyTorch's: uniform ±1/√k
             assert 0.26 < p.std() < 0.32 and 0.45 < p.abs().max() <= 0.5
         assert 0.018 < mixer.in_proj.weight.std() < 0.022
+        assert mixer(torch.ones(1, 2000, 64)).isfinite().all()  # A < 0: the state decays
+    assert MambaMixer(replace(config, causal_conv=False)).conv_padding == (1, 2)
     assert len(mixers) == 3 and not torch.equal(mixers[0].dt_proj.bias, mixers[1].dt_proj.bias)
     words, attention = model.encoder.word_embeddings.weight, model.encoder.layers[2].attention
     assert 0.018 < attention.qkv.weight.std() < 0.022 and attention.qkv.bias.eq(0).all()
@@ -1004,7 +1011,9 @@ def test_a_short_run_learns_and_can_be_used(capsys):
 def test_the_loss_after_twenty_steps_is_known():
     """Whatever changes it changes what a run computes: rows, masking, initialisation, gradients, schedule."""
     pretrain("--steps 20 --log-every 5 --dropout 0.1")
-    losses = [float(row["loss"]) for row in trained()[1][1:]]
+    log = trained()[1][1:]
+    losses, rates = ([float(row[name]) for row in log] for name in ("loss", "lr"))
+    assert (rates[0], rates[-1]) == pytest.approx((5e-3 * 16 / 18, 5e-3 / 18), rel=0.01)
     assert losses == pytest.approx([3.2109, 3.1180, 3.0923, 3.0620], abs=5e-3)
 
 
@@ -1892,6 +1901,9 @@ def test_the_papers_row_is_of_the_same_model_and_its_average_over_the_same_colum
         variant, *_ = finetune_glue.variants(args, MaBERTConfig(pattern=pattern))
         assert (variant.paper[0] if variant.paper else None) == cola, flags
         assert len(variant.paper) in (0, len(finetune_glue.PAPER_COLUMNS))
+        args.ablation = True
+        ablation = finetune_glue.variants(args, MaBERTConfig(pattern=pattern))
+        assert [(name, bool(psm), kind) for name, psm, kind, _ in ablation] == list(finetune_glue.ABLATION)
     args = finetune_glue.parse_args(["--checkpoint", "x", "--seeds", "2"])
     (variant,), runs = finetune_glue.variants(args, MaBERTConfig()), []
     for name, task in finetune_glue.TASKS.items():
