@@ -497,7 +497,8 @@ def main(argv: list[str]):
         paths = {file: sources(name, file, args.data_dir)[0] for file in files}
         data = digest(path for file in files if "test" not in file for path in paths[file])
         identity[name] = dict(task=name, data=data if args.data_dir else HUB_DATA) | settings
-    if len({bool(variant.psm) for variant in chosen}) > 1 and config.causal_conv and args.padding_side == "right":
+    looks_right = "W" in config.pattern or not config.causal_conv
+    if len({bool(variant.psm) for variant in chosen}) > 1 and args.padding_side == "right" and not looks_right:
         print("with a causal convolution and pads on the right no pad stands before a real token: PSM or none is the "
               "same function, and the scores will say so. It matters with --padding-side left")  # fmt: skip
     Path(args.out).mkdir(parents=True, exist_ok=True)

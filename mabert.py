@@ -5,7 +5,8 @@ Language Modeling", Kim and Park, 2026, arXiv:2603.03001. Equation numbers below
 
 What is particular about it:
 - the layer pattern is a string, MMT four times: M is a Mamba layer (a selective state-space scan, left to right, linear
-  in length), T is a Transformer layer (bidirectional attention);
+  in length), T is a Transformer layer (bidirectional attention); not the paper's: W is M from right to left, H half of
+  an M and half of a T side by side;
 - padding-safe masking (PSM): the number of pads in a batch never changes what the model says about real tokens; the
   paper's two stages, and a third that makes this exact;
 - mask-aware attention pooling (MAP) feeds the classifier.
@@ -20,8 +21,9 @@ projected from. In the scan u is the input, x = Δ u, and h_t the state at step 
 Masks are True at real tokens and False at pads.
 
 Map of the file:
-    Part I, the model     MaBERTConfig · MambaMixer, MambaLayer · SelfAttention, TransformerLayer · saving, loading ·
-                          MaBERT · Pooling · MaBERTForMaskedLM, MaBERTForSequenceClassification · checks of arguments
+    Part I, the model     MaBERTConfig · MambaMixer, MambaLayer · SelfAttention, TransformerLayer · HybridLayer ·
+                          saving, loading · MaBERT · Pooling · MaBERTForMaskedLM, MaBERTForSequenceClassification ·
+                          checks of arguments
     Part II, the scan     reference_scan, the masked selective scan as its formula; the same as a faster loop, and as
                           Triton kernels for a GPU, each with a backward pass; selective_scan, which picks
     The command           python mabert.py FOLDER "text with a [MASK]"
@@ -29,6 +31,8 @@ Map of the file:
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import logging
 import math
@@ -51,8 +55,9 @@ except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=float)  # enough for the definitions below
 
 __all__ = [
-    "MaBERT", "MaBERTConfig", "MaBERTForMaskedLM", "MaBERTForSequenceClassification", "MambaLayer", "MambaMixer",
-    "Output", "Pooling", "PretrainedModel", "SelfAttention", "TransformerLayer", "reference_scan", "selective_scan",
+    "HybridLayer", "MaBERT", "MaBERTConfig", "MaBERTForMaskedLM", "MaBERTForSequenceClassification", "MambaLayer",
+    "MambaMixer", "Output", "Pooling", "PretrainedModel", "SelfAttention", "TransformerLayer", "reference_scan",
+    "selective_scan",
 ]  # fmt: skip
 
 logger = logging.getLogger("mabert")
@@ -71,14 +76,14 @@ class MaBERTConfig:
 
     vocab_size: int = 30522
     hidden_size: int = 768
-    pattern: str = "MMTMMTMMTMMT"  # one letter per layer, M or T
+    pattern: str = "MMTMMTMMTMMT"  # a letter for each layer: M, W, H or T (see LAYERS)
     num_heads: int = 12
     intermediate_size: int = 3072
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
     dt_rank: int | None = None  # rank of Δ; None means ⌈hidden_size / 16⌉
-    causal_conv: bool = True  # False centres the core's convolution, so that it also looks at the tokens to the right
+    causal_conv: bool = False  # the core's convolution looks back only, as Mamba's does; else to both sides
     max_position: int = 512  # the most real tokens that a row may have (`MaBERT.resize_positions` changes it)
     type_vocab_size: int = 2
     dropout: float = 0.1
@@ -98,6 +103,7 @@ class MaBERTConfig:
         rules += [
             ("hidden_size", lambda x: x % self.num_heads == 0, f"a multiple of num_heads ({self.num_heads})"),
             ("pattern", lambda x: isinstance(x, str) and x and {*x} <= {*LAYERS}, f"letters of {', '.join(LAYERS)}"),
+            ("num_heads", lambda x: x % 2 == 0 or "H" not in self.pattern, "even, since a layer H takes half of them"),
             ("dt_rank", lambda x: x is None or positive(x), "a positive integer or None"),
             ("causal_conv", lambda x: isinstance(x, bool), "True or False"),
             ("dropout", lambda x: isinstance(x, (int, float)) and 0 <= x < 1, "in [0, 1)"),
@@ -132,15 +138,17 @@ class LayerNorm(nn.LayerNorm):
 
 class MambaMixer(nn.Module):
     """The core of a Mamba layer (Eqs. 4–9): projections, a short convolution and the selective scan. (b, l, h) ->
-    (b, l, h); with a mask (b, l), bool, pads pass the scan's state through."""
+    (b, l, h); with a mask (b, l), bool, pads pass the scan's state through. With reverse it is mirrored: convolution
+    and scan run from right to left."""
 
-    def __init__(self, config: MaBERTConfig):
+    def __init__(self, config: MaBERTConfig, reverse: bool = False):
         super().__init__()
         h, n, k = config.hidden_size, config.d_state, config.d_conv
         d, r = config.expand * h, config.dt_rank or math.ceil(h / 16)
         self.rho_B_C_sizes = (r, n, n)
         self.conv_padding = (k - 1, 0) if config.causal_conv else ((k - 1) // 2, k // 2)  # (left, right)
-        self.scan_backend = config.scan_backend
+        self.conv_padding = self.conv_padding[:: -1 if reverse else 1]
+        self.scan_options = dict(delta_softplus=True, reverse=reverse, backend=config.scan_backend)
         self.in_proj = linear(h, 2 * d, bias=False)
         self.conv1d = nn.Conv1d(d, d, k, groups=d)
         self.x_proj = linear(d, r + 2 * n, bias=False)
@@ -160,8 +168,8 @@ class MambaMixer(nn.Module):
         rho, B, C = self.x_proj(u).split(self.rho_B_C_sizes, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
         delta = F.linear(rho, self.dt_proj.weight)  # (b, l, d); its bias and softplus join in the scan
         A = -torch.exp(self.A_log)  # (d, n)
-        options = dict(delta_softplus=True, mask=mask, backend=self.scan_backend)
-        y = selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, **options)  # scan, + D u, · SiLU(z)
+        # the scan, + D u, · SiLU(z)
+        y = selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, mask=mask, **self.scan_options)  # (b, l, d)
         return self.out_proj(y)
 
 
@@ -178,46 +186,50 @@ class MambaLayer(nn.Module):
     - scan: at pads Δ = 0, so exp(Δ A) = 1 and nothing enters the state: it passes through untouched. Without this
             stage, zeroed input is not enough: the convolution's bias makes u, B and Δ non-zero at pads;
     - post: the block's output is zero at pads, residual path and feed-forward included.
+
+    With reverse, the layer is mirrored, so that it sees what is on the right. Pads on the right then come first.
     """
 
-    def __init__(self, config: MaBERTConfig):
+    def __init__(self, config: MaBERTConfig, reverse: bool = False):
         super().__init__()
         self.psm = config.psm
         self.norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mixer = MambaMixer(config)
+        self.mixer = MambaMixer(config, reverse)
         self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.ffn = feed_forward(config)
         self.dropout = nn.Dropout(config.dropout)
+
+    def mix(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.mixer(x, mask if "scan" in self.psm else None)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         def masked(stage, x):
             return x if mask is None or stage not in self.psm else x * mask[..., None]
 
-        scan_mask = mask if "scan" in self.psm else None
-        x = x + self.dropout(self.mixer(masked("pre", self.norm1(x)), scan_mask))  # Eq. 2
+        x = x + self.dropout(self.mix(masked("pre", self.norm1(x)), mask))  # Eq. 2
         return masked("post", x + self.dropout(self.ffn(self.norm2(x))))  # Eq. 3
 
 
 class SelfAttention(nn.Module):
-    """Bidirectional multi-head self-attention; pads get no weight as keys: x (b, l, h), mask (b, l) -> (b, l, h)."""
+    """Bidirectional multi-head self-attention; pads get no weight as keys: x (b, l, h), mask (b, l) -> (b, l, h).
+    With `heads`, only so many of config.num_heads."""
 
-    def __init__(self, config: MaBERTConfig):
+    def __init__(self, config: MaBERTConfig, heads: int | None = None):
         super().__init__()
-        self.num_heads = config.num_heads
+        self.heads = heads or config.num_heads
         self.dropout = config.dropout
-        self.qkv = linear(config.hidden_size, 3 * config.hidden_size)
-        self.out_proj = linear(config.hidden_size, config.hidden_size)
+        inner = config.hidden_size // config.num_heads * self.heads
+        self.qkv = linear(config.hidden_size, 3 * inner)
+        self.out_proj = linear(inner, config.hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        b, l, h = x.shape
-        qkv = self.qkv(x).view(b, l, 3, self.num_heads, h // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, num_heads, l, h / num_heads)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (b, heads, l, width)
         if mask is not None:
             mask = mask | ~mask.any(dim=-1, keepdim=True)  # a row of pads sees its pads: softmax over nothing is NaN
             mask = mask[:, None, None]  # (b, 1, 1, l)
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.out_proj(x.transpose(1, 2).reshape(b, l, h))
+        return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
 class TransformerLayer(nn.Module):
@@ -236,7 +248,29 @@ class TransformerLayer(nn.Module):
         return x + self.dropout(self.ffn(self.norm2(x)))
 
 
-LAYERS = {"M": MambaLayer, "T": TransformerLayer}  # the letters of config.pattern
+class HybridLayer(MambaLayer):
+    """Attention and a Mamba mixer side by side, each half of a layer (half of the heads, expand 1): x (b, l, h), mask
+    (b, l) -> (b, l, h). Both read the same normalised, pre-masked input; their outputs are normalised and averaged (as
+    in Hymba, arXiv 2411.13676, and arXiv 2510.04800), at first at a tenth of the scale, or they would drown x. The
+    stages of PSM are those of MambaLayer."""
+
+    def __init__(self, config: MaBERTConfig):
+        super().__init__(dataclasses.replace(config, expand=1))
+        self.attention = SelfAttention(config, heads=config.num_heads // 2)
+        self.norms = nn.ModuleList(LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(2))
+        for norm in self.norms:
+            nn.init.constant_(norm.weight, 0.1)
+
+    def mix(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return (self.norms[0](self.attention(x, mask)) + self.norms[1](super().mix(x, mask))) / 2
+
+
+LAYERS = {  # the letters of config.pattern
+    "M": MambaLayer,
+    "W": functools.partial(MambaLayer, reverse=True),
+    "H": HybridLayer,
+    "T": TransformerLayer,
+}
 
 
 # ---- Saving and loading, which the models below share ----
@@ -536,7 +570,7 @@ def check_scan(u, delta, A, B, C, D, z, delta_bias, mask) -> Tensor | None:
 #     h_t = exp(Δ_t A) h_{t−1} + Δ_t u_t B_t
 #     y_t = m_t · SiLU(z_t) · (Σ_n C_t h_t + D u_t)
 #
-# softplus only with delta_softplus; with reverse, t runs from the right end (no layer here uses it yet).
+# softplus only with delta_softplus; with reverse (W layers), t runs from the right end.
 # `reference_scan` is these three lines in PyTorch. The loop and the kernels compute the same faster, the loop on a CPU,
 # the kernels on a GPU. `selective_scan`, after them, picks.
 
@@ -560,94 +594,103 @@ def reference_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
 # ---- A loop ----
 
 LOOP_CHUNK = 16  # steps. One state kept per chunk takes l / 16 · n · d numbers a row: with n = 16, as many as u
+LOOP_BLOCK = 2**18  # numbers in a block's states: whole rows of about 1 MB, which a core's cache keeps for the next use
 
 
 def _empty_like(tensor):
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _chunks(*tensors):
-    """The chunks' slices, and the tensors cut to them, time first."""
-    for t in range(0, tensors[0].shape[1], LOOP_CHUNK):
-        s = slice(t, t + LOOP_CHUNK)
-        yield s, *(tensor[:, s].transpose(0, 1) for tensor in tensors)  # each (steps, b, ...)
+def _slices(length, size, backward=False):
+    return [slice(i, min(i + size, length)) for i in range(0, length, size)][:: -1 if backward else 1]
 
 
-def _states(delta, x, A, B, h):
-    """A chunk's decays a_t = exp(Δ_t A), (steps, b, n, d), and its states, (steps + 1, b, n, d), h the first. From
-    delta, x (steps, b, d), A (n, d), B (steps, b, n), h (b, n, d): time comes first and channels last, so that a step
-    is one multiply-add over contiguous memory."""
+def _states(delta, x, A, B, h, reverse):
+    """A chunk's decays a_t = exp(Δ_t A), and the states before and after each step, all (steps, b, n, d); from delta, x
+    (steps, b, d), A (n, d), B (steps, b, n) and h (b, n, d), the first state. Time comes first and channels last, so
+    that a step is one multiply-add over contiguous memory."""
     a = (delta[:, :, None] * A).exp_()
     states = h.new_empty(len(x) + 1, *h.shape)
-    states[0] = h
-    torch.mul(x[:, :, None], B[..., None], out=states[1:])
-    for a_t, before, state in zip(a, states[:-1], states[1:]):
-        state.addcmul_(a_t, before)
-    return a, states
+    before, after = (states[1:], states[:-1]) if reverse else (states[:-1], states[1:])
+    before[-1 if reverse else 0] = h
+    torch.mul(x[:, :, None], B[..., None], out=after)
+    for a_t, h, state in list(zip(a, before, after))[:: -1 if reverse else 1]:
+        state.addcmul_(a_t, h)
+    return a, before, after
 
 
 @torch.library.custom_op("mabert::scan_loop", mutates_args=())
-def _scan_loop(delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """h_t = exp(Δ_t A) h_{t−1} + x_t B_t and y_t = Σ_n C_t h_t, where x = Δ u.
+def _scan_loop(delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """h_t = exp(Δ_t A) h_{t−1} + x_t B_t and y_t = Σ_n C_t h_t, where x = Δ u; with reverse h_{t+1} for h_{t−1}.
 
     delta, x (b, l, d), A (d, n), B, C (b, l, n), all of one dtype -> y (b, l, d) and the chunks' start states, for the
     backward pass, (c, b, n, d). A custom op, so that torch.compile takes it as it is instead of unrolling the loop.
     """
-    A = A.T.contiguous()  # (n, d)
-    y, starts = _empty_like(x), []
-    h = x.new_zeros(x.shape[0], *A.shape)  # (b, n, d)
+    (b, l, _), A = x.shape, A.T.contiguous()  # (n, d)
+    y, starts = _empty_like(x), x.new_empty(-(-l // LOOP_CHUNK), b, *A.shape)
     with torch.autocast(x.device.type, enabled=False):  # else @ would be in half precision
-        for s, delta_s, x_s, B_s, C_s in _chunks(delta, x, B, C):
-            starts.append(h)
-            _, states = _states(delta_s, x_s, A, B_s, h)
-            y[:, s] = (C_s[:, :, None] @ states[1:]).squeeze(2).transpose(0, 1)  # (steps, b, 1, n) @ (steps, b, n, d)
-            h = states[-1].clone()
-    return y, torch.stack(starts)
+        for rows in _slices(b, max(1, LOOP_BLOCK // (LOOP_CHUNK * A.numel()))):
+            h = torch.zeros_like(starts[0, rows])
+            for s in _slices(l, LOOP_CHUNK, backward=reverse):
+                starts[s.start // LOOP_CHUNK, rows] = h
+                delta_s, x_s, B_s, C_s = (tensor[rows, s].transpose(0, 1) for tensor in (delta, x, B, C))
+                _, _, states = _states(delta_s, x_s, A, B_s, h, reverse)
+                y[rows, s] = (C_s[:, :, None] @ states).squeeze(2).transpose(0, 1)  # (…, 1, n) @ (…, n, d)
+                h = states[0 if reverse else -1]
+    return y, starts
 
 
 @torch.library.custom_op("mabert::scan_loop_backward", mutates_args=())
 def _scan_loop_backward(
-    dy: Tensor, starts: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor
+    dy: Tensor, starts: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of delta, x, A, B and C; the states inside a chunk are replayed from its start.
 
     With g_t the loss's gradient by h_t:  g_t = dy_t C_t + a_{t+1} g_{t+1},  dx_t = Σ_n g_t B_t,  dB_t = Σ_d g_t x_t,
     dC_t = Σ_d dy_t h_t,  dΔ_t = Σ_n A w_t (x held fixed), dA = Σ_{b,t} Δ_t w_t, where w_t = g_t a_t h_{t−1}.
     """
-    A = A.T.contiguous()  # (n, d)
+    (b, l, _), A = x.shape, A.T.contiguous()  # (n, d)
     ddelta, dx, dB, dC, dA = _empty_like(delta), _empty_like(x), _empty_like(B), _empty_like(C), torch.zeros_like(A)
-    carry = torch.zeros_like(starts[0])  # a_{t+1} g_{t+1}, (b, n, d)
     with torch.autocast(x.device.type, enabled=False):
-        for (s, dy_s, delta_s, x_s, B_s, C_s), h in reversed(list(zip(_chunks(dy, delta, x, B, C), starts))):
-            a, states = _states(delta_s, x_s, A, B_s, h)
-            dC[:, s] = (dy_s[:, :, None] @ states[1:].mT).squeeze(2).transpose(0, 1)  # (steps, b, 1, d) @ (…, d, n)
-            g = dy_s[:, :, None] * C_s[..., None]  # (steps, b, n, d)
-            g[-1] += carry
-            for t in range(len(g) - 2, -1, -1):
-                g[t].addcmul_(a[t + 1], g[t + 1])
-            carry = a[0] * g[0]
-            dB[:, s] = (x_s[:, :, None] @ g.mT).squeeze(2).transpose(0, 1)
-            dx[:, s] = (B_s[:, :, None] @ g).squeeze(2).transpose(0, 1)
-            w = g.mul_(a).mul_(states[:-1])  # (steps, b, n, d)
-            ddelta[:, s] = (w * A).sum(dim=2).transpose(0, 1)
-            dA += w.mul_(delta_s[:, :, None]).sum(dim=(0, 1))
+        for rows in _slices(b, max(1, LOOP_BLOCK // (LOOP_CHUNK * A.numel()))):
+            q = torch.zeros_like(starts[0, rows])  # a_{t+1} g_{t+1}, (b, n, d)
+            for s in _slices(l, LOOP_CHUNK, backward=not reverse):
+                inputs = (tensor[rows, s].transpose(0, 1) for tensor in (dy, delta, x, B, C))
+                dy_s, delta_s, x_s, B_s, C_s = inputs  # each (steps, b, ...)
+                a, before, after = _states(delta_s, x_s, A, B_s, starts[s.start // LOOP_CHUNK, rows], reverse)
+                dC[rows, s] = (dy_s[:, :, None] @ after.mT).squeeze(2).transpose(0, 1)  # (…, 1, d) @ (…, d, n)
+                g = dy_s[:, :, None] * C_s[..., None]  # (steps, b, n, d)
+                pairs = list(zip(a, g))[:: 1 if reverse else -1]
+                pairs[0][1].add_(q)
+                for (a_next, g_next), (_, g_t) in itertools.pairwise(pairs):
+                    g_t.addcmul_(a_next, g_next)
+                q = torch.mul(*pairs[-1])
+                dB[rows, s] = (x_s[:, :, None] @ g.mT).squeeze(2).transpose(0, 1)
+                dx[rows, s] = (B_s[:, :, None] @ g).squeeze(2).transpose(0, 1)
+                w = a.mul_(g).mul_(before)  # (steps, b, n, d)
+                ddelta[rows, s] = (w * A).sum(dim=2).transpose(0, 1)
+                dA += w.mul_(delta_s[:, :, None]).sum(dim=(0, 1))
     return ddelta, dx, dA.T.contiguous(), dB, dC
 
 
 # For torch.compile: what the ops return, without computing it. For autograd: what to keep, and the backward op.
 _scan_loop.register_fake(
-    lambda _, x, A, *BC: (_empty_like(x), x.new_empty(-(-x.shape[1] // LOOP_CHUNK), x.shape[0], *A.T.shape))
+    lambda _, x, A, *more: (_empty_like(x), x.new_empty(-(-x.shape[1] // LOOP_CHUNK), x.shape[0], *A.T.shape))
 )
-_scan_loop_backward.register_fake(lambda dy, starts, *inputs: tuple(map(_empty_like, inputs)))
+_scan_loop_backward.register_fake(lambda dy, starts, *inputs: tuple(map(_empty_like, inputs[:5])))
 
 
 def _keep(ctx, inputs, output):
-    ctx.save_for_backward(output[1], *inputs[:9])  # the states, and all tensors
-    ctx.options = inputs[9:12]  # of _scan_triton: softplus, reverse, chunk
+    ctx.save_for_backward(output[1], *(x for x in inputs if x is None or isinstance(x, Tensor)))  # with the states
+    ctx.options = [x for x in inputs if isinstance(x, int)]  # reverse; of _scan_triton softplus, reverse, chunk, keep
     ctx.set_materialize_grads(False)  # the states need no gradient: do not make one of zeros
 
 
-_scan_loop.register_autograd(lambda ctx, dy, _: _scan_loop_backward(dy, *ctx.saved_tensors), setup_context=_keep)
+def _loop_backward(ctx, dy, _):
+    return *_scan_loop_backward(dy, *ctx.saved_tensors, *ctx.options), None
+
+
+_scan_loop.register_autograd(_loop_backward, setup_context=_keep)
 
 
 # ---- The same in Triton ----
@@ -1142,7 +1185,7 @@ _scan_triton_backward.register_fake(
 
 def _triton_backward(ctx, dy, _):
     saved = ctx.saved_tensors  # read once: activation checkpointing gives them no second time
-    gradients = _scan_triton_backward(dy, *saved, *ctx.options)
+    gradients = _scan_triton_backward(dy, *saved, *ctx.options[:3])
     return *(None if x is None else dx for x, dx in zip(saved[1:9], gradients)), *(None,) * 6
 
 
@@ -1195,11 +1238,7 @@ def selective_scan(
     delta = delta if delta_bias is None else delta + delta_bias.to(dtype)
     delta = F.softplus(delta) if delta_softplus else delta
     delta = delta if mask is None else delta * mask[..., None]
-    inputs = delta, delta * u_, A, B, C
-    if reverse:
-        inputs = [tensor if tensor is A else tensor.flip(1) for tensor in inputs]
-    y, _ = _scan_loop(*inputs)
-    y = y.flip(1) if reverse else y
+    y, _ = _scan_loop(delta, delta * u_, A, B, C, reverse)
     y = y if D is None else y + D.to(dtype) * u_
     y = y if z is None else y * F.silu(z.to(dtype))
     return (y if mask is None else y * mask[..., None]).to(u.dtype)

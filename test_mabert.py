@@ -357,7 +357,7 @@ def test_scan_keeps_only_inputs_and_chunk_states_for_backward():
 
 def test_scan_op_is_registered_soundly():
     u, delta, A, B, C, *_ = scan_inputs(l=7)
-    torch.library.opcheck(mabert._scan_loop, (delta, u, A, B, C))
+    torch.library.opcheck(mabert._scan_loop, (delta, u, A, B, C, True))
 
 
 # ---- The Triton kernels: interpreted on a CPU in a process of their own, compiled where there is a GPU ----

@@ -140,7 +140,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         default = getattr(base, name)
         add(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"see MaBERTConfig.{name}")
     add("--psm", type=psm, default="+".join(base.psm), metavar="STAGES", help="stages of padding-safe masking, or none")
-    add("--causal-conv", action=argparse.BooleanOptionalAction, default=base.causal_conv, help="or centred convolution")
+    add("--causal-conv", action=argparse.BooleanOptionalAction, default=base.causal_conv, help="or centred")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, default=1_000_000, help="the paper's budgets: 100000, 250000, 500000 and 1000000")
     add("--length-schedule", nargs="+", type=length_share, default=[(128, 0.9), (512, 0.1)], metavar="TOKENS:SHARE",
@@ -229,29 +229,26 @@ def load_corpora(args: argparse.Namespace) -> list:
         options = dict(sample_by=args.sample_by) if name == "text" else {}
         options["data_files"] = list(map(glob.escape, files.get(name, []))) or None  # names, not patterns
         try:
-            corpus = datasets.load_dataset(name, config, split="train", **options)
-            kind = corpus.features["text"].dtype
+            corpus = datasets.load_dataset(name, config, split="train", **options).select_columns("text")
+            if "string" not in (kind := corpus.features["text"].dtype):
+                raise ValueError(f"the column 'text' holds {kind}, not strings")
         except Exception as error:  # datasets raises many kinds, most of them with the reason one level down
             refuse_not_utf8(files)
             said = f"cannot load {' '.join(files.get(name, [name]))}: {error.__cause__ or error!r}"
-            raise SystemExit(
-                f"{said}\n{'is a column text missing, a table empty?' if files else WITHOUT_HUB}"
-            ) from error
-        if "string" not in kind:
-            raise SystemExit(f"{' '.join(files.get(name, [name]))}: the column 'text' holds {kind}, not strings")
-        corpora.append(corpus.select_columns("text"))
+            help = "is a column text missing, a table empty?" if files else WITHOUT_HUB
+            raise SystemExit(f"{said}\n{help}") from error
+        corpora.append(corpus)
     return corpora
 
 
 def refuse_not_utf8(files: dict[str, list[str]]):
     """SystemExit with the first line of the text and JSON files that is not UTF-8, if there is one."""
     for file in files.get("text", []) + files.get("json", []):
-        with open(file, "rb") as lines:
-            for i, line in enumerate(lines, 1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError as error:
-                    raise SystemExit(f"{file}, line {i}: not UTF-8 ({error.reason}); convert it") from error
+        for i, line in enumerate(open(file, "rb"), 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise SystemExit(f"{file}, line {i}: not UTF-8 ({error.reason}); convert it") from error
 
 
 # ---- Tokens ----
@@ -321,10 +318,10 @@ class Tokens(NamedTuple):
         return self.chunks[i][start - self.starts[i] : end - self.starts[i]]
 
 
-def tokenize(corpora: list, tokenizer: Tokenizer) -> Tokens:
-    """The text as token ids. `datasets` keeps every part that is done, for a run after a kill and for others."""
+def encode(corpus, tokenizer: Tokenizer):
+    """Yields (token ids, lengths of documents). `datasets` keeps every part that is done, for other runs too."""
 
-    def encode(batch: dict) -> dict:
+    def batch_ids(batch: dict) -> dict:
         parts = list(map(pieces, batch["text"]))
         texts, ids = [text for part in parts for text in part], []
         for i in range(0, len(texts), 100):
@@ -333,44 +330,43 @@ def tokenize(corpora: list, tokenizer: Tokenizer) -> Tokens:
         ids, none = iter(ids), np.zeros(0, np.uint16)
         return dict(ids=[np.concatenate([none, *(next(ids) for _ in part)]) for part in parts])
 
-    chunks, lengths = [], []
-    for corpus in corpora:
-        if isinstance(corpus, list):  # in memory
-            documents = [ids for batch in corpus for ids in encode(batch)["ids"]]
-            chunks.append(np.concatenate(documents))
-            lengths.append(np.array(list(map(len, documents))))
-            continue
-        import datasets
-        from datasets.fingerprint import Hasher
+    if isinstance(corpus, list):  # in memory
+        for ids in (batch_ids(batch)["ids"] for batch in corpus):
+            yield np.concatenate(ids), np.array(list(map(len, ids)))
+        return
+    import datasets
+    from datasets.fingerprint import Hasher
 
-        features = datasets.Features(ids=datasets.List(datasets.Value("uint16")))
-        count = min(len(corpus), 1 + corpus.data.nbytes // PART)
-        for i in range(count):
-            part = corpus.shard(count, i, contiguous=True)
-            key = Hasher.hash((part._fingerprint, tokenizer.to_str(), "1"))  # of text and tokenizer, not of code
-            options = dict(batched=True, batch_size=100, remove_columns="text", features=features, new_fingerprint=key)
-            try:
-                done = part.map(encode, desc=f"tokens, part {i + 1}/{count}", **options)
-                if len(done) != len(part):
-                    raise ValueError(f"{len(done)} documents instead of {len(part)}")
-            except (OSError, ValueError) as error:
-                if isinstance(error, UnicodeDecodeError) or getattr(error, "errno", None):  # the text, a full disk
-                    raise
-                raise SystemExit(f"the cache of `datasets` is damaged ({error}); remove it") from error
-            for documents in done.data.column("ids").chunks:
-                chunks.append(documents.flatten().to_numpy())
-                lengths.append(np.diff(documents.offsets.to_numpy()))
-    counts, checksum = np.zeros(vocab_size(tokenizer), dtype=np.int64), 0
-    for ids in chunks:
-        checksum = zlib.crc32(ids, checksum)
-        for i in range(0, len(ids), 2**22):
-            found = np.bincount(ids[i : i + 2**22], minlength=len(counts))
-            if len(found) > len(counts):
-                raise SystemExit(f"the cache of `datasets` is damaged, it has token {len(found) - 1}; remove it")
-            counts += found
+    features = datasets.Features(ids=datasets.List(datasets.Value("uint16")))
+    options = dict(batched=True, batch_size=100, remove_columns="text", features=features)
+    count = min(len(corpus), 1 + corpus.data.nbytes // PART)
+    for i in range(count):
+        part = corpus.shard(count, i, contiguous=True)
+        key = Hasher.hash((part._fingerprint, tokenizer.to_str(), "1"))  # of text and tokenizer, not of code
+        done = part.map(batch_ids, desc=f"tokens, part {i + 1}/{count}", new_fingerprint=key, **options)
+        if len(done) != len(part):
+            raise ValueError(f"{len(done)} documents instead of {len(part)}")
+        for documents in done.data.column("ids").chunks:
+            yield documents.flatten().to_numpy(), np.diff(documents.offsets.to_numpy())
+
+
+def tokenize(corpora: list, tokenizer: Tokenizer) -> Tokens:
+    """The text as token ids; SystemExit where there are none to learn from."""
+    chunks, lengths, counts, checksum = [], [], np.zeros(vocab_size(tokenizer), dtype=np.int64), 0
+    try:
+        for ids, sizes in itertools.chain(*(encode(corpus, tokenizer) for corpus in corpora)):
+            chunks.append(ids)
+            lengths.append(sizes)
+            checksum = zlib.crc32(ids, checksum)
+            for i in range(0, len(ids), 2**22):
+                counts += np.bincount(ids[i : i + 2**22], minlength=len(counts))  # ValueError: an id is too large
+            if (sizes < 0).any() or sizes.sum() != len(ids):
+                raise ValueError("documents have other lengths")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError) or getattr(error, "errno", None):  # the text, a full disk
+            raise
+        raise SystemExit(f"the cache of `datasets` is damaged ({error}); remove it") from error
     lengths = np.concatenate(lengths)
-    if (lengths < 0).any() or lengths.sum() != sum(map(len, chunks)):
-        raise SystemExit("the cache of `datasets` is damaged, its documents have other lengths; remove it")
     offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0], dtype=np.int64)])
     if offsets[-1] == 0:
         raise SystemExit("the corpus is empty: no text, or nothing that the tokenizer keeps")
@@ -565,13 +561,11 @@ class Data(NamedTuple):
 
 
 def prepare(args: argparse.Namespace, kept: Path) -> Data:
-    """Everything that training reads. A tokenizer that is trained on the text is kept in a file, for --resume. What the
-    first process finds or makes, the others take over."""
+    """Everything that training reads. A tokenizer that is trained on the text is kept in a file, for --resume. The
+    first process goes first: the others take over its tokenizer, and what it leaves in the cache of `datasets`."""
     if RANK > 0:
-        gathered(None)
-    corpora, tokenizer = load_corpora(args), None
-    if RANK == 0:  # the others find in the cache of `datasets` what it leaves there
-        gathered(None)
+        tokenizer = Tokenizer.from_str(gathered(None)[0])
+    corpora = load_corpora(args)
     if RANK == 0 and args.vocab_size and not (args.resume and kept.exists()):
         print(f"training a tokenizer of {args.vocab_size} word pieces (words of megabytes take minutes)")
         batches = (batch for corpus in corpora for batch in (corpus if args.demo else corpus.iter(100)))
@@ -581,12 +575,9 @@ def prepare(args: argparse.Namespace, kept: Path) -> Data:
             write_whole(kept, tokenizer.to_str(pretty=True))
     elif RANK == 0:
         tokenizer = load_tokenizer(str(kept) if args.vocab_size else args.tokenizer or HUB_TOKENIZER)
-    tokenizer = Tokenizer.from_str(gathered(tokenizer and tokenizer.to_str())[0])
-    if RANK > 0:
-        gathered(None)
     tokens = tokenize(corpora, tokenizer)
     if RANK == 0:
-        gathered(None)
+        gathered(tokenizer.to_str())
     vocabulary = Vocabulary.of(tokenizer)
     seen, held = split_held_out(tokens)
     phases, first = [], 0.0
@@ -696,13 +687,11 @@ def save_checkpoint(out: Path, keep: int, model: MaBERTForMaskedLM, tokenizer: T
 
 def read_checkpoint(folder: Path) -> tuple[dict, dict]:
     """(weights, training); ValueError or OSError where a file is damaged or not of this program."""
-    weights, training = MaBERTForMaskedLM.from_pretrained(folder).state_dict(), torch_load(folder / "training.pt")
-    if {name: w.shape for name, w in torch_load(folder / "model.pt").items()} != {
-        n: w.shape for n, w in weights.items()
-    }:
-        raise ValueError("model.pt has other weights than a MaBERTForMaskedLM")
-    if missing := {"step", "optimizer", "identity", "log", "sums", "line"} - training.keys():
+    weights, training = (torch_load(folder / name) for name in ("model.pt", "training.pt"))
+    if missing := {"step", "optimizer", "identity", "log", "totals"} - training.keys():
         raise ValueError(f"training.pt has no {', '.join(sorted(missing))}")
+    if weights.keys() != MaBERTForMaskedLM.from_pretrained(folder).state_dict().keys():
+        raise ValueError("model.pt has other weights than a MaBERTForMaskedLM")
     try:
         Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises bare Exceptions
@@ -824,25 +813,18 @@ def rehearse(model: MaBERTForMaskedLM, args: argparse.Namespace):
     model.zero_grad()
 
 
-def planned_tokens(args: argparse.Namespace, phases: list, steps: int) -> int:
-    """The tokens of the first steps if all rows were full: their time is about in proportion."""
-    ends = [begins for begins, _ in phases[1:]] + [args.steps]
-    each = (rows.length * max(0, min(steps, end) - begins) for (begins, rows), end in zip(phases, ends))
-    return args.batch_size * sum(each)
-
-
 def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folder: Path | None):
     """The run, from the checkpoint in `folder` if there is one."""
     model, shared, optimizer = build(args, data)
     device, first, log, warmup = model.decoder_bias.device, 0, [], min(args.warmup_steps, args.steps // 10)
-    line = dict(step=0, real=0, padded=0, skipped=0)  # the last of the log; tokens since then; steps skipped before
-    sums = torch.zeros(3, device=device)  # since then: losses of finite steps, other steps, the last of them in a row
+    # since the last line of the log: losses of finite steps; other steps; the last of them in a row; tokens; with pads
+    totals = torch.zeros(5, dtype=torch.float64, device=device)
     if folder:
         weights, training = read_checkpoint(folder)
         model.load_state_dict(weights)
         optimizer.load_state_dict(training["optimizer"])
-        first, log, line = training["step"], training["log"], training["line"]
-        sums += torch.tensor(training["sums"], device=device) * torch.tensor([RANK == 0, 1, 1], device=device)
+        first, log, totals = training["step"], training["log"], training["totals"].to(device)
+        totals[0] *= RANK == 0
         del weights, training
     print(f"from step {first} on; warm-up {warmup} steps" + ", a tenth of the run" * (warmup < args.warmup_steps))
     if device.type == "cuda":
@@ -853,7 +835,8 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
             loss = held_out_loss(model, data, args.micro_batch_size)
             log = [dict(step=0, held_out_loss=f"{loss:.4f}", skipped_steps=0)]
             write_log(out, log)
-    total, done = planned_tokens(args, data.phases, args.steps), planned_tokens(args, data.phases, first)
+    ends = [begins for begins, _ in data.phases[1:]] + [args.steps]
+    tokens = args.batch_size * np.repeat([rows.length for _, rows in data.phases], np.diff(ends, prepend=0))  # of steps
     received = []  # signals to end after the step
 
     def note(number, _):
@@ -862,43 +845,42 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
-    with tqdm(total=total, initial=done, unit="token", unit_scale=True) as progress:
-        start, before = perf_counter(), line["real"]
+    with tqdm(total=tokens.sum(), initial=tokens[:first].sum(), unit="token", unit_scale=True) as progress:
+        start, before = perf_counter(), totals[3].item()
         for step, batch in enumerate(batches_ahead(args, data.phases, range(first, args.steps)), first + 1):
-            lr = learning_rate(step - 1, args.steps, args.lr, warmup)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = learning_rate(step - 1, args.steps, args.lr, warmup)
             loss, skipped = train_step(shared, optimizer, batch, step - 1, args)
-            sums = torch.stack([sums[0] + loss.where(skipped == 0, 0), sums[1] + skipped, (sums[2] + 1) * skipped])
-            line["real"] += batch.real
-            line["padded"] += batch.padded
-            progress.update(planned_tokens(args, data.phases, step) - progress.n)
+            totals[:3] += torch.stack([loss.where(skipped == 0, 0), skipped, skipped])
+            totals[2] *= skipped
+            totals[3] += batch.real
+            totals[4] += batch.padded
+            progress.update(tokens[step - 1])
             stopped_by = int(over_processes(received[0] if received else 0, dist.ReduceOp.MAX))
             evaluates = step % args.eval_every == 0 or step == args.steps
             if evaluates or step % args.log_every == 0:
-                losses, skipped, in_a_row = sums.tolist()
-                losses, seconds = over_processes(losses), perf_counter() - start
+                losses, skipped, in_a_row, real, padded = totals.tolist()
+                losses, lr = over_processes(losses), f"{group['lr']:.2e}"
                 if in_a_row >= 10:
                     last = max(out.glob(STEP_FOLDER), default="none")
                     raise SystemExit(f"no gradient was finite in the last {in_a_row:.0f} steps, now at learning rate "
-                        f"{lr:.2e}: a lower --lr or more --warmup-steps helps; last checkpoint {last}")  # fmt: skip
-                row = dict(step=step, loss=f"{losses / max(1, step - line['step'] - skipped):.4f}", lr=f"{lr:.2e}")
-                row["tokens_per_s"] = f"{(line['real'] - before) / seconds:.0f}"
-                row["padding"] = f"{1 - line['real'] / line['padded']:.3f}"
-                row["skipped_steps"] = line["skipped"] + int(skipped)
+                        f"{lr}: a lower --lr or more --warmup-steps helps; last checkpoint {last}")  # fmt: skip
                 if RANK == 0:
+                    loss = f"{losses / max(1, step - log[-1]['step'] - skipped):.4f}"
+                    speed, padding = f"{(real - before) / (perf_counter() - start):.0f}", f"{1 - real / padded:.3f}"
+                    row = dict(step=step, loss=loss, lr=lr, tokens_per_s=speed, padding=padding)
+                    row["skipped_steps"] = log[-1]["skipped_steps"] + int(skipped)
                     if evaluates:
                         row["held_out_loss"] = f"{held_out_loss(model, data, args.micro_batch_size):.4f}"
                     log.append(row)
                     write_log(out, log)
                     progress.set_postfix(row)
-                sums[:2] = 0
-                line = dict(step=step, real=0, padded=0, skipped=row["skipped_steps"])
+                totals *= totals.new_tensor([0, 0, 1, 0, 0])
                 start, before = perf_counter(), 0
             if step % args.save_every == 0 or stopped_by:
-                losses, *others = sums.tolist()
-                training = dict(step=step, identity=identity, log=log, line=line, optimizer=optimizer.state_dict())
-                training["sums"] = [over_processes(losses), *others]
+                own, *others = totals.tolist()
+                training = dict(step=step, identity=identity, log=log, optimizer=optimizer.state_dict())
+                training["totals"] = totals.new_tensor([over_processes(own), *others])
                 if RANK == 0:
                     save_checkpoint(out, args.keep, model, data.tokenizer, training)
             if stopped_by:
