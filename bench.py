@@ -12,13 +12,11 @@ and a figure with --out NAME.
 
 import argparse
 import bisect
-import collections
 import contextlib
 import csv
 import dataclasses
 import functools
 import gc
-import io
 import itertools
 import json
 import math
@@ -54,12 +52,8 @@ def header(device: str | None = "cpu") -> str:
     return f"`{shlex.join(['python', 'bench.py', *sys.argv[1:]])}` on {machine(device)}\n"
 
 
-def table_row(cells: list) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
 def table(head: list, rows: list[list]) -> str:
-    return "\n".join(map(table_row, [head, ["---"] * len(head), *rows]))
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in [head, ["---"] * len(head), *rows])
 
 
 def check_out(name: str | None):
@@ -75,21 +69,20 @@ def check_out(name: str | None):
             raise SystemExit(f"--out: cannot write {name}.md: {error.strerror}") from error
 
 
-def write_results(name: str, text: str, results: dict, panels: dict, columns: int, x_label: str):
-    """NAME.md, NAME.json, and NAME.png with panels by their titles, row by row: {label: {x: y}}; zero is not drawn."""
+def write_results(name: str, text: str, panels: dict[str, dict[str, dict[int, float | str]]], x_label: str):
+    """NAME.md; NAME.json, {title: {label: {x: y}}}; and NAME.png with a panel for each title, without what is text."""
     from matplotlib.figure import Figure
 
     write_whole(Path(f"{name}.md"), text)
-    write_whole(Path(f"{name}.json"), json.dumps(dict(made=text.split("\n")[0]) | results, indent=1) + "\n")
-    rows = len(panels) // columns
-    figure = Figure(figsize=(1 + 3 * columns, 2 + 2.4 * rows), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items()):
+    write_whole(Path(f"{name}.json"), json.dumps(dict(made=text.split("\n")[0]) | panels, indent=1) + "\n")
+    columns = min(4, len(panels))
+    figure = Figure(figsize=(1 + 3 * columns, 2 + 2.4 * len(panels) // columns), layout="constrained")
+    grid = figure.subplots(len(panels) // columns, columns, squeeze=False)
+    for axes, (title, lines) in zip(grid.flat, panels.items()):
         for i, (label, points) in enumerate(lines.items()):
+            y = [math.nan if isinstance(value, str) else value for value in points.values()]
             width = max(1, 5 - 0.7 * i)  # lines that coincide show
-            axes.plot(points.keys(), points.values(), marker="osv^Dp*XPh"[i], lw=width, ms=4, alpha=0.8, label=label)
-        axes.set_xscale("symlog", base=2, linthresh=1)  # pads begin at 0
-        axes.set_xticks(list(points), labels=map(str, points), fontsize=8)
-        axes.set_yscale("log")
+            axes.semilogy([*map(str, points)], y, marker="osv^Dp*XPh"[i], lw=width, ms=4, alpha=0.8, label=label)
         axes.set_title(title, fontsize=9)
     figure.supxlabel(x_label, fontsize=9)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
@@ -99,55 +92,63 @@ def write_results(name: str, text: str, results: dict, panels: dict, columns: in
 # ---- measuring: a number, or as text the reason why there is none ----
 
 
-def reason(error: Exception) -> str:
-    """What a cell says of a failure. A process that takes too much memory is killed by Linux."""
-    text = str(error).strip() or type(error).__name__
-    no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError, BrokenProcessPool))
-    return "out of memory" if no_memory or re.search("out of memory|allocate memory", text) else text.split("\n")[0]
+def attempt(function, *args):
+    """What it returns; or what a cell says of its failure. A process that takes too much memory is killed by Linux."""
+    try:
+        return function(*args)
+    except Exception as error:
+        text = str(error).strip() or type(error).__name__
+        no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError, BrokenProcessPool))
+        return "out of memory" if no_memory or re.search("out of memory|allocate memory", text) else text.split("\n")[0]
 
 
-def in_turns(calls: dict, rounds: int, seconds: float, measure=None) -> dict[tuple, float | str]:
-    """Of each call its median in milliseconds (of wall time, or as measure(call) says), or why it failed. They take
-    turns run by run, so that a drifting clock hits all alike. The first rounds compile, find the batch that fits, and
-    do not count: a sixth, two at least. When the seconds are over, five rounds suffice."""
+def alone(function, *args):
+    """attempt(function, *args, device), on a CPU in a process of its own."""
+    if args[-1] == "cuda":
+        return attempt(function, *args)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return attempt(pool.submit(function, *args).result)
+
+
+def wall_ms(call, *args) -> float:
+    start = timer()  # it waits for a GPU
+    call(*args)
+    return (timer() - start) * 1e3
+
+
+def in_turns(calls: dict, rounds: int, seconds: float) -> dict[tuple, float | str]:
+    """Of each call, which returns milliseconds, their median or why it failed. The calls take turns, so that a drifting
+    clock hits all alike. The first rounds compile, find the batch that fits, and do not count: a sixth, two at least.
+    When the seconds are over, five rounds suffice."""
     times, failed, end = {key: [] for key in calls}, {}, timer() + seconds
     for done in range(1, rounds + 1):
         for key in [key for key in calls if key not in failed]:
-            try:
-                start = timer()  # it waits for a GPU
-                value = measure(calls[key]) if measure else calls[key]()
-                times[key].append(value if measure else (timer() - start) * 1e3)
-            except Exception as error:
-                failed[key] = reason(error)
+            times[key].append(attempt(calls[key]))
+            if isinstance(times[key][-1], str):
+                failed[key] = times[key][-1]
                 tqdm.write(f"{', '.join(map(str, key))}: {failed[key]}", file=sys.stderr)
         if done >= 5 and timer() > end:
             break
     return {key: failed.get(key) or statistics.median(found[max(2, done // 6) :]) for key, found in times.items()}
 
 
-def memory(device: str, most: bool = False) -> int:
-    """Bytes that tensors have on a GPU, or that this process has (on Linux): now, or at most since `forget_peak`."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() if most else torch.cuda.memory_allocated()
-    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:" if most else "VmRSS:")[1].split()[0])
+def most_memory(call, device: str) -> int:
+    """Bytes that call() takes at most: of tensors on a GPU, else of this process (on Linux)."""
 
+    def peak() -> int:
+        kilobytes = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]
+        return torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * int(kilobytes)
 
-def forget_peak(device: str):
-    gc.collect()
+    release()
     torch.cuda.reset_peak_memory_stats() if device == "cuda" else Path("/proc/self/clear_refs").write_text("5")
+    before = peak()  # what there is now
+    call()
+    return peak() - before
 
 
-def attempt(function, *args):
-    try:
-        return function(*args)
-    except Exception as error:
-        return reason(error)
-
-
-def alone(function, *args):
-    """function(*args, device), on a CPU in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return function(*args) if args[-1] == "cuda" else pool.submit(function, *args).result()
+def release():
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 # ---- scan: time and memory of the selective scan ----
@@ -179,6 +180,15 @@ SCANS = {  # each (u, delta, A, B, C, D, z, delta_bias) -> y as the model calls 
 }
 
 
+@torch.no_grad()
+def forward(name: str, inputs: list) -> torch.Tensor:
+    return SCANS[name](*inputs)
+
+
+def forward_backward(name: str, inputs: list, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(SCANS[name](*inputs), inputs, dy)
+
+
 def scan_inputs(name: str, size: tuple, device: str) -> tuple[list, torch.Tensor]:
     """The inputs of a scan, and a gradient of y."""
     torch.manual_seed(0)
@@ -192,24 +202,13 @@ def scan_inputs(name: str, size: tuple, device: str) -> tuple[list, torch.Tensor
     return [x.requires_grad_() for x in (u, delta, A, B, C, D, z, bias)], dy
 
 
-def forward(name: str, inputs, dy):
-    with torch.no_grad():
-        return SCANS[name](*inputs)
-
-
-def forward_backward(name: str, inputs, dy):
-    return torch.autograd.grad(SCANS[name](*inputs), inputs, dy)
-
-
-RUNS = {"forward": forward, "forward + backward": forward_backward}
-
-
-def scan_errors(name: str, device: str) -> list[str]:
-    """How far y and the gradients are from the formula in float64, relative to their norms."""
+def scan_error(name: str, device: str) -> str:
+    """How far y and the gradients are from the formula in float64, relative to their norms, at most."""
     inputs, dy = scan_inputs(name, (2, 300, 256, 16), device)
-    exact = "reference", [x.detach().double().requires_grad_() for x in inputs], dy.double()
-    found = [forward(name, inputs, dy), *forward_backward(name, inputs, dy)]
-    return [f"{(x - y).norm() / y.norm():.0e}" for x, y in zip(found, [forward(*exact), *forward_backward(*exact)])]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    pairs = [(forward(name, inputs), forward("reference", exact))]
+    pairs += zip(forward_backward(name, inputs, dy), forward_backward("reference", exact, dy.double()))
+    return f"{torch.stack([(x - y).norm() / y.norm() for x, y in pairs]).max():.0e}"
 
 
 def scan_memory(name: str, size: tuple, device: str) -> int:
@@ -217,73 +216,51 @@ def scan_memory(name: str, size: tuple, device: str) -> int:
     torch.set_num_threads(1)
     forward_backward(name, *scan_inputs(name, (1, 4, 8, 2), device))  # loads what first calls load
     inputs = scan_inputs(name, size, device)
-    before = memory(device)
-    forget_peak(device)
-    forward_backward(name, *inputs)
-    return round((memory(device, most=True) - before) / 1e6)
+    return round(most_memory(lambda: forward_backward(name, *inputs), device) / 1e6)
 
 
-def scan_rows(names: list[str], size: tuple, device: str) -> list[list]:
-    """Rows of the table for a size."""
+def scan_times(names: list[str], size: tuple, device: str) -> list[list[str]]:
+    """For each scan the two cells of its medians; in brackets the ratio to the first scan."""
     inputs = functools.cache(lambda name: scan_inputs(name, size, device))
-    keys = list(itertools.product(names, RUNS))
-    calls = {(name, run): lambda name=name, run=run: RUNS[run](name, *inputs(name)) for name, run in keys}
-    clocks = [in_turns(calls, rounds=7, seconds=60)]
-    if device == "cuda":
-        replays = functools.partial(triton.testing.do_bench_cudagraph, return_mode="median")
-        clocks = [in_turns(calls, rounds=5, seconds=60, measure=replays), *clocks]
-    rows = {name: [size, name] for name in names}
-    for (name, run), times in itertools.product(keys, clocks):
-        found, first = times[name, run], times[names[0], run]
+    clock = functools.partial(triton.testing.do_bench_cudagraph, return_mode="median") if device == "cuda" else wall_ms
+    calls = {(name, "forward"): lambda name=name: clock(lambda: forward(name, inputs(name)[0])) for name in names}
+    calls |= {(name, "both"): lambda name=name: clock(lambda: forward_backward(name, *inputs(name))) for name in names}
+    times = in_turns(calls, rounds=7, seconds=60)
+
+    def cell(found: float | str, first: float | str) -> str:
         ratio = f" ({found / first:.2f}×)" if isinstance(found, float) and isinstance(first, float) else ""
-        rows[name].append(found if isinstance(found, str) else f"{found:.3g}{ratio}")
-    return [[*rows[name], attempt(alone, scan_memory, name, size, device)] for name in names]
+        return found if isinstance(found, str) else f"{found:.3g}{ratio}"
 
-
-def bounds(b: int, l: int, d: int, n: int) -> list[list]:
-    """More rows: what a GPU needs for the exponentials alone, one a state update forward and two more backward, 16 a
-    cycle and multiprocessor; and for the memory traffic alone, in bf16: u, delta, z and y, backward also dy, the first
-    three again and their gradients."""
-    gpu = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
-    update = b * l * d * n / (16 * gpu["multiprocessor_count"] * gpu["sm_clock_rate"])  # ms, since the clock is in kHz
-    tensor = 2 * b * l * d / (triton.testing.get_dram_gbps() * 1e6)
-    rows = ["exponentials alone", update, 3 * update], ["memory traffic alone", 4 * tensor, 11 * tensor]
-    return [[(b, l, d, n), name, f"{one:.3g}", "", f"{both:.3g}", "", ""] for name, one, both in rows]
+    return [[cell(times[name, run], times[names[0], run]) for run in ("forward", "both")] for name in names]
 
 
 def bench_scan(args):
     if args.static:
         return bench_static()
     torch.set_num_threads(1)
-    device, clocks, names, shapes = "cpu", ["ms"], ["loop", "reference", "pscan"], [(8, 128), (1, 1024)]
+    device, names, shapes = "cpu", ["loop", "reference", "pscan"], [(8, 128), (1, 1024)]
     if torch.cuda.is_available():
-        device, clocks, names = "cuda", ["ms", "wall ms"], ["kernels", "mamba_ssm", "loop", "pscan"]
+        device, names = "cuda", ["kernels", "mamba_ssm", "loop", "pscan"]
         shapes = [(32, 128), (32, 512), (32, 2048), (32, 4096), (1, 512), (1, 4096), (1, 16384)]
-    print(header(device))
-    print("Relative error of y and of the gradients, against the formula in float64:\n")
-    errors = {name: attempt(scan_errors, name, device) for name in names}
-    rows = [[name, *([found] if isinstance(found, str) else found)] for name, found in errors.items()]
-    print(table("scan, y, u, delta, A, B, C, D, z, delta_bias".split(", "), rows))
-    names = [name for name in names if not isinstance(errors[name], str)]
-    print(f"""
-Medians, in turns, of float32 on a CPU and bf16 on a GPU; in brackets the ratio to `{names[0]}`. Forward: without
-gradients. On a GPU, ms are of a CUDA graph's replays, without the gaps between launches that wall time has. Peak
-memory: of forward and backward, beyond the inputs.
-""")
-    head = [f"{run}, {clock}" for run in RUNS for clock in clocks]
-    print(table(["(b, l, d, n)", "scan", *head, "peak memory, MB"], []), flush=True)
+    print(f"""{header(device)}
+Error: the largest of y and the gradients, relative to the formula in float64. Times: medians, in turns, of float32 on a
+CPU and bf16 on a GPU, there of a CUDA graph's replays, without the gaps between launches; in brackets the ratio to
+`{names[0]}`. Forward: without gradients. Peak memory: of forward and backward, beyond the inputs.""")
+    errors = [attempt(scan_error, name, device) for name in names]
     for size in tqdm(args.sizes or [(b, l, 1536, 16) for b, l in shapes], unit="size"):
-        for row in scan_rows(names, size, device) + (bounds(*size) if device == "cuda" else []):
-            tqdm.write(table_row(row), file=sys.stdout)
+        memory = [alone(scan_memory, name, size, device) for name in names]
+        rows = zip(names, errors, scan_times(names, size, device), memory)
+        head = [f"(b, l, d, n) = {size}", "error", "forward, ms", "forward + backward, ms", "peak memory, MB"]
+        tqdm.write("\n" + table(head, [[name, error, *times, most] for name, error, times, most in rows]), sys.stdout)
 
 
 # ---- without a GPU: what the compiler makes of the kernels, read from the machine code ----
 
 STATIC_CASES = {  # kernel: TILE, constants
     "_pack": (8, {}),
-    "_segment_ends": (8, {"BACKWARD": False, "z_ptr": None}),
+    "_segment_ends": (8, {"z_ptr": None}),
     "_segment_ends (backward)": (4, {"BACKWARD": True}),
-    "_segment_starts": (8, {"BACKWARD": False}),
+    "_segment_starts": (8, {}),
     "_outputs": (8, {}),  # from start states, and keeping the chunks' states
     "_gradients": (4, {}),
 }
@@ -294,50 +271,41 @@ def compile_kernel(name: str, arch: str, dtype: str) -> bytes:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    tile, constants = STATIC_CASES[name]
-    kernel = getattr(mabert, name.split()[0])
-    constants = dict(d=1536, n=16, N=16, u_row=1536, v_row=1536, dy_row=1536, delta_row=1536, z_row=3072) | constants
-    constants |= dict(SOFTPLUS=True, SIGN=1, CHUNK=64, TILE=tile)
-    half = "u_ptr v_ptr delta_ptr z_ptr y_ptr dy_ptr du_ptr ddelta_ptr dz_ptr B_ptr C_ptr"
-    half = {name: f"*{dtype}" for name in half.split()}
-    signature = {name: half.get(name, "*fp32" if "_ptr" in name else "i32") for name in kernel.arg_names}
-    constants = {name: constants[name] for name in signature if name in constants}
-    signature |= dict.fromkeys(constants, "constexpr")
+    kernel, (tile, more) = getattr(mabert, name.split()[0]), STATIC_CASES[name]
+    values = dict(d=1536, n=16, N=16, u_row=1536, v_row=1536, dy_row=1536, delta_row=1536, z_row=3072, TILE=tile)
+    values |= dict(SOFTPLUS=True, SIGN=1, CHUNK=64, BACKWARD=False) | more
+    constants = {name: values[name] for name in kernel.arg_names if name in values}
+    half = "u_ptr v_ptr delta_ptr z_ptr y_ptr dy_ptr du_ptr ddelta_ptr dz_ptr B_ptr C_ptr".split()
+    kinds = {name: f"*{dtype if name in half else 'fp32'}" if "_ptr" in name else "i32" for name in kernel.arg_names}
+    signature = kinds | dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
     source, options = ASTSource(kernel, signature, constants, aligned), {"num_warps": 1, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32), options=options).asm["cubin"]
 
 
-def machine_code(cubin: bytes) -> tuple[list[int], list[collections.Counter]]:
-    """Registers and stack bytes of a kernel; and how often each instruction stands in each of its innermost loops."""
-    import triton.backends.nvidia as nvidia
-
-    with tempfile.TemporaryDirectory() as folder:
-        file, tool = Path(folder, "kernel.cubin"), Path(nvidia.__file__).with_name("bin") / "cuobjdump"
-        file.write_bytes(cubin)
-        flags = "--dump-resource-usage", "--dump-sass"
-        usage, listing = (
-            subprocess.check_output([tool, flag, file], text=True, stderr=subprocess.DEVNULL) for flag in flags
-        )
+def machine_code(cubin: bytes) -> tuple[list[int], list[list[str]]]:
+    """Registers and stack bytes of a kernel; and the instructions of each of its innermost loops."""
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(cubin)
+        flags = ["--dump-resource-usage", "--dump-sass", file.name]
+        listing = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, *flags], text=True)
+    resources = [int(re.search(rf"{key}:(\d+)", listing)[1]) for key in ("REG", "STACK")]
     line = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);"
     code = [(int(address, 16), op, rest) for address, op, rest in re.findall(line, listing)]
     jumps = [(int(re.search(r"0x([0-9a-f]+)", rest)[1], 16), at) for at, op, rest in code if op == "BRA"]
     loops = [(start, end) for start, end in jumps if start < end]
     inner = [(s, e) for s, e in loops if not any(s <= s2 and e2 <= e for s2, e2 in loops if (s, e) != (s2, e2))]
-    resources = [int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK")]
-    return resources, [collections.Counter(op for at, op, _ in code if s <= at <= e) for s, e in inner]
+    return resources, [[op for at, op, _ in code if s <= at <= e] for s, e in inner]
 
 
 def static_row(case: tuple) -> list:
     """A row of the table; its last three cells are numbers of instructions per state update and lane."""
     resources, loops = machine_code(compile_kernel(*case))
     updates = STATIC_CASES[case[0]][0] * (1 if case[0] == "_segment_starts" else 16)  # of an iteration, in a lane
-    sums = []
-    for op in ("", "MUFU", "SHFL"):  # all, exponentials and the like, shuffles
-        counts = [sum(n for name, n in loop.items() if name.startswith(op)) / updates for loop in loops]
-        each = " + ".join(f"{n:.2f}" for n in counts) + " = " if len(loops) > 1 and not op else ""
-        sums.append(f"{each}{sum(counts):.2f}")
-    return [*case, *resources, *sums]
+    counts = [[sum(op.startswith(kind) for op in loop) / updates for loop in loops] for kind in ("", "MUFU", "SHFL")]
+    each = " + ".join(f"{count:.2f}" for count in counts[0]) + " = " if len(loops) > 1 else ""
+    total, *parts = (f"{sum(count):.2f}" for count in counts)
+    return [*case, *resources, each + total, *parts]
 
 
 def bench_static():
@@ -355,6 +323,11 @@ def bench_static():
 
 # ---- efficiency: the paper's Tables B5 to B7 and Figure 5 ----
 
+MEASURES = {
+    "memory": "Table B5: peak memory, MiB (one forward pass at batch 1, weights included)",
+    "training": "Table B6: training time, ms (one optimizer step)",
+    "latency": "Table B7: latency, ms (one forward pass at batch 1)",
+}
 PAPER_LENGTHS = (128, 512, 1024, 2048, 4096)
 PAPER = {  # on an A100
     ("BERT", "memory"): (441.364, 454.748, 471.274, 507.313, 579.392),
@@ -376,24 +349,17 @@ PAPER = {  # on an A100
     ("MaBERT", "training"): (64.117, 240.334, 516.242, 1240.849, 3319.429),
     ("MaBERT", "latency"): (9.160, 9.193, 9.263, 13.914, 34.703),
 }
-MEASURES = {
-    "memory": "Table B5: peak memory, MiB (one forward pass at batch 1, weights included)",
-    "training": "Table B6: training time, ms (one optimizer step)",
-    "latency": "Table B7: latency, ms (one forward pass at batch 1)",
-}
 
-# The models. Those of transformers: its name for the class, and what of the published config differs from the class's
-# defaults.
+# The models. Those of transformers: its name for the class, and what of the published config differs from its defaults.
 BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
-LONGFORMER = dict(vocab_size=50265, max_position_embeddings=4098, type_vocab_size=1, attention_window=512)
 DEBERTA = dict(vocab_size=128100, type_vocab_size=0, relative_attention=True, position_buckets=256)
 DEBERTA |= dict(norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], layer_norm_eps=1e-7)
 DEBERTA |= dict(position_biased_input=False, pooler_dropout=0, pooler_hidden_act="gelu", pooler_hidden_size=768)
 TRANSFORMERS = {
-    "BERT": ("Bert", BASE),
+    "BERT": ("Bert", {}),
     "ALBERT": ("Albert", BASE),
-    "Longformer": ("Longformer", BASE | LONGFORMER),
-    "BigBird": ("BigBird", BASE | dict(vocab_size=50358, max_position_embeddings=4096)),
+    "Longformer": ("Longformer", dict(vocab_size=50265, max_position_embeddings=4098, type_vocab_size=1)),
+    "BigBird": ("BigBird", {}),
     "DeBERTa-v3": ("DebertaV2", BASE | DEBERTA),
     "ModernBERT": ("ModernBert", dict(reference_compile=False, attn_implementation="sdpa")),
 }
@@ -405,82 +371,74 @@ OURS = {
     "M12": dict(pattern="M" * 12),
 }
 MODELS = [*TRANSFORMERS, *OURS]
-SETTINGS = {  # FlashAttention allowed, mode of torch.compile
-    "plain": (False, None),
-    "compiled": (False, "default"),
-    "flash": (True, None),
-    "flash, compiled": (True, "default"),
-    "flash, CUDA graphs": (True, "reduce-overhead"),
-}
+SETTINGS = {"plain": None, "compiled": "default", "CUDA graphs": "reduce-overhead"}  # modes of torch.compile
 PAPER_ATTENTION = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
-FASTEST = {"cpu": list(SETTINGS)[:2], "cuda": list(SETTINGS)[2:]}
+PROTOCOL = {  # lengths, rows of an optimizer step, rounds (100 after a warm-up of 20, as in the paper), seconds
+    "cuda": ([*PAPER_LENGTHS, 8192, 16384], 32, 120, 600),
+    "cpu": ([128, 512, 1024], 1, 7, 60),
+}
 
 
 def build(name: str, length: int, device: str = "cpu") -> torch.nn.Module:
     """A two-label classifier with random weights for rows of up to length tokens."""
     if name in OURS:
-        config = MaBERTConfig(**OURS[name])
-        config.max_position = max(config.max_position, length)
-        with torch.device(device):
-            return MaBERTForSequenceClassification(config)
-    import transformers
+        config, model_class, positions = MaBERTConfig(**OURS[name]), MaBERTForSequenceClassification, "max_position"
+    else:
+        import transformers
 
-    transformers.logging.set_verbosity_error()  # no notes on how it pads
-    family, sizes = TRANSFORMERS[name]
-    config = getattr(transformers, f"{family}Config")(**sizes)
-    # BigBird pads rows to whole blocks of 64, Longformer's positions begin at 2.
-    positions = length + -length % 64 + 2 * (name == "Longformer")
-    config.max_position_embeddings = max(config.max_position_embeddings, positions)
+        transformers.logging.set_verbosity_error()  # no notes on how it pads
+        family, changes = TRANSFORMERS[name]
+        config = getattr(transformers, f"{family}Config")(**changes)
+        model_class, positions = getattr(transformers, f"{family}ForSequenceClassification"), "max_position_embeddings"
+        length += -length % 64 + 2 * (name == "Longformer")  # BigBird: whole blocks of 64; Longformer: from 2 on
+    setattr(config, positions, max(getattr(config, positions), length))
     with torch.device(device):
-        return getattr(transformers, f"{family}ForSequenceClassification")(config)
+        return model_class(config)
 
 
 class Contender:
-    """A model under a setting, with the two runs that are timed."""
+    """A model and its optimizer, with the two runs that are timed, under a setting."""
 
-    def __init__(self, model, optimizer, setting: str, length: int, batch_size: int):
-        self.model, self.optimizer, self.micro_batch_size = model, optimizer, batch_size
-        self.flash, self.mode = SETTINGS[setting]
-        self.call = torch.compile(model, mode=self.mode, dynamic=False) if self.mode else model
-        self.rows = torch.randint(
-            5, model.config.vocab_size, (batch_size, length), device=next(model.parameters()).device
-        )
+    def __init__(self, name: str, length: int, device: str, batch_size=1, settings=("plain",), flash=False):
+        self.model, self.flash, self.on_gpu = build(name, length, device), flash, device == "cuda"
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        compiled = functools.partial(torch.compile, self.model, dynamic=False)
+        self.calls = {key: compiled(mode=SETTINGS[key]) if SETTINGS[key] else self.model for key in settings}
+        self.rows = torch.randint(5, self.model.config.vocab_size, (batch_size, length), device=device)
+        self.at_once = dict.fromkeys(settings, batch_size)
 
-    def run(self, rows: torch.Tensor, **labels):
+    def run(self, setting: str, rows: torch.Tensor, **labels):
         """bf16 autocast on a GPU, float32 weights; their copies in bf16 are kept only where training needs them twice.
         The mask of ones is what a tokenizer gives; FlashAttention knows no mask. Without it, the paper's kernels."""
-        mask, kind = None if self.flash else torch.ones_like(rows), rows.device.type
-        half = torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=bool(labels))
-        slow = kind == "cuda" and not self.flash
-        with half, sdpa_kernel(PAPER_ATTENTION) if slow else contextlib.nullcontext():
+        call, mask = self.calls[setting], None if self.flash else torch.ones_like(rows)
+        kernels = sdpa_kernel(PAPER_ATTENTION) if self.on_gpu and not self.flash else contextlib.nullcontext()
+        if self.model.training != bool(labels):
+            self.model.train(bool(labels))
+        if setting == "CUDA graphs":
             torch.compiler.cudagraph_mark_step_begin()
-            return self.call(input_ids=rows, attention_mask=mask, **labels)
+        with torch.autocast(rows.device.type, torch.bfloat16, self.on_gpu, cache_enabled=bool(labels)), kernels:
+            return call(input_ids=rows, attention_mask=mask, **labels)
 
     @torch.no_grad()
-    def latency(self):
-        self.run(self.rows[:1])
+    def latency(self, setting: str):
+        self.run(setting, self.rows[:1])
 
-    def training(self):
+    def training(self, setting: str):
         """An optimizer step; where memory does not suffice for the batch, it is accumulated from now on."""
-        while True:
-            try:
-                for rows in self.rows.split(self.micro_batch_size):
-                    loss = self.run(rows, labels=rows.new_zeros(len(rows))).loss
-                    (loss * len(rows) / len(self.rows)).backward()
-                return self.optimizer.step()
-            except torch.OutOfMemoryError:
-                self.optimizer.state.clear()  # which may be half made
-                if self.micro_batch_size == 1 or self.mode == "reduce-overhead":  # graphs cannot accumulate
-                    raise
-            finally:
-                self.optimizer.zero_grad()
-            self.micro_batch_size //= 2
-            release()
-
-
-def release():
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing without a GPU
+        try:
+            for rows in self.rows.split(self.at_once[setting]):
+                labels, share = rows.new_zeros(len(rows)), len(rows) / len(self.rows)
+                (self.run(setting, rows, labels=labels).loss * share).backward()  # without a name, so it is freed
+            return self.optimizer.step()
+        except torch.OutOfMemoryError:
+            self.optimizer.state.clear()  # which may be half made
+            if self.at_once[setting] == 1 or setting == "CUDA graphs":  # which cannot accumulate
+                raise
+        finally:
+            self.optimizer.zero_grad()
+        self.at_once[setting] //= 2
+        release()
+        self.training(setting)
 
 
 def forward_memory(name: str, length: int, device: str) -> float:
@@ -489,51 +447,31 @@ def forward_memory(name: str, length: int, device: str) -> float:
     tiny = MaBERTConfig(hidden_size=16, num_heads=2, intermediate_size=16, pattern="MT")
     with torch.device(device):
         MaBERTForSequenceClassification(tiny)(torch.zeros(1, 1, dtype=torch.long))  # takes what first calls take
-    release()
-    before = memory(device)
-    contender = Contender(build(name, length, device).eval(), None, "plain", length, batch_size=1)
-    contender.latency()
-    forget_peak(device)
-    contender.latency()
-    return (memory(device, most=True) - before) / 2**20
+    return most_memory(lambda: Contender(name, length, device).latency("plain"), device) / 2**20
 
 
-def measured(length: int, args) -> list[dict]:
-    """A cell for each model and measure: its value (of all settings, the fastest) or the reason why there is none."""
-    found, failed, contenders = [], {}, {}
-
-    def add(name: str, measure: str, value: float | str, **more):
-        found.append(dict(model=name, length=length, measure=measure, value=value) | more)
-        tqdm.write(f"{name}, {length} tokens, {measure}: {shown(value)}", file=sys.stderr)  # seen if the run is stopped
-
-    def ready(name: str) -> dict:
-        model = build(name, length, args.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        return {(name, s): Contender(model, optimizer, s, length, args.batch_size) for s in args.settings}
-
-    for name in args.models:
-        peak = None if args.fastest else attempt(alone, forward_memory, name, length, args.device)
-        if not args.fastest:
-            add(name, "memory", peak)
-        made = peak if peak == "out of memory" else attempt(ready, name)
-        if isinstance(made, str):
-            failed |= {(name, setting): made for setting in args.settings}
-        else:
-            contenders |= made
+def measure(length: int, args, cells: dict, notes: dict):
+    """Adds to the cells of each measure and model its value (of all settings, the fastest) or why there is none."""
     torch._dynamo.config.recompile_limit = 1000  # the models of one class share it
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    for measure in ("latency", "training"):
-        for contender in contenders.values():
-            contender.model.train(measure == "training")
-        calls = {key: getattr(contender, measure) for key, contender in contenders.items()}
-        times = failed | in_turns(calls, args.rounds, args.seconds)
+    names = args.models
+    if not args.fastest:
         for name in args.models:
-            own = {setting: times[name, setting] for setting in args.settings}
+            cells["memory"][name][length] = alone(forward_memory, name, length, args.device)
+        names = [name for name in names if cells["memory"][name][length] != "out of memory"]
+    how = length, args.device, args.batch_size, args.settings, args.fastest and args.device == "cuda"
+    contender = functools.cache(lambda name: Contender(name, *how))  # made when it is first called
+    for what in ("latency", "training"):
+        keys = itertools.product(names, args.settings)
+        calls = {key: lambda key=key, what=what: wall_ms(getattr(contender(key[0]), what), key[1]) for key in keys}
+        times = in_turns(calls, args.rounds, args.seconds)
+        for name in args.models:
+            own = {setting: times.get((name, setting), "out of memory") for setting in args.settings}
             best = min(own, key=lambda setting: own[setting] if isinstance(own[setting], float) else math.inf)
-            rows = contenders[name, best].micro_batch_size if (name, best) in contenders else None
-            add(name, measure, own[best], setting=best, micro_batch_size=rows)
+            cells[what][name][length], notes[what, name, length] = own[best], [best] * args.fastest
+            if isinstance(own[best], float) and (rows := contender(name).at_once[best]) < args.batch_size:
+                notes[what, name, length].append(f"{math.ceil(args.batch_size / rows)} × {rows} rows")
     torch.compiler.reset()
-    return found
 
 
 def layer_flops(letter: str, length: int) -> int:
@@ -556,59 +494,48 @@ def ratios(values: dict[str, float | str | None], over: str) -> dict[str, float]
     values = {name: value for name, value in values.items() if isinstance(value, float)}
     found = {name: value / values[over] for name, value in values.items() if over in values}
     means = {"mean of the paper's baselines": BASELINES, "the same without DeBERTa-v3": BASELINES[:-1]}
-    complete = {what: names for what, names in means.items() if all(name in found for name in names)}
+    complete = {what: names for what, names in means.items() if found.keys() >= {*names}}
     return found | {what: statistics.mean(found[name] for name in names) for what, names in complete.items()}
 
 
 def shown(value: float | str, *notes: float | str | None) -> str:
-    """A value of a table, in brackets notes to it."""
-    if isinstance(value, str):
-        return shown(math.nan, value, *notes).replace("nan", "–")
-    notes = [shown(note) if isinstance(note, float) else note for note in notes if note]
-    return (f"{value:.0f}" if value >= 100 else f"{value:.2f}") + f" ({'; '.join(notes)})" * bool(notes)
+    """A value of a table or a dash; in brackets why there is none, and notes."""
+    value, *notes = ("–", value, *notes) if isinstance(value, str) else (value, *notes)
+    value, *notes = (x if isinstance(x, str) else f"{x:.0f}" if x >= 100 else f"{x:.2f}" for x in (value, *notes) if x)
+    return f"{value} ({'; '.join(notes)})" if notes else value
 
 
-def efficiency_text(found: list[dict], parameters: dict[str, int], args) -> str:
-    cells = {(cell["measure"], cell["model"], cell["length"]): cell for cell in found}
-    lengths = sorted({length for _, _, length in cells})
-    measures = [measure for measure in MEASURES if (measure, args.models[0], lengths[0]) in cells]
-    runs = f"{args.rounds - max(2, args.rounds // 6)} runs, or fewer, at least 3, if those took over {args.seconds:g} s"
+def efficiency_text(cells: dict, notes: dict, parameters: dict[str, int], args) -> str:
     how = "A measurement on a CPU: float32, PyTorch's fused attention"
     if args.device == "cuda":
         how = f"bf16 autocast, float32 weights; FlashAttention {'on' if args.fastest else 'off'}"
     text = f"""{header(args.device)}
 {how}, {"each model's fastest setting" if args.fastest else "torch.compile off"}.
-Medians of {runs}. The models take turns, so all of them and
-their optimizers are in memory. In brackets the paper's figures, from an A100, 32 rows in an optimizer step; its MaBERT
-has 205.3 M parameters. T12 and M12 are MaBERT with one type of layer (T12 is pre-LN, so not BERT).
+Medians of {args.rounds - max(2, args.rounds // 6)} runs, or fewer, at least 3, if those took over {args.seconds:g} s.
+The models take turns, so all of them and their optimizers are in memory. In brackets the paper's figures, from an A100,
+32 rows in an optimizer step; its MaBERT has 205.3 M parameters. T12 and M12 are MaBERT with one type of layer (T12 is
+pre-LN, so not BERT).
 """
-    for measure in measures:
-        rows = {name: [name, f"{parameters[name] / 1e6:.1f}"] for name in args.models}
-        for name, length in itertools.product(args.models, lengths):
-            cell, paper = cells[measure, name, length], paper_value(name, measure, length)
-            micro = cell.get("micro_batch_size") or args.batch_size
-            accumulated = f"{math.ceil(args.batch_size / micro)} × {micro} rows" if micro < args.batch_size else None
-            rows[name].append(shown(cell["value"], paper, accumulated, args.fastest and cell["setting"]))
+    columns = {}
+    for measure, models in cells.items():
+        rows = []
+        for name, values in models.items():
+            own = (
+                shown(x, paper_value(name, measure, l), *notes.get((measure, name, l), ())) for l, x in values.items()
+            )
+            rows.append([name, f"{parameters[name] / 1e6:.1f}", *own])
         title = MEASURES[measure].replace("optimizer step", f"optimizer step, batch {args.batch_size}")
-        text += f"\n{title}:\n\n{table(['model', 'parameters, M', *lengths], list(rows.values()))}\n"
-    length, columns = 4096 if 4096 in lengths else lengths[-1], {}
-    for over, measure in itertools.product(("MaBERT", "MaBERT-206M"), measures):
-        if over in args.models:
-            own = ratios({name: cells[measure, name, length]["value"] for name in args.models}, over)
-            paper = ratios({name: paper_value(name, measure, length) for name in MODELS}, "MaBERT")
+        text += f"\n{title}:\n\n{table(['model', 'parameters, M', *values], rows)}\n"
+        length = 4096 if 4096 in values else max(values)
+        paper = ratios({name: paper_value(name, measure, length) for name in MODELS}, "MaBERT")
+        for over in ("MaBERT", "MaBERT-206M"):
+            own = ratios({name: values[length] for name, values in models.items()}, over)
             columns[f"{measure} ÷ {over}"] = {name: shown(value, paper.get(name)) for name, value in own.items()}
-    if columns:
-        names = dict.fromkeys(itertools.chain(*columns.values()))
-        rows = [[name, *(column.get(name, "–") for column in columns.values())] for name in names]
-        text += f"\nRatios at {length} tokens; above 1, MaBERT takes less:\n\n{table(['model', *columns], rows)}\n"
+    names = dict.fromkeys(itertools.chain(*columns.values()))
+    rows = [[name, *(column.get(name, "–") for column in columns.values())] for name in names]
+    text += f"\nRatios at {length} tokens; above 1, MaBERT takes less:\n\n{table(['model', *columns], rows)}\n"
     more = bisect.bisect(range(1, 2**16), False, key=lambda l: layer_flops("T", l) > layer_flops("M", l)) + 1
     return f"{text}\nFrom {more} tokens on, a T layer of the base model takes more operations than an M layer.\n"
-
-
-PROTOCOL = {  # rounds: 100 after a warm-up of 20, as in the paper
-    "cuda": dict(lengths=[*PAPER_LENGTHS, 8192, 16384], batch_size=32, rounds=120, seconds=600),
-    "cpu": dict(lengths=[128, 512, 1024], batch_size=1, rounds=7, seconds=60),
-}
 
 
 def bench_efficiency(args):
@@ -617,33 +544,24 @@ def bench_efficiency(args):
     if args.device == "cuda" and not on_gpu:
         raise SystemExit("--device cuda: PyTorch sees no GPU here; --device cpu has a smaller measurement")
     check_out(args.out)
-    defaults = PROTOCOL[args.device] | (dict(lengths=[512, 4096] if on_gpu else [512]) if args.fastest else {})
-    vars(args).update({name: getattr(args, name, None) or value for name, value in defaults.items()})
-    args.settings = FASTEST[args.device] if args.fastest else ["plain"]
+    lengths, args.batch_size, args.rounds, seconds = PROTOCOL[args.device]
+    args.lengths = args.lengths or [length for length in lengths if not args.fastest or length in (512, 4096)]
+    args.seconds = args.seconds or seconds
+    args.settings = list(SETTINGS)[: (3 if args.device == "cuda" else 2) if args.fastest else 1]
     parameters = {name: sum(p.numel() for p in build(name, 512, "meta").parameters()) for name in args.models}
-    need = 15 * sum(parameters.values())  # bytes: weights and Adam's two moments, gradients, some activations
-    if args.device == "cpu" and need > (has := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
-        sizes = f"they need {need / 1e9:.0f} GB, of {has / 1e9:.0f} GB that there are"
-        raise SystemExit(f"the models take turns, so all are in memory; {sizes}: name fewer --models")
-    found, text = [], ""
+    cells, notes = {what: {name: {} for name in args.models} for what in list(MEASURES)[args.fastest :]}, {}
     for length in tqdm(sorted(args.lengths), unit="length"):
-        found += measured(length, args)
+        measure(length, args, cells, notes)
         release()
-        text = efficiency_text(found, parameters, args)
+        text = efficiency_text(cells, notes, parameters, args)
         if args.out:  # after every length, so that a run that is stopped has what it measured
-            settings = {key: value for key, value in vars(args).items() if key != "bench"}
-            panels = {cell["measure"]: collections.defaultdict(dict) for cell in found}
-            for cell in found:
-                value = cell["value"] if isinstance(cell["value"], float) else math.nan
-                panels[cell["measure"]][cell["model"]][cell["length"]] = value
-            results = dict(settings=settings, parameters=parameters, cells=found)
-            write_results(args.out, text, results, panels, columns=len(panels), x_label="tokens")
+            write_results(args.out, text, cells, x_label="tokens")
     print(text)
 
 
 # ---- drift: what padding does to real tokens (the question of the paper's Figures 3 and 4) ----
 
-PSM_FORMS = ((), ("post",), ("pre",), ("pre", "post"), ("scan",), ("pre", "scan"), ("pre", "scan", "post"))
+PSM_FORMS = ("none", "post", "pre", "pre+post", "scan", "pre+scan", "pre+scan+post")
 ROWS = 100
 DRIFTS = dict(
     tokens_l2="Relative L2 change of the final hidden states of real tokens",
@@ -653,11 +571,11 @@ DRIFTS = dict(
 
 
 def sentences(args, config: MaBERTConfig) -> list[torch.Tensor]:
-    """Token ids of --sentences, or random ones, (rows, length) for each length; no pads."""
+    """Token ids of --sentences, or random ones, a row each, by length; no pads."""
     if not args.sentences:
-        return [torch.randint(5, config.vocab_size, (ROWS, 24))]
+        return list(torch.randint(5, config.vocab_size, (ROWS, 24)))
     try:
-        lines = Path(args.sentences).read_bytes().decode("utf-8-sig").split("\n")
+        lines = Path(args.sentences).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SystemExit(f"--sentences: cannot read {args.sentences}: {error}") from error
     texts = [line.split("\t")[-1].strip() for line in lines]  # CoLA's dev.tsv has the sentence last
@@ -669,28 +587,23 @@ def sentences(args, config: MaBERTConfig) -> list[torch.Tensor]:
         rows = [tokenizer.encode(text).ids for text in texts]
     else:  # without a tokenizer, words are told apart, no more
         rows = [[5 + zlib.crc32(word.encode()) % (config.vocab_size - 5) for word in text.split()] for text in texts]
-    rows = sorted((row[: config.max_position] for row in rows), key=len)
-    return [torch.tensor(list(alike)) for _, alike in itertools.groupby(rows, key=len)]
+    return [torch.tensor(row[: config.max_position]) for row in sorted(rows, key=len)]
 
 
-def distances(model: MaBERT, rows: list[torch.Tensor], unpadded: list[torch.Tensor], pads: int, side: str) -> dict:
-    """How far the final hidden states of real tokens are from those without pads, as means over the rows.
+def changes(x: torch.Tensor, y: torch.Tensor) -> list[float]:
+    """Of a row's final hidden states (l, h), in the order of DRIFTS. Cosine distances are without cancellation."""
+    vectors = [F.normalize(torch.stack(pair), dim=1) for pair in ((x[0], y[0]), (x.mean(0), y.mean(0)))]
+    return [((y - x).norm() / x.norm()).item(), *((a - b).square().sum().item() / 2 for a, b in vectors)]
 
-    All rows are one batch, in which the longest has so many pads. The paper's measures are the cosine distances of the
-    first token's state and of the mean over the tokens; beside them is the relative L2 change of all tokens.
-    """
-    total = collections.Counter()
-    length = pads + max(ids.shape[1] for ids in rows)
-    wheres = [(0, length - ids.shape[1]) if side == "right" else (length - ids.shape[1], 0) for ids in rows]
-    ids = torch.cat([F.pad(ids, where, value=model.config.pad_token_id) for ids, where in zip(rows, wheres)])
-    mask = torch.cat([F.pad(torch.ones_like(ids), where) for ids, where in zip(rows, wheres)])
-    for x, y, (before, after) in zip(unpadded, model(ids, mask).split(list(map(len, rows))), wheres):
-        y = y[:, before : length - after]
-        total["tokens_l2"] += ((y - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)).sum().item()
-        for name, a, b in (("cls_cosine", x[:, 0], y[:, 0]), ("mean_cosine", x.mean(dim=1), y.mean(dim=1))):
-            difference = F.normalize(b, dim=1) - F.normalize(a, dim=1)
-            total[name] += difference.square().sum().item() / 2  # 1 - cosine, without cancellation
-    return {name: value / len(ids) for name, value in total.items()}
+
+def distances(model: MaBERT, rows: list[torch.Tensor], unpadded: list[torch.Tensor], pads: int, side: str) -> list:
+    """How far the real tokens' states are from those without pads, as means over the rows; all rows are one batch, in
+    which the longest has so many pads."""
+    lengths = [len(row) for row in rows]
+    mask = torch.arange(pads + max(lengths)) < torch.tensor(lengths)[:, None]
+    mask = mask if side == "right" else mask.flip(1)
+    ids = torch.full(mask.shape, model.config.pad_token_id).masked_scatter(mask, torch.cat(rows))
+    return list(map(statistics.mean, zip(*map(changes, unpadded, model(ids, mask)[mask].split(lengths)))))
 
 
 @torch.no_grad()
@@ -704,32 +617,30 @@ def bench_drift(args):
     except (OSError, ValueError) as error:
         raise SystemExit(f"--checkpoint: {error}") from error
     rows = sentences(args, base.config)
-    found = {measure: collections.defaultdict(lambda: collections.defaultdict(dict)) for measure in DRIFTS}
-    for psm, conv in tqdm(list(itertools.product(PSM_FORMS, ("causal", "centred"))), unit="model"):
-        model = MaBERT(dataclasses.replace(base.config, psm=psm, causal_conv=conv == "causal"))
+    cases = ["causal, pads right", "causal, pads left", "centred, pads right", "centred, pads left"]
+    found = {f"{measure}, {case}": {form: {} for form in PSM_FORMS} for measure in DRIFTS for case in cases}
+    for form, conv in tqdm(list(itertools.product(PSM_FORMS, ("causal", "centred"))), unit="model"):
+        psm = [stage for stage in mabert.PSM_STAGES if stage in form]
+        model = MaBERT(dataclasses.replace(base.config, psm=psm, causal_conv=conv == "causal")).double().eval()
         model.load_state_dict(base.state_dict())
-        unpadded = list(map(model.double().eval(), rows))
+        unpadded = [x for _, alike in itertools.groupby(rows, len) for x in model(torch.stack(list(alike)))]
         for side, pads in itertools.product(("right", "left"), args.pads):
-            for measure, value in distances(model, rows, unpadded, pads, side).items():
-                found[measure][f"{conv}, pads {side}"]["+".join(psm) or "none"][pads] = value
+            for measure, value in zip(DRIFTS, distances(model, rows, unpadded, pads, side)):
+                found[f"{measure}, {conv}, pads {side}"][form][pads] = value
     what = "random weights (MMT four times, hidden size 64)"
     if args.checkpoint:
         conv, psm = "causal" if base.config.causal_conv else "centred", "+".join(base.config.psm) or "none"
         what = f"{args.checkpoint}, pretrained with PSM {psm} and a {conv} convolution"
     source = f"sentences of {args.sentences}" if args.sentences else "random rows of 24 tokens"
-    what += f", {sum(map(len, rows))} {source}"
-    text = f"{header()}\nWith {' / '.join(map(str, args.pads))} pads in the longest row, float64; {what}.\n"
-    for measure, cases in found.items():
-        lines = {"+".join(psm) or "none": [] for psm in PSM_FORMS}
-        for forms, form in itertools.product(cases.values(), lines):
-            lines[form].append(" / ".join(f"{x:.0e}" for x in forms[form].values()))
-        rows = [[form, *cells] for form, cells in lines.items()]
-        text += f"\n{DRIFTS[measure]}:\n\n{table(['PSM stages', *cases], rows)}\n"
+    pads = " / ".join(map(str, args.pads))
+    text = f"{header()}\nWith {pads} pads in the longest row, float64; {what}, {len(rows)} {source}.\n"
+    for measure, title in DRIFTS.items():
+        forms = {form: [found[f"{measure}, {case}"][form].values() for case in cases] for form in PSM_FORMS}
+        cells = [[form, *(" / ".join(f"{x:.0e}" for x in values) for values in row)] for form, row in forms.items()]
+        text += f"\n{title}:\n\n{table(['PSM stages', *cases], cells)}\n"
     print(text)
     if args.out:
-        panels = {f"{measure}, {case}": found[measure][case] for measure in found for case in found[measure]}
-        results = dict(what=what, distances=found)
-        write_results(args.out, text, results, panels, columns=4, x_label="pads of the longest row; zero is not drawn")
+        write_results(args.out, text, found, x_label="pads of the longest row; zero is not drawn")
 
 
 # ---- patterns: the paper's Table 1 in small ----
@@ -743,30 +654,24 @@ SMALL = """--hidden-size 64 --num-heads 4 --intermediate-size 256 --d-state 8 --
 
 def pretrain(args, name: str, flags: list[str], profile: bool = False) -> Path:
     """The folder --out/NAME, with model.pt and log.csv of train_mlm.py under these flags, or profile.txt. What is
-    finished stays as it is, and a run that was stopped goes on. One of several --jobs has a process of its own."""
-    out, printed = Path(args.out, name), io.StringIO()
+    finished stays as it is, and a run that was stopped goes on. One of several --jobs has its share of the cores."""
+    out = Path(args.out, name)
     made, kept = out / "flags.txt", out / ("profile.txt" if profile else "model.pt")
-    if kept.exists() and (not made.exists() or made.read_text(encoding="utf-8") != shlex.join(flags)):
-        raise SystemExit(f"{out} was made with other flags than these, its flags.txt has them: give another --out")
-    command = [*flags, "--out", str(out), *(["--profile", "10"] if profile else ["--resume"])]
-    try:
-        if kept.exists():
-            return out
-        if args.jobs == 1 or profile:
-            with contextlib.redirect_stdout(printed):
-                train_mlm.main(command)
-        else:
-            threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
-            command = [sys.executable, train_mlm.__file__, *command]
-            subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | threads)
-    except (SystemExit, subprocess.CalledProcessError) as error:
-        said = printed.getvalue() if isinstance(error, SystemExit) else error.stderr  # of a signal it tells
-        why = error.code if isinstance(getattr(error, "code", None), str) else said.strip().split("\n")[-1]
-        raise SystemExit(f"{out}: train_mlm.py: {why}") from error
+    if kept.exists():
+        if not made.exists() or made.read_text(encoding="utf-8") != shlex.join(flags):
+            raise SystemExit(f"{out} was made with other flags than these, its flags.txt has them: give another --out")
+        return out
+    goal = ["--profile", "10"] if profile else ["--resume"]
+    threads = {} if args.jobs == 1 or profile else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
+    command = [sys.executable, train_mlm.__file__, *flags, *goal, "--out", str(out)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
+    if ran.returncode:
+        why = ran.stderr.strip() or f"ended with {ran.returncode}"
+        raise SystemExit(f"{out}: train_mlm.py: {why.splitlines()[-1]}")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(made, shlex.join(flags))
     if profile:
-        write_whole(kept, printed.getvalue())
+        write_whole(kept, ran.stdout)
     return out
 
 
@@ -789,8 +694,8 @@ def pretrain_all(args, variants: dict[str, list[str]]) -> tuple[dict[str, list[f
         printed = (run(seed, name, profile=True) / "profile.txt").read_text(encoding="utf-8")
         seconds[name].append(float(re.search(r"tokens: ([\d.]+) s a step", printed)[1]))
     with ThreadPoolExecutor(args.jobs) as pool:
-        made = (map if args.jobs == 1 else pool.map)(run, *zip(*runs))  # one job in this thread, which gets the signals
-        for (_, name), folder in zip(runs, tqdm(made, desc="pretraining", unit="run", total=len(runs))):
+        made = tqdm(pool.map(run, *zip(*runs)), desc="pretraining", unit="run", total=len(runs))
+        for (_, name), folder in zip(runs, made):
             folders[name].append(folder)
     return seconds, folders
 
@@ -815,8 +720,9 @@ def bench_patterns(args):
         size = sum(p.numel() for p in MaBERTForMaskedLM.from_pretrained(folders[name][0]).parameters())
         rows.append([name, loss, f"{size / 1e6:.2f}", f"{1000 * min(seconds[name]):.0f}"])
     print(header(None))
-    seeds = f"{args.seeds} seed{'s' * (args.seeds > 1)}"
-    print(f"{args.steps} steps of masked language modelling, 32 rows of 64 tokens, hidden size 64, {seeds}.\n")
+    print(
+        f"{args.steps} steps of masked language modelling, 32 rows of 64 tokens, hidden size 64, seeds: {args.seeds}.\n"
+    )
     print(table(["pattern", "held-out loss, nats", "parameters, M", f"ms a step, best of {args.seeds}"], rows))
 
 
@@ -833,6 +739,7 @@ def scan_size(text: str) -> tuple[int, ...]:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
+    out = dict(metavar="NAME", help="write NAME.md, NAME.json and NAME.png (needs matplotlib)")
 
     def subcommand(bench, help: str):
         command = commands.add_parser(bench.__name__.removeprefix("bench_"), help=help)
@@ -845,21 +752,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = subcommand(bench_efficiency, "Tables B5 to B7 and Figure 5: MaBERT and its peers")
     add("--device", choices=["cuda", "cpu"], help="default: the GPU, if there is one; on a CPU 15 to 20 minutes")
     add("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}")
-    add("--lengths", type=positive, nargs="+", help="tokens; default: the paper's, 8192 and 16384; on a CPU 128, 512 "
-        "and 1024; with --fastest less")  # fmt: skip
-    add("--batch-size", type=positive, help="rows of an optimizer step; default: 32 (the paper's); on a CPU 1")
-    add("--seconds", type=number(float, 1e-3), help="for all runs of a measure at a length: 100 after 20 as in the "
-        "paper, on a CPU 5; fewer where they take longer, but three; default: 600; on a CPU 60")  # fmt: skip
-    add("--fastest", action="store_true", help="times of every model at its fastest setting: FlashAttention, with and "
-        "without torch.compile and CUDA graphs (on a CPU, with and without torch.compile)")  # fmt: skip
-    add("--out", metavar="NAME", help="write NAME.md, NAME.json and NAME.png (needs matplotlib)")
+    add("--lengths", type=positive, nargs="+", help="tokens (default: the paper's and up to 16384; else fewer)")
+    add("--seconds", type=number(float, 1e-3), help="for the runs of a measure at a length (default: 600; on a CPU 60)")
+    add(
+        "--fastest", action="store_true", help="the best of torch.compile, CUDA graphs and neither, with FlashAttention"
+    )
+    add("--out", **out)
     add = subcommand(bench_drift, "what padding does to real tokens, for each form of PSM")
-    add("--pads", type=number(int, 0, 2**16), nargs="+", default=[0, 1, 8, 64, 512], help="of the longest row; shorter "
-        "ones are padded to its length (%(default)s)")  # fmt: skip
+    pads = dict(type=number(int, 0, 2**16), nargs="+", default=[0, 1, 8, 64, 512])
+    add("--pads", **pads, help="of the longest row; shorter ones are padded to its length (%(default)s)")
     add("--checkpoint", help="a folder with a trained model, instead of random weights")
-    add("--sentences", metavar="FILE", help=f"{ROWS} rows of CoLA's dev.tsv, or of a text file of lines, instead of "
-        "random ones; without --checkpoint, a token a word")  # fmt: skip
-    add("--out", metavar="NAME", help="write NAME.md, NAME.json and NAME.png (needs matplotlib)")
+    add("--sentences", metavar="FILE", help=f"{ROWS} rows of CoLA's dev.tsv or of a text file, instead of random ones")
+    add("--out", **out)
     add = subcommand(bench_patterns, "a short pretraining of each pattern of the paper's Table 1")
     add("--data", nargs="+", metavar="PATH", help="text, as train_mlm.py takes it; without, its demo's")
     add("--patterns", nargs="+", default=PATTERNS, help="the paper's eight, of 12 layers; MMT × 4, centred, comes last")
@@ -876,12 +780,11 @@ def main(argv: list[str]):
         args.bench(args)
     except ModuleNotFoundError as error:
         raise SystemExit(f'this needs the package {error.name}: pip install -e ".[bench]"') from error
+    except OSError as error:  # a full disk, a folder that may not be written
+        raise SystemExit(f"cannot go on: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted; patterns goes on when it is given again") from None
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; patterns goes on when it is given again") from None
-    except OSError as error:  # a full disk, a folder that may not be written
-        raise SystemExit(f"cannot go on: {error}") from error
+    main(sys.argv[1:])

@@ -1919,37 +1919,37 @@ def test_the_papers_row_is_of_the_same_model_and_its_average_over_the_same_colum
 
 
 def test_bench_scan(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "alone", lambda function, *args: function(*args))
+    monkeypatch.setattr(bench, "alone", bench.attempt)
     monkeypatch.setitem(sys.modules, "mambapy.pscan", None)
     bench.main(["scan", "--sizes", "1,30,8,4", "1,2147483647,1536,16"])
-    printed = capsys.readouterr().out
-    assert re.search(r"\| loop (\| \de-\d\d ){9}\|\n", printed)
-    assert "| pscan | import of mambapy.pscan halted" in printed
-    assert re.search(r"\| \(1, 30, 8, 4\) \| reference (\| [\d.e+]+ \([\d.]+×\) ){2}\| \d+ \|", printed)
-    assert "| (1, 2147483647, 1536, 16) | loop | out of memory | out of memory | out of memory |" in printed
+    small, large = capsys.readouterr().out.split("| (b, l, d, n) = ")[1:]
+    assert re.match(r"\(1, 30, 8, 4\) .*\| loop \| \de-07 (\| [\d.e+]+ \(1.00×\) ){2}\| \d+ \|", small, re.DOTALL)
+    assert re.search(r"\| reference \| \de-07 (\| [\d.e+]+ \([\d.]+×\) ){2}\| \d+ \|", small)
+    assert "| pscan | import of mambapy.pscan halted" in small
+    assert re.search(r"^\(1, 2147483647, .*\| loop \| \de-07 (\| out of memory ){3}\|", large, re.DOTALL)
 
 
 def test_bench_drift(monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(bench, "ROWS", 8)
     bench.main("drift --pads 0 5 --out drift".split())
-    found, printed = json.loads(Path("drift.json").read_text())["distances"], capsys.readouterr().out
-    assert found.keys() == bench.DRIFTS.keys() and Path("drift.png").read_bytes().startswith(b"\x89PNG")
-    for measure, cases in found.items():
-        small = 1e-12 if measure == "tokens_l2" else 1e-24
-        assert all(len(forms) == 7 and pads["0"] == 0 for forms in cases.values() for pads in forms.values())
-        assert all(forms["pre+scan+post"]["5"] < small for forms in cases.values())
-        assert [forms["none"]["5"] > small for forms in cases.values()] == [False, True, True, True]
-    l2, cosine = (found[measure]["centred, pads left"]["none"]["5"] for measure in ("tokens_l2", "mean_cosine"))
+    found, printed = json.loads(Path("drift.json").read_text()), capsys.readouterr().out
+    assert Path("drift.png").read_bytes().startswith(b"\x89PNG") and Path("drift.md").read_text().strip() in printed
+    cases = [f"{conv}, pads {side}" for conv in ("causal", "centred") for side in ("right", "left")]
+    for measure, small in zip(bench.DRIFTS, (1e-12, 1e-24, 1e-24)):
+        forms = [found[f"{measure}, {case}"] for case in cases]
+        assert all(len(form) == 7 and pads["0"] == 0 for form in forms for pads in form.values())
+        assert all(form["pre+scan+post"]["5"] < small for form in forms)
+        assert [form["none"]["5"] > small for form in forms] == [False, True, True, True]
+    l2, cosine = (found[f"{measure}, centred, pads left"]["none"]["5"] for measure in ("tokens_l2", "mean_cosine"))
     assert 0 < cosine < 2 * l2**2 and f" | 0e+00 / {l2:.0e} |\n" in printed
 
     put("dev.tsv", "gj04\t1\t\tw1 w2 w3\ngj04\t0\t*\tw1 w2\n\n")
     for checkpoint, special in ((None, 0), ("model", 2)):  # [CLS] and [SEP] too
         args = argparse.Namespace(sentences=Path("dev.tsv"), checkpoint=checkpoint)
-        assert [tuple(rows.shape) for rows in bench.sentences(args, tiny())] == [(1, 2 + special), (1, 3 + special)]
-        more = ["--checkpoint", checkpoint] if checkpoint else []
-        bench.main(["drift", "--pads", "3", "--sentences", "dev.tsv", *more])
-        assert "2 sentences of" in capsys.readouterr().out
+        assert [len(row) for row in bench.sentences(args, tiny())] == [2 + special, 3 + special]
+    bench.main("drift --pads 3 --sentences dev.tsv --checkpoint model".split())
+    assert "2 sentences of" in capsys.readouterr().out
 
 
 def test_bench_patterns(capsys, monkeypatch):
@@ -1964,7 +1964,7 @@ def test_bench_patterns(capsys, monkeypatch):
     names = ("tokenizer", "T-seed0", "MT-centred-seed0")
     assert len({Path(f"runs/{name}/tokenizer.json").read_bytes() for name in names}) == 1
     assert not json.loads(Path("runs/MT-centred-seed0/args.json").read_text())["causal_conv"]
-    monkeypatch.setattr(train_mlm, "main", None)  # a finished run is only read
+    monkeypatch.setattr(bench.subprocess, "run", None)  # a finished run is only read
     bench.main(flags.split())
     printed = capsys.readouterr().out
     assert all(f"| {' | '.join(row)} |" in printed for row in rows)
@@ -2011,13 +2011,14 @@ def small_peers(monkeypatch):
     own["DeBERTa-v3"] = bench.DEBERTA | dict(position_buckets=8, pooler_hidden_size=16, vocab_size=60)
     small = {name: (family, base | own.get(name, {})) for name, (family, _) in bench.TRANSFORMERS.items()}
     own = {name: vars(tiny(pattern)) for name, pattern in (("MaBERT", "MMT"), ("T12", "TT"), ("M12", "MM"))}
-    release = {"release": lambda: None, "alone": lambda function, *args: 1.0 + function(*args)}  # half a second each
-    for name, value in dict(TRANSFORMERS=small, OURS=own, MODELS=[*small, *own], **release).items():
+    alone = dict(release=lambda: None, alone=lambda function, *args: bench.attempt(lambda: 1.0 + function(*args)))
+    for name, value in dict(TRANSFORMERS=small, OURS=own, MODELS=[*small, *own], **alone).items():
         monkeypatch.setattr(bench, name, value)
+    monkeypatch.setitem(bench.PROTOCOL, "cpu", ([], 8, 7, 0.1))
 
 
 def efficiency(flags, models):
-    bench.main(["efficiency", *flags.split(), "--seconds", "0.1", "--models", *models])
+    bench.main(["efficiency", *flags.split(), "--models", *models])
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -2026,16 +2027,16 @@ def test_bench_efficiency(device, small_peers, capsys):
         pytest.skip("no CUDA device")
     for package in ("transformers", "matplotlib"):
         pytest.importorskip(package)
-    efficiency(f"--device {device} --lengths 16 128 --batch-size 2 --out efficiency", bench.MODELS)
-    text, told = capsys.readouterr()
+    efficiency(f"--device {device} --lengths 16 128 --seconds 0.1 --out efficiency", bench.MODELS)
+    text = capsys.readouterr().out
     assert Path("efficiency.md").read_text().strip() == text.strip()
     assert all(f"Table {name}" in text for name in ("B5", "B6", "B7")) and "Ratios at 128 tokens" in text
     found = json.loads(Path("efficiency.json").read_text())
-    cells = {(cell["model"], cell["length"], cell["measure"]): cell["value"] for cell in found["cells"]}
-    assert len(cells) == len(bench.MODELS) * 2 * 3 and all(isinstance(value, float) for value in cells.values())
-    bert, own = (cells[name, 128, "latency"] for name in ("BERT", "MaBERT"))
+    for measure in bench.MEASURES:
+        values = [found[measure][name][length] for name in bench.MODELS for length in ("16", "128")]
+        assert all(isinstance(value, float) for value in values)
+    bert, own = (found["latency"][name]["128"] for name in ("BERT", "MaBERT"))
     assert f"| {bench.shown(bert, '5.22')} |" in text and f"| {bench.shown(bert / own, 5.220 / 9.160)} |" in text
-    assert f"BERT, 128 tokens, latency: {bench.shown(bert)}" in told  # a run that is stopped has shown it
     assert "From 957 tokens on" in text
     assert Path("efficiency.png").read_bytes().startswith(b"\x89PNG")
     if device == "cuda":
@@ -2046,33 +2047,31 @@ def test_bench_efficiency(device, small_peers, capsys):
 def test_efficiency_accumulates_what_does_not_fit_and_goes_on(small_peers, monkeypatch, capsys):
     run, most = bench.Contender.run, {"MMT": 2, "TT": 8, "MM": 0}
 
-    def scarce(self, rows, **labels):
+    def scarce(self, setting, rows, **labels):
         if len(rows) > most[self.model.config.pattern]:
             raise torch.OutOfMemoryError
-        return run(self, rows, **labels)
+        return run(self, setting, rows, **labels)
 
     monkeypatch.setattr(bench.Contender, "run", scarce)
-    efficiency("--device cpu --lengths 8 2147483647 --batch-size 8", ["MaBERT", "T12", "M12"])
+    efficiency("--device cpu --lengths 8 2147483647", ["MaBERT", "T12", "M12"])
     text, none = capsys.readouterr().out, r"– \(out of memory\) \|\n"
     assert re.search(rf"\| MaBERT \| \S+ \| [\d.]+ \(4 × 2 rows\) \| {none}", text)
     assert len(re.findall(rf"\| T12 \| \S+ \| [\d.]+ \| {none}", text)) == 3
     assert len(re.findall(rf"\| M12 \| \S+ \| – \(out of memory\) \| {none}", text)) == 3
 
     torch.manual_seed(0)  # accumulation changes nothing but the time
-    model, gradients = bench.build("MaBERT", 8), []
-    optimizer = torch.optim.SGD(model.parameters())
-    monkeypatch.setattr(optimizer, "step", lambda: gradients.append([p.grad for p in model.parameters()]))
-    contender = bench.Contender(model, optimizer, "plain", 8, 8)
+    contender, gradients = bench.Contender("MaBERT", 8, "cpu", batch_size=8), []
+    step = lambda: gradients.append([p.grad for p in contender.model.parameters()])  # noqa: E731
+    monkeypatch.setattr(contender.optimizer, "step", step)
     for most["MMT"] in (8, 2):
-        contender.training()
-    assert contender.micro_batch_size == 2
+        contender.training("plain")
+    assert contender.at_once["plain"] == 2
     torch.testing.assert_close(*gradients)
 
 
 def test_efficiency_takes_the_fastest_setting(small_peers, monkeypatch, capsys):
     def compiled(model, **options):
-        assert options["mode"] == "default"
-        if model.config.pattern == "TT":
+        if options["mode"] == "default" and model.config.pattern == "TT":
             return raising(RuntimeError("no such graph\nand more"))
         return lambda input_ids, **inputs: model(input_ids[:, :1], labels=inputs.get("labels"))
 
@@ -2092,10 +2091,10 @@ def test_efficiency_compiles_every_model_and_never_falls_back(small_peers, monke
 
     monkeypatch.setattr(bench, "OURS", bench.OURS | {"T24": vars(tiny("TTT")), "M24": vars(tiny("MMM"))})
     monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setattr(bench, "SETTINGS", {"a": (False, "a"), "b": (False, "b")})
-    args = dict(models=list(bench.OURS), settings=["a", "b"], fastest=True, device="cpu", batch_size=2)
-    cells = bench.measured(8, argparse.Namespace(rounds=5, seconds=0, **args))
-    assert all(isinstance(cell["value"], float) for cell in cells)
+    settings = dict(settings=list(bench.SETTINGS)[1:], fastest=True, device="cpu", batch_size=2, rounds=5, seconds=0)
+    cells = {what: {name: {} for name in bench.OURS} for what in ("latency", "training")}
+    bench.measure(8, argparse.Namespace(models=list(bench.OURS), **settings), cells, {})
+    assert all(isinstance(values[8], float) for models in cells.values() for values in models.values())
     assert len(graphs) >= 20  # five models of one class, two settings, two runs
 
 
@@ -2107,17 +2106,18 @@ REASONS = [  # of failure, and how they are told
 
 
 def test_calls_take_turns_and_tell_why_they_fail():
-    order = []
+    order, times = [], [1000.0, 1000.0, 1.0, 2.0, 9.0]  # the first two do not count
 
     def call(name):
         order.append(name)
         if name == "c" and order.count(name) == 2:
             raise RuntimeError("twice")
+        return times[order.count(name) - 1]
 
     found = bench.in_turns({name: lambda name=name: call(name) for name in "abc"}, rounds=20, seconds=0)
-    assert "".join(order) == "abcabc" + "ab" * 3 and found["c"] == "twice" and math.isfinite(found["a"] + found["b"])
+    assert "".join(order) == "abcabc" + "ab" * 3 and found == {"a": 2.0, "b": 2.0, "c": "twice"}
     for error, said in REASONS:
-        assert bench.reason(error) == said and bench.shown(said, 5.0) == f"– ({said}; 5.00)"
+        assert bench.attempt(raising(error)) == said and bench.shown(said, 5.0) == f"– ({said}; 5.00)"
 
 
 # ---- What the scripts refuse, and with which words ----
