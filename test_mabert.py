@@ -955,11 +955,9 @@ def pretrain(flags=""):
 
 
 def prepared(flags=""):
-    """The arguments of a run, its tokens and vocabulary, training and held-out segments."""
+    """The arguments of a run, and what it reads."""
     args = train_mlm.parse_args(arguments(flags))
-    tokenizer = train_mlm.load_tokenizer(args.tokenizer)
-    tokens = train_mlm.tokenize(train_mlm.load_corpora(args), tokenizer)
-    return args, tokens, train_mlm.Vocabulary.of(tokenizer), *train_mlm.split_held_out(tokens)
+    return args, train_mlm.prepare(args, Path("none"))
 
 
 def trained(folder="run"):
@@ -977,63 +975,55 @@ def raising(error):
     return call
 
 
-SHORT = "--steps 6 --save-every 2 --log-every 2"
+def forked(call, *args, **options) -> int:
+    """The exit status of another process that makes this call."""
+    import multiprocessing
 
-
-@pytest.fixture(scope="module")
-def short_run(given, tmp_path_factory):
-    """A run of six steps, which tests copy."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(shutil.copytree(given, tmp_path_factory.mktemp("short") / "run", symlinks=True))
-        pretrain(SHORT)
-        yield Path("run").resolve()
+    process = multiprocessing.get_context("fork").Process(target=call, args=args, kwargs=options)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def test_a_short_run_learns_and_can_be_used(capsys):
     pretrain("--vocab-size 100")
-    printed, run, (_, log) = capsys.readouterr().out, Path("run"), trained()
+    printed, (_, log) = capsys.readouterr().out, trained()
     assert [int(row["step"]) for row in log] == [0, 25, 50, 75, 100, 125, 150]
-    held_out = [float(row["held_out_loss"]) for row in log if row["held_out_loss"]]
+    first, _, last = [float(row["held_out_loss"]) for row in log if row["held_out_loss"]]
     unigram = float(printed.split("word frequencies give ")[1].split(",")[0])
-    assert abs(unigram - math.log(len(WORDS))) < 0.1
-    assert held_out[-1] < unigram - 1  # context tells; frequencies do not
-    assert json.loads((run / "args.json").read_text())["seed"] == 0
-    for folder in (run, run / "step-0000050", run / "step-0000150"):
-        assert {file.name for file in folder.iterdir()} >= {"config.json", "model.pt", "tokenizer.json"}
-        size = train_mlm.load_tokenizer(str(folder / "tokenizer.json")).get_vocab_size()
+    assert last < unigram - 1  # context tells; frequencies do not
+    assert json.loads(Path("run/args.json").read_text())["seed"] == 0
+    for folder in ("run", "run/step-0000050", "run/step-0000150"):
+        size = train_mlm.load_tokenizer(f"{folder}/tokenizer.json").get_vocab_size()
         config = MaBERTForMaskedLM.from_pretrained(folder).config
-        assert config.max_position == 32 and config.vocab_size == size
-    assert abs(held_out[0] - math.log(size)) < 0.5
+        assert config.max_position == 32 and config.vocab_size == size and abs(first - math.log(size)) < 0.5
     assert "warm-up 15 steps, a tenth of the run" in printed and printed.count("it was") == 5
-    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("run/loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_loss_after_twenty_steps_is_known():
     """Whatever changes it changes what a run computes: rows, masking, initialisation, gradients, schedule."""
     pretrain("--steps 20 --log-every 5 --dropout 0.1")
-    log = trained()[1][1:]
-    losses, rates = ([float(row[name]) for row in log] for name in ("loss", "lr"))
+    losses, rates = ([float(row[name]) for row in trained()[1][1:]] for name in ("loss", "lr"))
     assert (rates[0], rates[-1]) == pytest.approx((5e-3 * 16 / 18, 5e-3 / 18), rel=0.01)
     assert losses == pytest.approx([3.2109, 3.1180, 3.0923, 3.0620], abs=5e-3)
 
 
 def test_runs_repeat_and_these_flags_change_nothing_but_cost(monkeypatch):
-    def weights(flags):
-        pretrain(f"--overwrite --steps 3 --length-schedule 16:1 {flags}")
-        return trained()[0]
-
-    plain, dropout, compile, compiled = weights(""), weights("--dropout 0.1"), torch.compile, []
-    for flags in ("--dropout 0.1", "--dropout 0.1 --activation-checkpointing"):
-        assert torch.equal(weights(flags), dropout)
-    assert relative(weights("--micro-batch-size 8"), plain) < 1e-4
+    weights, compile, compiled = [], torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda call: compiled.append(1) or compile(call, backend="eager"))
-    assert relative(weights("--compile"), plain) < 1e-4 and compiled
+    drop = "--dropout 0.1"
+    for flags in (drop, drop, f"{drop} --activation-checkpointing", "", "--micro-batch-size 8", "--compile"):
+        assert not compiled
+        pretrain(f"--overwrite --steps 3 --length-schedule 16:1 {flags}")
+        weights.append(trained()[0])
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+    assert relative(weights[4], weights[3]) < 1e-4 and relative(weights[5], weights[3]) < 1e-4 and compiled
 
 
 def test_activation_checkpointing_keeps_less():
     def kept(flag):
-        args, sizes = train_mlm.parse_args(arguments(flag)), []
-        model, _, _ = train_mlm.build(args, train_mlm.prepare(args, Path("none")))
+        sizes, (model, *_) = [], train_mlm.build(*prepared(flag))
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
             model.encoder(torch.ones(8, 32, dtype=torch.long))
         return sum(sizes)
@@ -1045,39 +1035,30 @@ def ready(**changes):
     """A model, its optimizer, a batch, the arguments."""
     ids = torch.randint(5, 60, (32, 12), generator=torch.Generator().manual_seed(0))
     labelled = ids % 3 == 0
-    parts = ids, torch.ones_like(ids, dtype=torch.bool), ids.where(labelled, train_mlm.IGNORED)
-    model = build(MaBERTForMaskedLM, replace(tiny("MT"), **changes), torch.float32)
+    parts = ids, torch.ones_like(labelled), ids.where(labelled, train_mlm.IGNORED)
     batch = train_mlm.Batch([parts], int(labelled.sum()), ids.numel(), ids.numel())
+    model = build(MaBERTForMaskedLM, replace(tiny("MT"), **changes), torch.float32)
     return model, train_mlm.make_optimizer(model, 0.01), batch, train_mlm.parse_args(arguments())
 
 
 def test_dropout_is_a_function_of_seed_and_step():
-    def weights(step, noise, seed=0):
-        model, optimizer, batch, args = ready(dropout=0.5)
-        torch.manual_seed(noise)
+    def loss(step, seed=0):
+        *ready_to_step, args = ready(dropout=0.5)
         args.seed = seed
-        train_mlm.train_step(model, optimizer, batch, step, args)
-        return torch.cat([p.detach().flatten() for p in model.parameters()])
+        return train_mlm.train_step(*ready_to_step, step, args)[0].item()
 
-    assert torch.equal(weights(5, noise=1), weights(5, noise=2))
-    assert all(not torch.equal(weights(5, noise=1), other) for other in (weights(6, 1), weights(5, 1, seed=1)))
+    assert loss(5) == loss(5) and len({loss(5), loss(6), loss(5, seed=1)}) == 3
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(monkeypatch):
-    model, optimizer, batch, args = ready()
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-3
-
-    def numbers():
-        return [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
-
-    assert train_mlm.train_step(model, optimizer, batch, 0, args)[1] == 0
-    before = [x.detach().clone() for x in numbers()]
-    hook = model.decoder_bias.register_hook(lambda gradient: gradient * math.inf)
-    assert train_mlm.train_step(model, optimizer, batch, 1, args)[1] == 1
-    assert all(map(torch.equal, before, numbers()))
-    hook.remove()
-    assert train_mlm.train_step(model, optimizer, batch, 1, args)[1] == 0
+    def weights(*factors):
+        """After steps whose gradients are multiplied by these."""
+        model, optimizer, batch, args = ready()
+        for factor in factors:
+            hook = model.decoder_bias.register_hook(lambda gradient, factor=factor: gradient * factor)
+            assert train_mlm.train_step(model, optimizer, batch, 0, args)[1] == (factor == math.inf)
+            hook.remove()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     def skipped(bad, flags=""):
         calls, clip = [], torch.nn.utils.clip_grad_norm_
@@ -1090,11 +1071,14 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(monkeypatch):
         pretrain(f"--steps 20 --log-every 5 --save-every 8 {flags}")
         return [int(row["skipped_steps"]) for row in trained()[1]]
 
+    assert torch.equal(weights(1, math.inf, 1), weights(1, 1))
     assert skipped((3, 4, 12)) == [0, 2, 2, 3, 3]
     shutil.rmtree("run/step-0000016")
     assert skipped((4,), "--resume") == [0, 2, 2, 3, 3]  # the twelfth step, the fourth after the eighth
     said = "finite in the last 12 steps.*last checkpoint .*step-0000016"
     refused(skipped, range(9, 21), "--overwrite", said=said)
+    refused(skipped, (), "--overwrite --lr 1e30 --steps 5", said="held-out loss is nan: a lower --lr")
+    assert not Path("run/model.pt").exists()
 
 
 def test_clipping_weight_decay_and_learning_rate():
@@ -1103,13 +1087,10 @@ def test_clipping_weight_decay_and_learning_rate():
     optimizer.register_step_pre_hook(lambda *_: norms.append(sum(p.grad.square().sum() for p in names)))
     train_mlm.train_step(model, optimizer, batch._replace(labelled=1), 0, args)
     assert norms[0].sqrt() == pytest.approx(1, abs=1e-3)
-    decayed, others = optimizer.param_groups
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
-    assert decayed["betas"] == (0.9, 0.999) and decayed["eps"] == 1e-6
-    assert len(decayed["params"]) + len(others["params"]) == len(names)
-    ends = {names[p].rsplit("mixer.")[-1].rsplit(".", 1)[-1] for p in others["params"]}
-    assert ends == {"bias", "weight", "A_log", "D", "decoder_bias"}
-    assert all("norm" in names[p] or "transform.2" in names[p] for p in others["params"] if names[p].endswith("weight"))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+    for group, decay in zip(optimizer.param_groups, (0.01, 0.0), strict=True):
+        assert (group["weight_decay"], group["betas"], group["eps"]) == (decay, (0.9, 0.999), 1e-6)
+        assert all((p.dim() > 1 and not names[p].endswith("A_log")) == (decay > 0) for p in group["params"])
     lr = [train_mlm.learning_rate(step, 100, 1e-3, 10) for step in range(100)]
     assert lr[0] == pytest.approx(1e-4) and max(lr) == lr[9] == lr[10] == pytest.approx(1e-3)
     assert lr[55] == pytest.approx(5e-4) and lr[99] == pytest.approx(1e-3 / 90)
@@ -1119,29 +1100,32 @@ def test_clipping_weight_decay_and_learning_rate():
 
 
 def test_batches_are_functions_of_seed_and_step(monkeypatch):
-    args, tokens, vocabulary, train, _ = prepared("--micro-batch-size 32")
-    phases = [(first, train_mlm.Rows(tokens, train, length, vocabulary)) for first, length in ((0, 16), (30, 32))]
-    batches, size = train_mlm.Batches(phases, args), len(phases[0][1]) // 32
-    some = {step: batches.whole(step) for step in (29, 30, 5, 6)}
-    for step, batch in some.items():
-        assert all(map(np.array_equal, batch, train_mlm.Batches(phases, args).whole(step)))
-    assert some[29][0].shape[1] <= 16 < some[30][0].shape[1] <= 32
-    assert not np.array_equal(some[5][0], some[6][0])
-    other = train_mlm.Batches(phases[:1], args)
-    assert not np.array_equal(other.numbers(5, 0, phases[0][1]), other.numbers(5 + size, 0, phases[0][1]))  # next epoch
-    alone = train_mlm.batches_ahead(args, phases, range(27, 33))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    workers = train_mlm.batches_ahead(args, phases, range(27, 33))
+    args, data = prepared("--micro-batch-size 32 --steps 40")
+    batches, steps, rows = train_mlm.Batches(data.phases, args), range(27, 33), data.phases[0][1]
+    for step in steps:
+        inputs = batches.whole(step)[0]
+        assert np.array_equal(inputs, train_mlm.Batches(data.phases, args).whole(step)[0])
+        assert inputs.shape[1] <= 16 if step < 30 else 16 < inputs.shape[1] <= 32
+    alone = train_mlm.batches_ahead(args, data.phases, steps)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        workers = train_mlm.batches_ahead(args, data.phases, steps)
     assert workers.num_workers == 2 and workers.pin_memory
     workers.pin_memory = False
     for ahead in (alone, workers):  # in the same order, whoever prepares them
-        for step, batch in zip(range(27, 33), ahead, strict=True):
-            inputs, real, labels = batches.whole(step)
+        for step, batch in zip(steps, ahead, strict=True):
+            (own,), (inputs, real, labels) = batch.micro_batches, batches.whole(step)
             assert batch.labelled == (labels != train_mlm.IGNORED).sum() and batch.real == real.sum() < batch.padded
-            (own,) = batch.micro_batches
             assert np.array_equal(own[0][:, : inputs.shape[1]], inputs) and not own[1][:, inputs.shape[1] :].any()
-    args.seed = 1
-    assert not np.array_equal(train_mlm.Batches(phases, args).whole(5)[0], some[5][0])
+
+    def seeded(seed):
+        return train_mlm.Batches(data.phases, argparse.Namespace(**vars(args) | dict(seed=seed)))
+
+    following = 5 + len(rows) // 32  # the step at this place in the next epoch
+    orders = [seeded(seed).numbers(step, 0, rows) for step, seed in ((5, 0), (6, 0), (following, 0), (5, 1))]
+    monkeypatch.setattr(train_mlm.Batches, "numbers", lambda *_: np.arange(32))
+    masked = [seeded(seed).whole(step)[2] for step, seed in ((5, 0), (6, 0), (5, 1))]
+    assert len({x.tobytes() for x in orders}) == 4 and len({x.tobytes() for x in masked}) == 3
 
 
 def test_batched_has_every_row_once_and_by_length_less_padding():
@@ -1160,26 +1144,25 @@ def test_batched_has_every_row_once_and_by_length_less_padding():
 
 @pytest.mark.parametrize("bucket", ["", "--bucket"])
 def test_an_epoch_has_every_training_token_once_and_no_held_out_one(bucket):
-    args, tokens, vocabulary, train, held = prepared(f"--mask-rate 1e-9 {bucket}")
-    rows, args.batch_size = train_mlm.Rows(tokens, train, 16, vocabulary), 7
-    batches = train_mlm.Batches([], args)
-    numbers = [batches.numbers(step, 0, rows) for step in range(len(rows) // 7)]
-    rest = np.setdiff1d(np.arange(len(rows)), np.concatenate(numbers))
-    assert 0 < len(rest) < 7  # what fills no batch
-    assert np.array_equal(rows.lengths(), np.subtract(*rows.spans(np.arange(len(rows)))[::-1]))
-    seen = [rows.batch(some) for some in (*numbers, rest)]
-    for ids, real in seen:
-        ends = real.sum(axis=1) - 1
-        assert (ids[:, 0] == vocabulary.cls).all() and (ids[np.arange(len(ids)), ends] == vocabulary.sep).all()
-        assert (ids[~real] == vocabulary.pad).all()
-    words = np.concatenate([ids[real & ~vocabulary.is_special[ids]] for ids, real in seen])
-    everything, total = np.concatenate(tokens.chunks), int(tokens.offsets[-1])
-    assert np.array_equal(np.sort(words), np.sort(np.concatenate([everything[a:b] for a, b in train])))
-    segments = np.concatenate([train, held])
-    assert np.array_equal(np.sort(np.concatenate([np.arange(*segment) for segment in segments])), np.arange(total))
-    assert 0.02 < sum(end - start for start, end in held) / total < 0.06
-    boundaries = set(tokens.offsets.tolist())
-    assert all(not boundaries & set(range(start + 1, end)) for start, end in segments.tolist())
+    args, data = prepared(f"--batch-size 7 --micro-batch-size 7 {bucket}")
+    rows, vocabulary, batches = data.phases[0][1], data.vocabulary, train_mlm.Batches(data.phases, args)
+    train, held, text = rows.segments, data.held_rows.segments, np.concatenate(rows.tokens.chunks)
+    numbers = np.concatenate([batches.numbers(step, 0, rows) for step in range(len(rows) // 7)])
+    assert len(rows) - 7 < len(numbers) == len(np.unique(numbers)) < len(rows)  # the rest fills no batch
+    ids, real = rows.batch(np.arange(len(rows)))
+    ends = real.sum(axis=1) - 1
+    assert np.array_equal(rows.lengths(), ends - 1) and (ids[:, 0] == vocabulary.cls).all()
+    assert (ids[np.arange(len(ids)), ends] == vocabulary.sep).all() and (ids[~real] == vocabulary.pad).all()
+    words = ids[real & ~vocabulary.is_special[ids]]
+    assert np.array_equal(words, np.concatenate([text[start:end] for start, end in train]))
+    assert 0.02 < np.diff(held).sum() / len(text) < 0.06
+    starts, ends = np.concatenate([train, held]).T
+    assert np.array_equal(np.sort(np.concatenate(list(map(np.arange, starts, ends)))), np.arange(len(text)))
+    documents = [np.searchsorted(rows.tokens.offsets, places, side="right") for places in (starts, ends - 1)]
+    assert np.array_equal(*documents)  # each segment is of one
+    counts, labels = 1 + np.bincount(words)[5:], data.held_out[2]
+    unigram = np.log(counts.sum() / counts[labels[labels != train_mlm.IGNORED] - 5]).mean()
+    assert data.baselines == pytest.approx((unigram, math.log(len(WORDS))))
 
 
 def test_masking_statistics():
@@ -1188,11 +1171,10 @@ def test_masking_statistics():
     ids = np.random.default_rng(0).integers(0, 1000, (400, 500))
     inputs, labels = train_mlm.mask_tokens(ids, vocabulary, 0.15, np.random.default_rng(1))
     chosen = labels != train_mlm.IGNORED
-    assert not chosen[is_special[ids]].any() and np.array_equal(labels[chosen], ids[chosen])
-    assert np.array_equal(inputs[~chosen], ids[~chosen])
-    assert abs(chosen[~is_special[ids]].mean() - 0.15) < 0.005
+    assert np.array_equal(labels[chosen], ids[chosen]) and np.array_equal(inputs[~chosen], ids[~chosen])
     masked, kept = inputs[chosen] == 4, inputs[chosen] == ids[chosen]
-    assert abs(masked.mean() - 0.8) < 0.01 and abs(kept.mean() - 0.1) < 0.01
+    rates = chosen[is_special[ids]].mean(), chosen[~is_special[ids]].mean(), masked.mean(), kept.mean()
+    assert rates == pytest.approx((0, 0.15, 0.8, 0.1), abs=0.006) and rates[0] == 0
     others = inputs[chosen][~masked & ~kept]
     assert not is_special[others].any() and len(np.unique(others)) > 900
 
@@ -1200,212 +1182,163 @@ def test_masking_statistics():
 # Text and tokens
 
 
-def python(code, flags=""):
-    code = f"if True:\n import os, sys, train_mlm\n {code}"
-    return subprocess.run([sys.executable, "-c", code, *arguments(flags)], capture_output=True, text=True)
-
-
-def test_one_document_is_one_part_and_a_damaged_cache_is_refused(monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("cache"))
-    monkeypatch.setattr(train_mlm, "PART", 2000)
-    Path("big.txt").write_text("the cat sees a dog\n" * 500)
-
-    def tokens():
-        return train_mlm.tokenize(train_mlm.load_corpora(train_mlm.parse_args(["--data", "big.txt"])), tokenizer)
-
-    tokenizer = words_tokenizer(WORDS)
-    assert tokens().offsets.tolist() == [0, 2500]
-    (file,) = Path("cache").rglob("cache-*.arrow")
-    whole = file.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", whole[:300] + bytes(2000) + whole[2300:]):
-        file.write_bytes(damaged)
-        with pytest.raises(SystemExit, match="cache of `datasets` is damaged"):
-            tokens()
-
-
 def test_tokens_are_made_once_and_go_on_after_a_kill(monkeypatch):
     import datasets
 
-    cache = Path("datasets").resolve()
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
+    make, calls, dies_at, text = train_mlm.pieces, [], 700, Path("corpus.txt").read_text()
+
+    def counted(document):
+        calls.append(document)
+        if len(calls) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return make(document)
+
+    put("corpus.txt", text)  # instead of the link to the tests' one
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("datasets").resolve())
     monkeypatch.setattr(train_mlm, "PART", 20_000)
-    make, calls, text = train_mlm.pieces, [], Path("corpus.txt").read_text()
-    Path("corpus.txt").unlink()  # a link to the tests' one
-    Path("corpus.txt").write_text(text)
-    killed = """train_mlm.PART, make, calls = 20_000, train_mlm.pieces, []
- train_mlm.pieces = lambda text: calls.append(1) or make(text) if len(calls) < 700 else os.kill(os.getpid(), 9)
- train_mlm.main(sys.argv[1:])"""
-    assert python(killed).returncode == -signal.SIGKILL
-    monkeypatch.setattr(train_mlm, "pieces", lambda text: calls.append(text) or make(text))
-    _, tokens, *_ = prepared()
+    monkeypatch.setattr(train_mlm, "pieces", counted)
+    assert forked(prepared) == -signal.SIGKILL
+    dies_at = None
+    tokens = prepared()[1].phases[0][1].tokens
     assert 800 < len(calls) < 1200  # of 1500 documents; finished parts are reused
     expected = [[5 + WORDS.index(word) for word in line.split()] for line in text.split("\n")]
-    assert np.array_equal(np.concatenate(tokens.chunks), np.concatenate(expected))
-    assert np.diff(tokens.offsets).tolist() == list(map(len, expected)) and len(tokens.chunks) >= 5
-    spans = zip(tokens.offsets, tokens.offsets[1:], expected)
-    assert all(tokens.span(start, end).tolist() == ids for start, end, ids in spans)
+    spans = zip(tokens.offsets[:-1], tokens.offsets[1:], expected, strict=True)
+    assert all(tokens.span(start, end).tolist() == ids for start, end, ids in spans) and len(tokens.chunks) >= 5
     assert np.array_equal(tokens.counts, np.bincount(np.concatenate(expected)))
-    other = "train_mlm.PART, train_mlm.pieces = 20_000, None; train_mlm.main(sys.argv[1:])"
-    assert python(other, "--steps 1").returncode == 0  # another process makes no calls
+    calls.clear()
+    prepared()
+    assert not calls
     os.utime("corpus.txt", ns=(1, 1))  # the file has changed
     prepared()
-    assert len(calls) > 2300
+    assert len(calls) == 1500
+    assert len(prepared("--sample-by document")[1].phases[0][1].tokens.offsets) == 2  # larger than a part
     ids = np.array(expected[-1], np.uint16).tobytes()
-    for file in cache.rglob("cache-*.arrow"):
-        file.write_bytes(file.read_bytes().replace(ids, b"\xff\xff" + ids[2:], 1))
-    refused(prepared, said="cache of `datasets` is damaged, it has token 65535")
+    files = {file: file.read_bytes() for file in Path("datasets").rglob("cache-*.arrow")}
+    for damage in (
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: b"",
+        lambda whole: whole[:300] + bytes(2000) + whole[2300:],
+        lambda whole: whole.replace(ids, b"\xff\xff" + ids[2:], 1),
+    ):
+        for file, whole in files.items():
+            file.write_bytes(damage(whole))
+        refused(prepared, said="cache of `datasets` is damaged")
 
 
-def corpus_texts(path, sample_by="line"):
-    corpora = train_mlm.load_corpora(train_mlm.parse_args(["--data", str(path), "--sample-by", sample_by]))
-    texts = (text for corpus in corpora for batch in corpus.iter(2) for text in batch["text"])
-    return [" ".join(text.split()) for text in texts if text and text.strip()]
+def corpus_texts(*flags):
+    corpora = train_mlm.load_corpora(train_mlm.parse_args(flags))
+    return [" ".join(text.split()) for corpus in corpora for text in corpus["text"] if text and text.strip()]
 
 
 NAMES = "a.txt|[ab].txt|hamlet [1603].txt|*.txt|q?.txt|%41.txt|x#y.txt|'quo\"te.txt|ünï.txt|-dash.txt|a b.txt|{x,y}.txt"
 
 
-def test_every_file_is_read_once_whatever_its_format_and_name():
-    import datasets
-    import pyarrow
+def test_every_file_is_read_once_whatever_its_format_and_name(monkeypatch):
+    from pyarrow import array, large_string, parquet, table
 
-    texts, names = Path("texts"), Path("names")
-    texts.mkdir()
-    names.mkdir()
-    documents = ["one two", "three", "four five"]
-    datasets.Dataset.from_dict({"text": documents, "title": ["a", "b", "c"]}).to_json(texts / "b.jsonl")
-    large = pyarrow.table({"text": pyarrow.array([*documents, None], pyarrow.large_string())})
-    pyarrow.parquet.write_table(large, texts / "c.parquet")
-    (texts / "A.TXT").write_text("one two\n\nthree\nfour five\n", encoding="utf-8")
-    (texts / "notes.md").write_text("ignored in a folder")
-    for name in ("A.TXT", "b.jsonl", "c.parquet"):
-        assert corpus_texts(texts / name) == documents
-    assert corpus_texts(texts / "A.TXT", "paragraph") == ["one two", "three four five"]
-    assert corpus_texts(texts / "A.TXT", "document") == ["one two three four five"]
-    assert sorted(corpus_texts(texts)) == sorted(3 * documents)
-    corpora = train_mlm.load_corpora(train_mlm.parse_args(["--data", "texts", "texts/b.jsonl"]))
-    assert sum(map(len, corpora)) == 1 + 3 + 4  # a file that is named twice is read once
-    tokens = train_mlm.tokenize(corpora, words_tokenizer("one two three four five".split()))
-    assert np.array_equal(np.concatenate(tokens.chunks), 3 * [5, 6, 7, 8, 9])
+    documents, hub = ["one two", "three", "four five"], Path("hub").resolve()
+    put("texts/A.TXT", "one two\n\nthree\nfour five\n")
+    put("texts/b.jsonl", "".join(json.dumps(dict(title="a", text=text)) + "\n" for text in documents))
+    put("texts/notes.md", "ignored in a folder")
+    put(hub / "data/train-00000-of-00001.parquet", "")
+    for file in ("texts/c.parquet", hub / "data/train-00000-of-00001.parquet"):
+        rows = array([*documents, None, ""], large_string())
+        parquet.write_table(table(dict(text=rows, title=["a"] * 5)), file)
+    monkeypatch.setattr(train_mlm, "HUB_CORPUS", [(str(hub), "default"), (str(hub), "default")])
+    for flags, expected in (
+        ("--data texts/A.TXT", ["one two three four five"]),
+        ("--data texts/A.TXT --sample-by paragraph", ["one two", "three four five"]),
+        ("--data texts/A.TXT --sample-by line", documents),
+        ("--data texts/b.jsonl", documents),
+        ("--data texts/c.parquet", documents),
+        ("--data texts texts/b.jsonl --sample-by line", 3 * documents),  # a file that is named twice is read once
+        ("", 2 * documents),  # the corpora of the hub
+    ):
+        assert corpus_texts(*flags.split()) == expected
     for name in NAMES.split("|"):
-        (names / name).write_text(name)
-        assert corpus_texts(names / name) == [name]
-    assert sorted(corpus_texts(names)) == sorted(NAMES.split("|"))
-
-
-def test_the_corpus_of_the_hub_as_local_shards_of_parquet(monkeypatch):
-    """The same calls of `datasets`, with folders in place of the hub's names."""
-    import datasets
-
-    sources = [(str(Path(name).resolve()), "default") for name in ("wikipedia", "books")]
-    for (folder, _), column in zip(sources, ("title", "isbn")):
-        for shard in range(2):
-            file = Path(folder, f"data/train-{shard:05d}-of-00002.parquet")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            texts = [f"{Path(folder).name} {shard} {i}" for i in range(150)] + [None, ""]
-            datasets.Dataset.from_dict({"text": texts, column: ["x"] * len(texts)}).to_parquet(file)
-    monkeypatch.setattr(train_mlm, "HUB_CORPUS", sources)
-    texts = [text for corpus in train_mlm.load_corpora(train_mlm.parse_args([])) for text in corpus["text"]]
-    assert len(texts) == 4 * 152 and texts[0] == "wikipedia 0 0" and texts[-3:] == ["books 1 149", None, ""]
+        put(f"names/{name}", name)
+        assert corpus_texts("--data", f"names/{name}") == [name]
+    assert sorted(corpus_texts("--data", "names")) == sorted(NAMES.split("|"))
 
 
 def test_a_trained_tokenizer_encodes_pairs_and_long_texts():
     tokenizer = train_mlm.train_tokenizer(["the function returns a list of lists"] * 5, 200)
-    bare = json.loads(tokenizer.to_str()) | dict(post_processor=None, truncation=None)
-    Path("bare.json").write_text(json.dumps(bare))
+    put("bare.json", json.dumps(json.loads(tokenizer.to_str()) | dict(post_processor=None, truncation=None)))
     for each in (tokenizer, train_mlm.load_tokenizer("bare.json")):  # which gets our form
         encoding = each.encode("The function", "a list")
         assert encoding.tokens == ["[CLS]", "the", "function", "[SEP]", "a", "list", "[SEP]"]
-        assert encoding.type_ids == [0, 0, 0, 0, 1, 1, 1]
-        assert each.decode(encoding.ids) == "the function a list"
+        assert encoding.type_ids == [0, 0, 0, 0, 1, 1, 1] and each.decode(encoding.ids) == "the function a list"
     assert [tokenizer.token_to_id(token) for token in train_mlm.SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
     texts = ["a list", "", "the function returns a list " * 20_000, "list " * 5]
     assert max(map(len, train_mlm.pieces(texts[2]))) <= 20_000 and "".join(train_mlm.pieces(texts[2])) == texts[2]
     tokens = train_mlm.tokenize([[dict(text=texts[:1]), dict(text=texts[1:])]], tokenizer)
     expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts if text]
     assert np.array_equal(np.concatenate(tokens.chunks), np.concatenate(expected))
-    assert np.array_equal(np.diff(tokens.offsets), [len(ids) for ids in expected])
+    assert np.array_equal(np.diff(tokens.offsets), list(map(len, expected)))
 
 
-def test_the_demo_text_is_english_and_enough():
-    (batch,) = train_mlm.demo_corpus()
-    texts = batch["text"]
-    assert len(texts) == len(set(texts)) and sum(map(len, texts)) > 1_000_000
-    words = " ".join(texts).lower().split()
-    assert words.count("the") > 0.02 * len(words)
+def test_the_demo_text_is_what_every_python_carries(monkeypatch):
+    from pydoc_data.topics import topics
+
+    put("lib/a.py", '"""A module."""\nclass B:\n    """A class."""\n    def c(self):\n        r"""\\udc80"""\n')
+    put("lib/b.py", '"""A module."""\nasync def d():\n    """A surrogate: \\udc80"""\n')
+    put("lib/test/c.py", '"""A test of the library."""')
+    put("lib/site-packages/d.py", '"""Of another package."""')
+    put("lib/broken.py", "def (")
+    monkeypatch.setattr(train_mlm.sysconfig, "get_path", lambda name: "lib")
+    own = ["A module.", "A class.", r"\udc80", "A surrogate: ?"]
+    assert train_mlm.demo_corpus() == [dict(text=[*dict.fromkeys(topics.values()), *own])]
 
 
-def test_defaults_are_the_papers_and_flags_override_the_demo():
-    args = train_mlm.parse_args(["--steps", "100000"])
-    assert (args.batch_size, args.lr, args.warmup_steps, args.weight_decay) == (256, 1e-4, 10_000, 0.01)
-    assert args.length_schedule == [(128, 0.9), (512, 0.1)] and args.mask_rate == 0.15 and args.dropout == 0.1
+def test_defaults_are_the_papers_and_flags_override_the_demo(monkeypatch):
+    protocol = dict(batch_size=256, lr=1e-4, warmup_steps=10_000, weight_decay=0.01, mask_rate=0.15, dropout=0.1)
+    args = train_mlm.parse_args([])
+    assert args.length_schedule == [(128, 0.9), (512, 0.1)] and protocol.items() <= vars(args).items()
     assert train_mlm.model_config(args, 30522, 0) == MaBERTConfig()
     variant = train_mlm.parse_args("--psm pre+post --no-causal-conv --pattern TM --d-state 8 --dropout 0.2".split())
     expected = MaBERTConfig(psm=("pre", "post"), causal_conv=False, pattern="TM", d_state=8, dropout=0.2)
     assert train_mlm.model_config(variant, 30522, 0) == expected
     assert train_mlm.parse_args(["--psm", "none"]).psm == ()
-    demo = train_mlm.parse_args(["--demo", "--steps", "7"])
-    assert demo.steps == 7 and demo.hidden_size == 128 and demo.out == "out/demo"
-    assert train_mlm.parse_args(["--demo", "--tokenizer", "x.json"]).vocab_size is None
-
-
-# How a run stops, and goes on
-
-
-def test_a_run_is_overwritten_only_when_asked_and_then_wholly(short_run, monkeypatch):
-    run = shutil.copytree(short_run, "run")
-    log = Path(run, "log.csv").read_text()
-    Path(run, "step-by-step-notes").mkdir()
-    refused(pretrain, SHORT, said="holds a run or a model already")
-    refused(
-        pretrain, f"{SHORT} --overwrite --batch-size 2048", said="too short"
-    )  # there is nothing to put in its place
-    assert Path(run, "log.csv").read_text() == log and MaBERTForMaskedLM.from_pretrained(run)
-    refused(pretrain, "--out model", said="holds a run or a model already")
-    code = "import sys, train_mlm; train_mlm.lock(train_mlm.Path('model')); print(1, flush=True); sys.stdin.read()"
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
-        assert other.stdout.readline() == b"1\n"
-        refused(pretrain, "--out model --overwrite", said="another run is writing to")
-    monkeypatch.setattr(train_mlm, "train", raising(KeyboardInterrupt))
-    refused(pretrain, f"{SHORT} --overwrite", said="interrupted")
-    assert {file.name for file in Path(run).iterdir()} == {"step-by-step-notes", "tokenizer.json", ".lock"}
-
-
-def test_trouble_in_training_is_explained(monkeypatch):
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-    for owner, name in ((train_mlm, "clip_grad_norm_"), (train_mlm, "held_out_loss"), (MaBERTForMaskedLM, "to")):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, raising(error))
-            refused(pretrain, "--overwrite", said="lower --micro-batch-size")
-    with monkeypatch.context() as patch:
-        patch.setattr(train_mlm, "clip_grad_norm_", lambda *_: torch.tensor(1.0))  # as if nothing were wrong
-        refused(pretrain, "--overwrite --lr 1e30 --steps 5", said="held-out loss is nan: a lower --lr")
-    assert not Path("run/model.pt").exists()
-    refused(pretrain, "--out corpus.txt", said=r"cannot read or write.*\n.*File exists")
+    demo = train_mlm.parse_args("--demo --steps 7 --tokenizer x.json".split())
+    assert (demo.steps, demo.hidden_size, demo.out, demo.vocab_size) == (7, 128, "out/demo", None)
+    protocol = dict(seeds=5, lr=2e-5, batch_size=32, epochs=3, max_length=128, padding_side="right", psm=None)
+    assert protocol.items() <= vars(finetune_glue.parse_args(["--checkpoint", "x"])).items()
     monkeypatch.setattr(train_mlm, "PROCESSES", 2)
     said = "2 processes cannot share 1 micro-batches .*; with --micro-batch-size 16 each has one"
     refused(pretrain, "--micro-batch-size 32", said=said)
 
 
+# How a run stops, and goes on
+
+SHORT = "--steps 6 --save-every 2 --log-every 2"
+
+
+def test_a_run_is_overwritten_only_when_asked_and_then_wholly(monkeypatch):
+    pretrain(SHORT)
+    log = Path("run/log.csv").read_text()
+    Path("run/step-by-step-notes").mkdir()
+    refused(pretrain, SHORT, said="holds a run or a model already")
+    refused(pretrain, f"{SHORT} --overwrite --batch-size 2048", said="too short")  # nothing can take its place
+    assert Path("run/log.csv").read_text() == log and MaBERTForMaskedLM.from_pretrained("run")
+    refused(pretrain, "--out model", said="holds a run or a model already")
+    train_mlm.lock(Path("model"))
+    assert forked(refused, pretrain, "--out model --overwrite", said="another run is writing to") == 0
+    monkeypatch.setattr(train_mlm, "train", raising(KeyboardInterrupt))
+    refused(pretrain, f"{SHORT} --overwrite", said="interrupted")
+    assert {file.name for file in Path("run").iterdir()} == {"step-by-step-notes", "tokenizer.json", ".lock"}
+
+
 @pytest.mark.parametrize("writer", ["tokenize", "save_checkpoint"])
-def test_a_full_disk_is_explained_and_leaves_what_was_whole(writer, short_run, monkeypatch):
+def test_a_full_disk_is_explained_and_leaves_what_was_whole(writer, monkeypatch, capsys):
     """A limit on the size of files stands in for a full disk."""
     import resource
 
     import datasets
 
-    shutil.copytree(short_run, "run")
+    pretrain(SHORT)
     shutil.rmtree("run/step-0000006")
-    write, before = getattr(train_mlm, writer), contents("run/step-0000004")
-    size, most = 20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    if writer == "tokenize":
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("datasets").resolve())
-    else:
-        size = len(before["training.pt"]) - 1000  # the optimizer's file is the largest
+    size = Path("run/step-0000004/training.pt").stat().st_size - 1000 if writer == "save_checkpoint" else 20_000
+    write, (_, most) = getattr(train_mlm, writer), resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(*arguments):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
@@ -1414,28 +1347,20 @@ def test_a_full_disk_is_explained_and_leaves_what_was_whole(writer, short_run, m
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("datasets").resolve())
     with monkeypatch.context() as patch:
         patch.setattr(train_mlm, writer, limited)
         refused(pretrain, f"{SHORT} --resume", said="is the disk full\\? What is whole")
     assert sorted(path.name for path in Path("run").glob("step-*")) == ["step-0000002", "step-0000004"]
-    assert contents("run/step-0000004") == before
+    capsys.readouterr()
     pretrain(f"{SHORT} --resume")
-
-
-def test_an_unreachable_hub_is_explained(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", "home")
-    advice = "without the hub, pass --data PATH, and --tokenizer a tokenizer.json or --vocab-size N"
-    for flags in ([], ["--data", "corpus.txt"]):
-        command = [sys.executable, str(ROOT / "train_mlm.py"), "--steps", "1", "--out", "run", *flags]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 1 and "Traceback" not in result.stderr and advice in result.stderr
+    assert "from step 4 on" in capsys.readouterr().out
 
 
 LONGER = "--steps 40 --save-every 10 --log-every 7 --eval-every 20 --micro-batch-size 8 --dropout 0.1 --resume"
 
 
-def stopped(step, number, monkeypatch, flags):
+def stopped(step, number, flags):
     """A run that gets a signal in this step, counted from zero."""
     whole = train_mlm.train_step
 
@@ -1444,63 +1369,56 @@ def stopped(step, number, monkeypatch, flags):
             os.kill(os.getpid(), number)
         return whole(*arguments)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_mlm, "train_step", signalled)
         refused(pretrain, flags, said=f"^{128 + number} ")
 
 
-def test_a_stopped_run_goes_on_bit_by_bit(monkeypatch, capsys):
-    run, flags = Path("stopped"), f"{LONGER} --bucket --out stopped"
+def test_a_stopped_run_goes_on_bit_by_bit(capsys):
+    flags = f"{LONGER} --bucket --out stopped"
     pretrain(f"{LONGER} --bucket")
-    expected = trained()
-    killed = """replace = os.replace
- def killed(old, new):
-  os.kill(os.getpid(), 9) if str(old).endswith("step-0000030.partial") else replace(old, new)
- os.replace = killed
- train_mlm.main(sys.argv[1:])"""
-    assert python(killed, flags).returncode == -signal.SIGKILL and (run / "step-0000030.partial").exists()
-    assert sorted(folder.name for folder in run.glob("step-???????")) == ["step-0000010", "step-0000020"]
-    (run / "log.csv").write_bytes(b"\xff is not read")
-    stopped(32, signal.SIGTERM, monkeypatch, flags)
+    stopped(32, signal.SIGTERM, flags)
     assert "stopped by SIGTERM after step 33, which is saved" in capsys.readouterr().out
-    assert sorted(folder.name[-2:] for folder in run.glob("step-*")) == ["20", "30", "33"]  # --keep
-    stopped(36, signal.SIGINT, monkeypatch, flags)
+    assert sorted(folder.name[-2:] for folder in Path("stopped").glob("step-*")) == ["20", "30", "33"]  # --keep
+    put("stopped/log.csv", b"\xff is not read")
+    stopped(36, signal.SIGINT, flags)
     pretrain(flags)
-    weights, log = trained(run)
-    assert torch.equal(weights, expected[0]) and log == expected[1]
+    (weights, log), (expected, its_log) = trained("stopped"), trained()
+    assert torch.equal(weights, expected) and log == its_log
     pretrain(flags)  # nothing is left to do
     printed = re.findall(r"held-out loss (\S+) nats", capsys.readouterr().out)
-    assert len(printed) == 2 and set(printed) == {f"{float(log[-1]['held_out_loss']):.3f}"}
+    assert printed == 2 * [f"{float(log[-1]['held_out_loss']):.3f}"]
 
 
 def test_a_trained_tokenizer_is_kept_for_a_run_that_goes_on(monkeypatch):
-    flags, run = f"--vocab-size 100 {SHORT}", Path("run")
+    flags, run = f"--vocab-size 100 {SHORT} --resume", Path("run")
     with monkeypatch.context() as patch:
         patch.setattr(train_mlm, "tokenize", raising(KeyboardInterrupt))
         refused(pretrain, flags, said="interrupted")
     made = (run / "tokenizer.json").read_text()
     monkeypatch.setattr(train_mlm, "train_tokenizer", None)
-    pretrain(f"{flags} --resume")
+    pretrain(flags)
     assert {file.read_text() for file in run.rglob("tokenizer.json")} == {made}
-    for file in (run / "tokenizer.json", run / "step-0000002/tokenizer.json"):
-        file.write_text("damaged; the newest checkpoint's counts")
-    pretrain(f"{flags} --resume")
+    put(run / "tokenizer.json", "damaged; the newest checkpoint's counts")
+    pretrain(flags)
     assert (run / "tokenizer.json").read_text() == made
 
 
 TWO = """
 import os, sys, train_mlm
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-calls, step = [], train_mlm.train_step
+calls, step, replace = [], train_mlm.train_step, os.replace
 class Counting(train_mlm.DistributedDataParallel):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.register_comm_hook(None, lambda _, bucket: calls.append(1) or allreduce_hook(None, bucket))
 def signalled(*arguments):
     if train_mlm.RANK == 1 and train_mlm.RESTARTS == 0 and arguments[3] == 25:
-        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+        os.kill(os.getpid(), 15)
     return step(*arguments)
-train_mlm.DistributedDataParallel, train_mlm.train_step = Counting, signalled
+def killed(old, new):
+    os.kill(os.getpid(), 9) if str(old).endswith("step-0000030.partial") else replace(old, new)
+train_mlm.DistributedDataParallel, train_mlm.train_step, os.replace = Counting, signalled, killed
 if train_mlm.RANK == 1:
     train_mlm.save_checkpoint = train_mlm.pieces = train_mlm.write_whole = None  # only the first process writes
 try:
@@ -1511,80 +1429,68 @@ finally:
 """
 
 
-def test_two_processes_train_the_same_model_and_are_started_again(monkeypatch):
-    def torchrun(signal, restarts, flags):
-        put("two.py", TWO)
-        monkeypatch.setenv("SIGNAL", str(int(signal)))
-        launcher = f"-m torch.distributed.run --nproc-per-node 2 --max-restarts {restarts} two.py"
-        command = [sys.executable, *launcher.split(), *arguments(flags)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        return done.returncode, done.stdout
-
+def test_two_processes_train_the_same_model_are_started_again_and_may_be_killed():
+    """One process begins, of two the second gets SIGTERM, kill -9 ends the first of two as it saves, one goes on."""
     pretrain(LONGER)
-    expected = trained()
-    status, said = torchrun(signal.SIGTERM, 0, f"{LONGER} --out two")
-    assert status != 0 and said.count("on 2 × cpu") == 1 and "stopped by SIGTERM after step 26" in said, said
-    assert "gradients exchanged 26 times" in said  # once a step, of two micro-batches in each process
-    pretrain(f"{LONGER} --out two")  # one process goes on
-    stopped(14, signal.SIGTERM, monkeypatch, f"{LONGER} --out one")
-    shutil.copytree("one", "again")  # (this process has locked the other)
-    status, said = torchrun(signal.SIGKILL, 1, f"{LONGER} --out again")
-    assert status == 0 and "from step 20 on" in said, said
-    for folder in ("two", "again"):
-        weights, log = trained(folder)
-        assert relative(weights, expected[0]) < 1e-5
-        losses = ([float(row["loss"] or 0) for row in rows] for rows in (log, expected[1]))
-        assert next(losses) == pytest.approx(next(losses), abs=2e-4)
+    stopped(14, signal.SIGTERM, f"{LONGER} --out one")
+    shutil.copytree("one", "two")  # this process has locked the other
+    put("two.py", TWO)
+    launcher = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 --max-restarts 1 two.py"
+    command = [*launcher.split(), *arguments(f"{LONGER} --out two")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said, run = done.stdout, Path("two")
+    assert done.returncode != 0 and "stopped by SIGTERM after step 26" in said and "from step 26 on" in said, said
+    assert said.count("on 2 × cpu") == 2 and "gradients exchanged 11 times" in said, said  # once a step
+    assert sorted(folder.name[5:] for folder in run.glob("step-*")) == "0000015 0000020 0000026 0000030.partial".split()
+    pretrain(f"{LONGER} --out two")
+    assert not list(run.glob("*.partial"))
+    (weights, log), (expected, its_log) = trained("two"), trained()
+    assert relative(weights, expected) < 1e-5
+    losses = ([float(row["loss"] or 0) for row in rows] for rows in (log, its_log))
+    assert next(losses) == pytest.approx(next(losses), abs=2e-4)
 
 
-def flip_bits(whole):
-    middle = len(whole) // 2  # some bits, not all in the padding between its parts
-    return whole[:middle] + bytes(byte ^ 1 for byte in whole[middle : middle + 100]) + whole[middle + 100 :]
-
-
-DAMAGE = [  # a file of a checkpoint, what becomes of it: bytes, an object to save, None for nothing
-    ("training.pt", flip_bits), ("model.pt", flip_bits), ("model.pt", lambda whole: whole[:1000]),
-    ("training.pt", lambda whole: None), ("training.pt", lambda whole: {"step": 5}),
+DAMAGE = [  # a file of a checkpoint, what becomes of it: bytes, text, an object to save, None for nothing
+    ("training.pt", lambda whole: whole[:9000] + whole[9000:9100][::-1] + whole[9100:]),
+    ("training.pt", lambda whole: None),
+    ("training.pt", lambda whole: {"step": 5}),
+    ("model.pt", lambda whole: whole[:1000]),
     ("model.pt", lambda whole: {"x": torch.ones(3)}),
-]  # fmt: skip
+    ("tokenizer.json", lambda whole: "{"),
+]
 
 
-def test_damaged_checkpoints_are_told_and_the_one_before_used(short_run, capsys):
-    run, damaged = Path(shutil.copytree(short_run, "run")), []
+def test_damaged_checkpoints_are_told_and_the_one_before_used(capsys):
+    pretrain(SHORT)
+    run, expected, damaged = Path("run"), trained(), []
     for name, change in DAMAGE:
         damaged.append(shutil.copytree(run / "step-0000006", run / f"step-{7 + len(damaged):07d}"))
         put(damaged[-1] / name, change((damaged[-1] / name).read_bytes()))
-        with pytest.raises((ValueError, OSError)):
-            train_mlm.read_checkpoint(damaged[-1])
     shutil.rmtree(run / "step-0000006")
     pretrain(f"{SHORT} --resume")
-    printed, found, expected = capsys.readouterr().out, trained(), trained(short_run)
+    printed, found = capsys.readouterr().out, trained()
     assert all(f"{folder} is damaged" in printed for folder in damaged) and "from step 4 on" in printed
     assert torch.equal(found[0], expected[0]) and found[1] == expected[1]
-    assert [int(folder.name[5:]) for folder in sorted(run.glob("step-*"))][:3] == [2, 4, 6]  # the others do not count
+    assert sorted(run.glob("step-*"))[2] == run / "step-0000006"  # of --keep the damaged ones do not count
     for folder in run.glob("step-*"):
         (folder / "training.pt").unlink(missing_ok=True)
     refused(pretrain, f"{SHORT} --resume", said="no checkpoint in .* is whole")
 
 
-def test_another_run_is_not_resumed(short_run):
-    shutil.copytree(short_run, "run")
+OTHER_RUNS = """--lr 0.5|--steps 5|--seed 1|--batch-size 16|--micro-batch-size 8|--bucket|--warmup-steps 1
+    |--weight-decay 0|--mask-rate 0.3|--length-schedule 16:1|--vocab-size 100|--tokenizer other.json|--pattern TM
+    |--d-state 8|--psm none|--no-causal-conv|--dropout 0.1|--data turned.txt|--sample-by document"""
+
+
+def test_another_run_is_not_resumed():
+    pretrain(SHORT)
     before, text = Path("run/log.csv").read_text(), Path("corpus.txt").read_text()
     words_tokenizer(WORDS[::-1]).save("other.json")
-    Path("turned.txt").write_text("\n".join(" ".join(reversed(line.split())) for line in text.splitlines()))
-    Path("moved.txt").write_text(text)
-    for change, said in (
-        ("--lr 0.5", "lr was .* and is now 0.5"),
-        ("--steps 5", "steps was 6 and is now 5"),
-        ("--seed 1", "seed was 0 and is now 1"),
-        ("--pattern TM", "pattern was .* and is now TM"),
-        ("--length-schedule 16:1", "length_schedule was"),
-        ("--vocab-size 100", "vocab_size was .*"),
-        ("--tokenizer other.json", "tokenizer was"),
-        ("--data turned.txt", "corpus was"),  # of the same lengths
-        ("--sample-by document", "corpus was"),
-    ):
-        refused(pretrain, f"{SHORT} {change} --resume", said=f"belongs to another run: .*{said}")
+    put("moved.txt", text)
+    put("turned.txt", "\n".join(" ".join(reversed(line.split())) for line in text.splitlines()))  # of the same lengths
+    for change in OTHER_RUNS.split("|"):
+        name = re.sub("data|sample_by", "corpus", re.match(r"--(?:no-)?(\S+)", change)[1].replace("-", "_"))
+        refused(pretrain, f"{SHORT} {change} --resume", said=f"belongs to another run: .*{name} was .* and is now ")
     assert Path("run/log.csv").read_text() == before
     pretrain(f"{SHORT} --data moved.txt --resume")  # the same text
 
@@ -1593,21 +1499,19 @@ def test_the_profile_covers_the_step_and_counts_operations_and_tokens(capsys):
     pretrain("--profile 2")
     assert not Path("run").exists()
     sections = capsys.readouterr().out.split("\nrows of ")[1:]
-    assert [section.split()[0] for section in sections] == ["16", "32"]
-    for section in sections:
+    kinds = {f"{way}, {kind}" for way in ("forward", "backward") for kind in ("M layers", "T layers", "rest")}
+    for section, length in zip(sections, ("16", "32"), strict=True):
         parts = dict(re.findall(r"^  (\S.*?)  .*?([\d.]+)%$", section, re.MULTILINE))
-        kinds = [f"{way}, {kind}" for way in ("forward", "backward") for kind in ("M layers", "T layers", "rest")]
-        assert parts.keys() == {"waiting for data", "optimizer", *kinds}
+        assert section.split()[0] == length and parts.keys() == kinds | {"waiting for data", "optimizer"}
         assert sum(map(float, parts.values())) == pytest.approx(100, abs=0.5) and float(parts["forward, M layers"]) > 1
     short, long = (train_mlm.flops_per_token(MaBERTConfig(), length, 0.15) for length in (128, 512))
     h, mamba = 768, 8 * (768 * 2 * 1536 + 1536 * (48 + 32) + 48 * 1536 + 1536 * 768 + 2 * 768 * 3072)
     transformer, convolution, head = 4 * (4 * h * h + 2 * h * 3072), 8 * 1536 * 4, 0.15 * h * (h + 30522)
     assert short == pytest.approx(6 * (mamba + transformer + convolution + head + 4 * 2 * 128 * h), rel=0.01)
     assert long - short == pytest.approx(6 * 4 * 2 * (512 - 128) * h, rel=0.01)
-    args = train_mlm.parse_args(arguments("--steps 100 --length-schedule 16:0.9 32:0.1"))
-    phases = train_mlm.prepare(args, Path("none")).phases
-    assert train_mlm.planned_tokens(args, phases, 100) == 32 * (90 * 16 + 10 * 32)
-    assert train_mlm.planned_tokens(args, phases, 93) == 32 * (90 * 16 + 3 * 32)
+    args, data = prepared("--steps 100 --length-schedule 16:0.9 32:0.1")
+    planned = [train_mlm.planned_tokens(args, data.phases, steps) for steps in (93, 100)]
+    assert planned == [32 * (90 * 16 + 3 * 32), 32 * (90 * 16 + 10 * 32)]
 
 
 # ---- Fine-tuning on GLUE ----
