@@ -1078,11 +1078,7 @@ def test_a_step_clips_decays_and_drops_out_by_seed_and_step():
 
 def test_batches_are_functions_of_seed_and_step(monkeypatch):
     args, data = prepared("--micro-batch-size 32 --steps 40")
-    batches, steps, rows = train_mlm.Batches(data.phases, args), range(27, 33), data.phases[0][1]
-    for step in steps:
-        inputs = batches.whole(step)[0]
-        assert np.array_equal(inputs, train_mlm.Batches(data.phases, args).whole(step)[0])
-        assert inputs.shape[1] <= 16 if step < 30 else 16 < inputs.shape[1] <= 32
+    steps, rows = range(27, 33), data.phases[0][1]
     alone = train_mlm.batches_ahead(args, data.phases, steps)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
@@ -1091,9 +1087,10 @@ def test_batches_are_functions_of_seed_and_step(monkeypatch):
     workers.pin_memory = False
     for ahead in (alone, workers):  # in the same order, whoever prepares them
         for step, batch in zip(steps, ahead, strict=True):
-            (own,), (inputs, real, labels) = batch.micro_batches, batches.whole(step)
+            (own,), (inputs, real, labels) = batch.micro_batches, train_mlm.Batches(data.phases, args).whole(step)
             assert batch.labelled == (labels != train_mlm.IGNORED).sum() and batch.real == real.sum() < batch.padded
             assert np.array_equal(own[0][:, : inputs.shape[1]], inputs) and not own[1][:, inputs.shape[1] :].any()
+            assert (inputs.shape[1] > 16) == (step >= 30)
 
     def seeded(seed):
         return train_mlm.Batches(data.phases, argparse.Namespace(**vars(args) | dict(seed=seed)))
@@ -1182,7 +1179,6 @@ def test_tokens_are_made_once_and_go_on_after_a_kill(monkeypatch):
     files = {file: file.read_bytes() for file in Path("datasets").rglob("cache-*.arrow")}
     for damage in (
         lambda whole: whole[: len(whole) // 2],
-        lambda whole: b"",
         lambda whole: whole[:300] + bytes(2000) + whole[2300:],
         lambda whole: whole.replace(ids, b"\xff\xff" + ids[2:], 1),
     ):
@@ -1323,28 +1319,22 @@ def test_a_full_disk_is_explained_and_leaves_what_was_whole(writer, monkeypatch)
 LONGER = "--steps 40 --save-every 10 --log-every 7 --eval-every 20 --micro-batch-size 8 --dropout 0.1 --resume"
 
 
-def stopped(step, number, flags):
-    """A run that gets a signal in this step, counted from zero."""
-    whole = train_mlm.train_step
+def test_a_stopped_run_goes_on_bit_by_bit(monkeypatch, capsys):
+    flags, step = f"{LONGER} --bucket --out stopped", train_mlm.train_step
+    signals = {32: signal.SIGTERM, 36: signal.SIGINT}  # by step, counted from zero
+    pretrain(f"{LONGER} --bucket")
 
     def signalled(*arguments):
-        if arguments[3] == step:
+        if number := signals.pop(arguments[3], None):
             os.kill(os.getpid(), number)
-        return whole(*arguments)
+        return step(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_mlm, "train_step", signalled)
-        refused(pretrain, flags, said=f"^{128 + number} ")
-
-
-def test_a_stopped_run_goes_on_bit_by_bit(capsys):
-    flags = f"{LONGER} --bucket --out stopped"
-    pretrain(f"{LONGER} --bucket")
-    stopped(32, signal.SIGTERM, flags)
+    monkeypatch.setattr(train_mlm, "train_step", signalled)
+    refused(pretrain, flags, said="^143 ")
     assert "stopped by SIGTERM after step 33, which is saved" in capsys.readouterr().out
     assert sorted(folder.name[-2:] for folder in Path("stopped").glob("step-*")) == ["20", "30", "33"]  # --keep
     put("stopped/log.csv", b"\xff is not read")
-    stopped(36, signal.SIGINT, flags)
+    refused(pretrain, flags, said="^130 ")
     pretrain(flags)
     (weights, log), (expected, its_log) = trained("stopped"), trained()
     assert torch.equal(weights, expected) and log == its_log
@@ -1379,20 +1369,18 @@ finally:
 
 
 def test_two_processes_train_the_same_model_are_started_again_and_may_be_killed():
-    """One process begins, of two the second gets SIGTERM, kill -9 ends the first of two as it saves, one goes on."""
-    pretrain(LONGER)
-    stopped(14, signal.SIGTERM, f"{LONGER} --out one")
-    shutil.copytree("one", "two")  # this process has locked the other
+    """The second of two gets SIGTERM; they go on; kill -9 ends the first as it saves; one process goes on."""
     put("two.py", TWO)
     launcher = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 --max-restarts 1 two.py"
     command = [*launcher.split(), *arguments(f"{LONGER} --out two")]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said, run = done.stdout, Path("two")
     assert done.returncode != 0 and "stopped by SIGTERM after step 26" in said and "from step 26 on" in said, said
-    assert said.count("on 2 × cpu") == 2 and "gradients exchanged 11 times" in said, said  # once a step
-    assert sorted(folder.name[5:] for folder in run.glob("step-*")) == "0000015 0000020 0000026 0000030.partial".split()
+    assert said.count("on 2 × cpu") == 2 and "gradients exchanged 26 times" in said, said  # once a step
+    assert sorted(folder.name[5:] for folder in run.glob("step-*")) == "0000010 0000020 0000026 0000030.partial".split()
     pretrain(f"{LONGER} --out two")
     assert not list(run.glob("*.partial"))
+    pretrain(LONGER)
     (weights, log), (expected, its_log) = trained("two"), trained()
     assert relative(weights, expected) < 1e-5
     losses = ([float(row["loss"] or 0) for row in rows] for rows in (log, its_log))
@@ -1401,12 +1389,9 @@ def test_two_processes_train_the_same_model_are_started_again_and_may_be_killed(
 
 DAMAGE = [  # a file of a checkpoint, what becomes of it: bytes, text, an object to save, None for nothing
     ("training.pt", lambda whole: whole[:9000] + whole[9000:9100][::-1] + whole[9100:]),
-    ("training.pt", lambda whole: None),
-    ("training.pt", lambda whole: {"step": 5}),
-    ("model.pt", lambda whole: whole[:1000]),
-    ("model.pt", lambda whole: {"x": torch.ones(3)}),
-    ("tokenizer.json", lambda whole: "{"),
-]
+    ("training.pt", lambda whole: None), ("training.pt", lambda whole: {"step": 5}),
+    ("model.pt", lambda whole: {"x": torch.ones(3)}), ("tokenizer.json", lambda whole: "{"),
+]  # fmt: skip
 
 
 def test_a_run_goes_on_with_its_tokenizer_after_the_newest_whole_checkpoint(monkeypatch, capsys):
@@ -1466,9 +1451,8 @@ def test_the_profile_covers_the_step_and_counts_operations_and_tokens(capsys):
     transformer, convolution, head = 4 * (4 * h * h + 2 * h * 3072), 8 * 1536 * 4, 0.15 * h * (h + 30522)
     assert short == pytest.approx(6 * (mamba + transformer + convolution + head + 4 * 2 * 128 * h), rel=0.01)
     assert long - short == pytest.approx(6 * 4 * 2 * (512 - 128) * h, rel=0.01)
-    args, data = prepared("--steps 100 --length-schedule 16:0.9 32:0.1")
-    planned = [train_mlm.planned_tokens(args, data.phases, steps) for steps in (93, 100)]
-    assert planned == [32 * (90 * 16 + 3 * 32), 32 * (90 * 16 + 10 * 32)]
+    args, data = prepared("--steps 100")
+    assert train_mlm.planned_tokens(args, data.phases, 80) == 32 * (75 * 16 + 5 * 32)
 
 
 # ---- Fine-tuning on GLUE ----
@@ -1510,27 +1494,23 @@ GLUE_FILES = [  # task, file, its contents, the rows: (sentences, labels, index)
     ("qqp", "train", QQP + "1\t2\t3\tA\tB\t0\n4\t5\t6\tC\n7\t8\t9\tD\tE\t1\n1\t2\t3\ta\tb\t\n1\t2\t3\ta\t\t1\n",
      ([("A", "B"), ("D", "E")], [0, 1], [0, 2])),  # three are malformed
     ("qqp", "test", QQP_TEST + "0\tA\t\n1\tB\tC\n", ([("A", ""), ("B", "C")], None, [0, 1])),  # kept whole
-    ("mnli", "dev_mismatched", HUB, ([("p", "h")], [2], [5])),
-    ("mnli", "test_ax", HUB, ([("p", "h")], None, [5])),
+    ("mnli", "dev_mismatched", HUB, ([("p", "h")], [2], [5])), ("mnli", "test_ax", HUB, ([("p", "h")], None, [5])),
     ("stsb", "dev", dict(sentence1=["p"], sentence2=["q"], label=[2.5]), ([("p", "q")], [2.5], [0])),
     ("cola", "train", "a\t1\t\tb\na\t1\tb", "line 2: 3 columns instead of 4"),
     ("cola", "train", "a\t2\t\tb", "line 1: label '2'; expected 0, 1 "),
     ("cola", "train", "a\t1\t\tb\na\t1\t\t \n", "line 2: sentence is ' ', no sentence"),
-    ("cola", "test", "index\tsentence\n0\t\n", "line 2: sentence is '', no sentence"),
     ("cola", "dev", b"a\t1\t\tb\na\t1\t\t\xff\n", "line 2: 'utf-8' codec can't decode byte 0xff"),
     ("rte", "train", RTE + "0\ta\tb\tentailment\n1\ta\tb\tyes\n", "line 3: label 'yes'; expected entailment, not_"),
     ("rte", "train", "index\tsentence1\tsentence2\n0\ta\tb\n", "has no column label, only index, sentence1, sentence2"),
     ("stsb", "train", STSB + "a\tb\tx\n", "line 2: label 'x'; expected a number from 0 to 5"),
     ("stsb", "train", STSB + "a\tb\t9\n", "line 2: label '9'; expected"),
     ("stsb", "train", STSB + "a\tb\tnan\n", "line 2: label 'nan'; expected"),
-    ("sst2", "train", SST2, "has no rows"),
-    ("sst2", "train", "", "has no column label, sentence"),
+    ("sst2", "train", SST2, "has no rows"), ("sst2", "train", "", "has no column label, sentence"),
     ("qqp", "train", QQP + "1\t2\t3\ta\t\t1\n", "has no rows"),
     ("qqp", "test", QQP_TEST + "0\tA\n", "line 2: 2 columns instead of 3"),
     ("mnli", "train", HUB | dict(label=[3]), "row 0: label 3; expected entailment"),
     ("mnli", "train", HUB | dict(label=[None]), "row 0: label None; expected entailment"),
     ("mnli", "train", HUB | dict(premise=[None]), "row 0: premise is None, no sentence"),
-    ("mnli", "train", HUB | dict(premise=[1]), "row 0: premise is 1, no sentence"),
     ("mnli", "train", dict(premise=["p"], label=[0]), "has no column hypothesis, only premise, label"),
     ("mnli", "train", {column: [] for column in HUB}, "has no rows"),
 ]  # fmt: skip
@@ -1589,7 +1569,6 @@ def test_a_learnable_task_is_learned_from_end_to_end(capsys):
         assert f"torch {torch.__version__}" in run["machine"]
 
     lines = [line.split("\t") for line in (out / "submission/CoLA.tsv").read_text().splitlines()]
-    assert lines[0] == ["index", "prediction"] and [line[0] for line in lines[1:]] == list(map(str, range(16)))
     sentences = [row.split() for (row,) in finetune_glue.read("cola", "test", "glue").inputs]
     assert sum((cell == "1") == ("w1" in words) for (_, cell), words in zip(lines[1:], sentences)) >= 15
     assert len(set((out / "submission/STS-B.tsv").read_text().splitlines())) == 17  # regression is in float32
