@@ -1019,7 +1019,7 @@ def test_runs_repeat_and_these_flags_change_nothing_but_cost(monkeypatch):
         runs.append((trained()[0], len(calls), len(compiled)))
     weights, calls, compiled = zip(*runs)
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
-    assert relative(weights[4], weights[3]) < 1e-4 and torch.equal(weights[5], weights[3])
+    assert relative(weights[4], weights[3]) < 1e-4 and relative(weights[5], weights[3]) < 1e-4
     assert calls[2] - calls[1] == calls[0] + 3 * 2 and compiled == (0, 0, 0, 0, 0, 1)  # steps, micro-batches
 
 
@@ -1032,7 +1032,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(monkeypatch):
             return calls[-1] * (math.nan if len(calls) in bad else 1)
 
         monkeypatch.setattr(train_mlm, "clip_grad_norm_", sometimes_nan)
-        pretrain(f"--steps 20 --log-every 5 --save-every 4 {flags}")
+        pretrain(f"--overwrite --steps 20 --log-every 5 --save-every 4 {flags}")
         return [int(row["skipped_steps"]) for row in trained()[1]]
 
     assert skipped((3, 4, 12, 17, 18, 19, 20)) == [0, 2, 2, 3, 7]
@@ -1040,12 +1040,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(monkeypatch):
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
     states = (training["optimizer"]["state"].values() for training in (before, after))
     assert all(torch.equal(one[name], other[name]) for one, other in zip(*states, strict=True) for name in one)
-    for folder in ("run/step-0000016", "run/step-0000020"):
-        shutil.rmtree(folder)
-    assert skipped((), "--resume") == [0, 2, 2, 3, 3]
-    said = "finite in the last 12 steps.*last checkpoint .*step-0000016"
-    refused(skipped, range(9, 21), "--overwrite", said=said)
-    refused(skipped, (), "--overwrite --lr 1e30 --steps 5", said="held-out loss is nan: a lower --lr")
+    said = "no gradient was finite in the last 12 steps.*last checkpoint .*step-0000016"
+    refused(skipped, range(9, 21), said=said)
+    refused(skipped, (), "--lr 1e30 --steps 5", said="held-out loss is nan: a lower --lr")
     assert not Path("run/model.pt").exists()
 
 
@@ -1068,9 +1065,8 @@ def test_a_step_clips_decays_and_drops_out_by_seed_and_step():
     for group, decay in zip(optimizer.param_groups, (0.01, 0.0), strict=True):
         assert (group["weight_decay"], group["betas"], group["eps"]) == (decay, (0.9, 0.999), 1e-6)
         assert all((p.dim() > 1 and not names[p].endswith("A_log")) == (decay > 0) for p in group["params"])
-    lr = [train_mlm.learning_rate(step, 100, 1e-3, 10) for step in range(100)]
-    assert lr[0] == pytest.approx(1e-4) and max(lr) == lr[9] == lr[10] == pytest.approx(1e-3)
-    assert lr[55] == pytest.approx(5e-4) and lr[99] == pytest.approx(1e-3 / 90)
+    rates = [train_mlm.learning_rate(step, 100, 1e-3, 10) for step in (0, 9, 10, 55, 99)]
+    assert rates == pytest.approx([1e-4, 1e-3, 1e-3, 5e-4, 1e-3 / 90])
 
 
 # Rows
@@ -1167,7 +1163,6 @@ def test_tokens_are_made_once_and_go_on_after_a_kill(monkeypatch):
     expected = [[5 + WORDS.index(word) for word in line.split()] for line in text.split("\n")]
     spans = zip(tokens.offsets[:-1], tokens.offsets[1:], expected, strict=True)
     assert all(tokens.span(start, end).tolist() == ids for start, end, ids in spans) and len(tokens.chunks) >= 5
-    assert np.array_equal(tokens.counts, np.bincount(np.concatenate(expected)))
     calls.clear()
     prepared()
     assert not calls
@@ -1187,16 +1182,12 @@ def test_tokens_are_made_once_and_go_on_after_a_kill(monkeypatch):
         refused(prepared, said="cache of `datasets` is damaged")
 
 
-def corpus_texts(*flags):
-    corpora = train_mlm.load_corpora(train_mlm.parse_args(flags))
-    return [" ".join(text.split()) for corpus in corpora for text in corpus["text"] if text and text.strip()]
-
-
-NAMES = "a.txt|[ab].txt|hamlet [1603].txt|*.txt|q?.txt|%41.txt|x#y.txt|'quo\"te.txt|ünï.txt|-dash.txt|a b.txt|{x,y}.txt"
-
-
 def test_every_file_is_read_once_whatever_its_format_and_name(monkeypatch):
     from pyarrow import array, large_string, parquet, table
+
+    def texts(*flags):
+        corpora = train_mlm.load_corpora(train_mlm.parse_args(flags))
+        return [" ".join(text.split()) for corpus in corpora for text in corpus["text"] if text and text.strip()]
 
     documents, hub = ["one two", "three", "four five"], Path("hub").resolve()
     put("texts/A.TXT", "one two\n\nthree\nfour five\n")
@@ -1216,11 +1207,12 @@ def test_every_file_is_read_once_whatever_its_format_and_name(monkeypatch):
         ("--data texts texts/b.jsonl --sample-by line", 3 * documents),  # a file that is named twice is read once
         ("", 2 * documents),  # the corpora of the hub
     ):
-        assert corpus_texts(*flags.split()) == expected
-    for name in NAMES.split("|"):
-        put(f"names/{name}", name)
-        assert corpus_texts("--data", f"names/{name}") == [name]
-    assert sorted(corpus_texts("--data", "names")) == sorted(NAMES.split("|"))
+        assert texts(*flags.split()) == expected
+    names = "a|[ab]|hamlet [1603]|*|q?|%41|x#y|'quo\"te|ünï|-dash|a b|{x,y}".split("|")
+    for name in names:
+        put(f"names/{name}.txt", name)
+        assert texts("--data", f"names/{name}.txt") == [name]
+    assert sorted(texts("--data", "names")) == sorted(names)
 
 
 def test_a_trained_tokenizer_encodes_pairs_and_long_texts():
@@ -1347,17 +1339,17 @@ TWO = """
 import os, sys, train_mlm
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 calls, step, replace = [], train_mlm.train_step, os.replace
-class Counting(train_mlm.DistributedDataParallel):
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.register_comm_hook(None, lambda _, bucket: calls.append(1) or allreduce_hook(None, bucket))
+def counting(model, parallel=train_mlm.DistributedDataParallel):
+    shared = parallel(model)
+    shared.register_comm_hook(None, lambda _, bucket: calls.append(1) or allreduce_hook(None, bucket))
+    return shared
 def signalled(*arguments):
     if train_mlm.RANK == 1 and train_mlm.RESTARTS == 0 and arguments[3] == 25:
         os.kill(os.getpid(), 15)
     return step(*arguments)
 def killed(old, new):
     os.kill(os.getpid(), 9) if str(old).endswith("step-0000030.partial") else replace(old, new)
-train_mlm.DistributedDataParallel, train_mlm.train_step, os.replace = Counting, signalled, killed
+train_mlm.DistributedDataParallel, train_mlm.train_step, os.replace = counting, signalled, killed
 if train_mlm.RANK == 1:
     train_mlm.save_checkpoint = train_mlm.pieces = train_mlm.write_whole = None  # only the first process writes
 try:
@@ -1504,12 +1496,10 @@ GLUE_FILES = [  # task, file, its contents, the rows: (sentences, labels, index)
     ("rte", "train", "index\tsentence1\tsentence2\n0\ta\tb\n", "has no column label, only index, sentence1, sentence2"),
     ("stsb", "train", STSB + "a\tb\tx\n", "line 2: label 'x'; expected a number from 0 to 5"),
     ("stsb", "train", STSB + "a\tb\t9\n", "line 2: label '9'; expected"),
-    ("stsb", "train", STSB + "a\tb\tnan\n", "line 2: label 'nan'; expected"),
     ("sst2", "train", SST2, "has no rows"), ("sst2", "train", "", "has no column label, sentence"),
     ("qqp", "train", QQP + "1\t2\t3\ta\t\t1\n", "has no rows"),
     ("qqp", "test", QQP_TEST + "0\tA\n", "line 2: 2 columns instead of 3"),
     ("mnli", "train", HUB | dict(label=[3]), "row 0: label 3; expected entailment"),
-    ("mnli", "train", HUB | dict(label=[None]), "row 0: label None; expected entailment"),
     ("mnli", "train", HUB | dict(premise=[None]), "row 0: premise is None, no sentence"),
     ("mnli", "train", dict(premise=["p"], label=[0]), "has no column hypothesis, only premise, label"),
     ("mnli", "train", {column: [] for column in HUB}, "has no rows"),
@@ -1689,12 +1679,11 @@ def test_variants_of_the_papers_tables(capsys):
     for file in ("train", "dev_matched", "dev_mismatched"):
         put_glue("glue", "mnli", file, MNLI + "0\tw1\tw2\tx\tneutral\n1\tw3\tw4\tx\tentailment\n")
     same, equal = "PSM or none is the same function", 'The means of "CLS" in its Table B4 are those of\n"MAP only"'
-    full = "pre+scan+post"
+    full, ablation = "pre+scan+post", {"Full": 0.837, "PSM only": 0.818, "MAP only": 0.820, "None": 0.805}
     for flags, name, expected, psm in (
-        ("--ablation", "ablation", {"Full": 0.837, "PSM only": 0.818, "MAP only": 0.820, "None": 0.805},
-         [full, full, "none", "none"]),
+        ("--ablation", "ablation", ablation, [full, full, "none", "none"]),
         ("--poolings --padding-side left", "poolings", dict(map=0.837, attn=0.818, cls=0.820, mean=0.817), 4 * [full]),
-    ):  # fmt: skip
+    ):
         finetune(f"--tasks mnli --seeds 1 --epochs 1 {flags}")
         printed, runs = capsys.readouterr().out, json.loads(Path(f"out/{name}.json").read_text())["runs"]
         rows = re.findall(r"^\| MNLI-mm \| accuracy \| (.*?) \| \d\.\d+ \| (\d\.\d+) \|", printed, re.MULTILINE)
@@ -1940,102 +1929,80 @@ def test_calls_take_turns_and_tell_why_they_fail():
 # ---- What the scripts refuse, and with which words ----
 
 
-def words_file(change):
-    """words.json after a change."""
-    whole = json.loads(words_tokenizer(WORDS).to_str())
-    change(whole)
-    return json.dumps(whole)
-
-
-MODEL, WORDS_FILE, SENTENCES = "model/tokenizer.json", "--tokenizer words.json", "--sentences text.txt"
-MANY = {f"w{i}": i + 50 for i in range(66_000)}
-REFUSALS = [  # script, flags, {file: its contents, None for no file, or what they come from}, what is said
-    ("mabert", "model w1", {"model/config.json": None}, r"^mabert.py: .*config.json is missing[^\n]*$"),
-    ("mabert", "model w1", {MODEL: "{"}, r"^mabert.py: .*tokenizer.json is missing or damaged: [^\n]*$"),
-    ("mabert", "model " + "w1·" * 31, {}, r"^mabert.py: a row has 33 real tokens; max_position is 32[^\n]*$"),
-    ("train", "--length-schedule 128:0.9 512:0.2", {}, "sum to 1"),
-    ("train", "--length-schedule 4:1", {}, "4 must be finite and in"),
-    ("train", "--length-schedule 128", {}, "invalid length_share value: '128'"),
-    ("train", "--steps 0", {}, "--steps: 0 must be"), ("train", "--mask-rate 1.5", {}, "--mask-rate: 1.5 must be"),
-    ("train", "--batch-size 10 --micro-batch-size 4", {}, "no multiple of --micro-batch-size"),
-    ("train", "--out corpus.txt", {}, r"cannot read or write.*\n.*File exists"),
-    ("train", "--weight-decay inf", {}, "--weight-decay: inf must be"), ("train", "--lr nan", {}, "--lr: nan must be"),
-    ("train", "--vocab-size 65536", {}, r"--vocab-size: 65536 must be finite and in \[100, 65536\)"),
-    ("train", "--vocab-size 500 --tokenizer x.json", {}, "not allowed with"),
-    ("train", "--demo --data x.txt", {}, "not allowed with"), ("train", "--resume --overwrite", {}, "not allowed with"),
-    ("train", "--pattern MXT", {}, "MaBERTConfig.pattern"), ("train", "--dropout inf", {}, "MaBERTConfig.dropout"),
-    ("train", "--psm pre,post", {}, "joined by"),
-    ("train", "--data a.txt", {"a.txt": "the cat sees a dog\n" * 20}, r"too short: 100 tokens give \d+ training rows"),
-    ("train", "--data a", {"a/a.txt": ""}, r"is or has no \.txt, .* file that is not empty"),
-    ("train", "--data a.txt", {"a.txt": "\n \n"}, "the corpus is empty"),
-    ("train", "--data a.txt", {"a.txt": "\0" * 1000}, "cannot load .*a.txt"),
-    ("train", "--data a.txt", {"a.txt": b"good\nthe \xff cat"}, r"a.txt, line 2: not UTF-8 \(invalid start byte\)"),
-    ("train", "--data a.jsonl", {"a.jsonl": b'{"text": "good"}\n{"text": "not \xc3("}\n'},
-     "a.jsonl, line 2: not UTF-8"),
-    ("train", "--data a.jsonl", {"a.jsonl": '{"title": ""}\n'}, "cannot load .*a.jsonl: KeyError.*column text missing"),
-    ("train", "--data a.jsonl", {"a.jsonl": '{"text": 5}\n'}, "a.jsonl: the column 'text' holds int64, not strings"),
-    ("train", "--data a.parquet", {"a.parquet": b"PAR1 and so on"}, "cannot load .*a.parquet"),
-    ("train", "--data a.txt", {"a.txt": "hund und katze\n" * 200}, r"most of the text is \[UNK\]"),
-    ("train", WORDS_FILE, {"words.json": None}, "cannot load the tokenizer .*words.json"),
-    ("train", WORDS_FILE, {"words.json": words_file(lambda t: t["model"]["vocab"].update(MANY))}, "65535 is the most"),
-    ("train", WORDS_FILE,
-     {"words.json": words_file(lambda t: (t["added_tokens"].pop(), t["model"]["vocab"].pop("[MASK]")))},
-     r"has no \[MASK\]"),
-    ("train", WORDS_FILE, {"words.json": words_file(lambda t: t.update(pre_tokenizer=None))}, "no pre-tokenizer"),
-    ("glue", "--tasks colla", {}, "invalid choice: 'colla'.*cola"), ("glue", "--psm pre+mid", {}, "not none, or any"),
-    ("glue", "--seeds 0", {}, "argument --seeds: 0 must be"), ("glue", "--lr inf", {}, "argument --lr: inf must"),
-    ("glue", "--checkpoint nowhere", {}, "nowhere.config.json"),
-    ("glue", "--ablation --psm none", {}, "--ablation chooses the PSM"),
-    ("glue", "--ablation --pooling cls", {}, "--pooling: not allowed with argument --ablation"),
-    ("glue", "--ablation --poolings", {}, "--poolings: not allowed with argument --ablation"),
-    ("glue", "--max-length 64", {}, "has 32 positions, not 64: pass --max-length 32"),
-    ("glue", "--data-dir nowhere", {}, r"neither .*CoLA/train.tsv nor .*cola/train-\*.parquet exists"),
-    ("glue", "--tasks cola rte", {}, r"neither .*RTE/train.tsv nor"),  # before anything is trained
-    ("glue", "--lr 1e30 --epochs 1", {}, r"seed 0: its predictions are not finite; a lower --lr.*\ncola.* seed 1: its"),
-    ("glue", "--lr 1e30 --epochs 7", {}, r"seed 0: the loss is nan at step 50; a lower --lr.*\n.* seed 1: the loss"),
-    ("glue", "", {MODEL: b"{"}, "cannot load the tokenizer .*tokenizer.json"),
-    ("glue", "", {"model/config.json": b"{"}, "cannot load .*config.json"),
-    ("glue", "", {MODEL: lambda whole: re.sub(rb'"w39": *\d+', b'"w39": 5000', whole)},
-     "tokenizer.json has 5001 tokens, more than the model's"),
-    ("glue", "", {"model/model.pt": lambda _: {k: v * math.nan for k, v in torch.load("model/model.pt").items()}},
-     "has weights that are not finite: .* a lower --lr helps"),
-    ("bench", "drift --pads -1", {}, r"-1 must be finite and in \[0, "),
-    ("bench", "drift --checkpoint nowhere", {}, "--checkpoint: "),
-    ("bench", "drift --sentences nowhere", {}, "--sentences: cannot read nowhere"),
-    ("bench", f"drift {SENTENCES}", {"text.txt": "\n"}, "text.txt has no text"),
-    ("bench", f"drift --checkpoint model {SENTENCES}", {"text.txt": "a few words", MODEL: None},
-     "cannot load the tokenizer model/tokenizer.json"),
-    ("bench", "drift --out nowhere/drift", {}, "--out: cannot write nowhere/drift.md: No such file"),
-    ("bench", "scan --sizes 1,2,3", {}, "1,2,3 is not B,L,D,N"), ("bench", "scan --sizes 1,2,3,x", {}, "invalid"),
-    ("bench", "patterns --data nowhere.txt --out runs", {}, "runs/tokenizer: train_mlm.py: --data: "),
-    ("bench", "patterns --data text.txt --out runs", {"text.txt": "a few words"}, "runs/tokenizer: train_mlm.py: "),
-    ("bench", "patterns --patterns MT mmt", {}, "pattern is 'mmt'; it must be letters of M, T"),
-    ("bench", "efficiency --models GPT", {}, "invalid choice: 'GPT'"),
-    ("bench", "efficiency --lengths 0", {}, r"0 must be finite and in \[1, "),
-    ("bench", "efficiency --seconds nan", {}, "nan must be finite"),
-    ("bench", "efficiency --out results/ --device cpu", {}, "it must be the beginning of file names"),
-    ("bench", "efficiency --out /proc/efficiency --device cpu", {}, "--out: cannot write /proc/efficiency.md"),
-    ("bench", "efficiency --device cuda", {}, "sees no GPU"),
-    ("bench", "efficiency --device cpu --out efficiency", {}, "this needs the package matplotlib: pip install -e"),
-    ("bench", "efficiency --device cpu --models BERT", {}, "this needs the package transformers: pip install -e"),
+MODEL, WORDS_FILE, SENTENCES = "model/tokenizer.json", "train --tokenizer words.json", "--sentences text.txt"
+REFUSALS = [  # script and flags, what is said, {file: its contents, None for no file, or what they come from}
+    ("mabert model w1", r"^mabert.py: .*config.json is missing[^\n]*$", {"model/config.json": None}),
+    ("mabert model w1", r"^mabert.py: .*tokenizer.json is missing or damaged: [^\n]*$", {MODEL: "{"}),
+    (f"mabert model '{'w1 ' * 31}'", r"^mabert.py: a row has 33 real tokens; max_position is 32[^\n]*$"),
+    ("train --length-schedule 128:0.9 512:0.2", "sum to 1"), ("train --length-schedule 4:1", "4 must be finite and in"),
+    ("train --length-schedule 128", "invalid length_share value: '128'"), ("train --steps 0", "--steps: 0 must be"),
+    ("train --mask-rate 1.5", "--mask-rate: 1.5 must be"), ("train --weight-decay inf", "--weight-decay: inf must be"),
+    ("train --lr nan", "--lr: nan must be"), ("train --vocab-size 65536", r"65536 must be finite and in \[100, 65536"),
+    ("train --batch-size 10 --micro-batch-size 4", "--batch-size 10 is no multiple of --micro-batch-size 4"),
+    ("train --vocab-size 500 --tokenizer x", "not allowed with"), ("train --demo --data x.txt", "not allowed with"),
+    ("train --resume --overwrite", "not allowed with"), ("train --pattern MXT", "MaBERTConfig.pattern"),
+    ("train --dropout inf", "MaBERTConfig.dropout"), ("train --psm pre,post", "'pre,post' is not none, or any of"),
+    ("train --out corpus.txt", r"cannot read or write.*\n.*File exists"),
+    ("train --data a", r"is or has no \.txt, .* file that is not empty", {"a/a.txt": ""}),
+    ("train --data a.txt", r"too short: 100 tokens give \d+ training rows", {"a.txt": "the cat sees a dog\n" * 20}),
+    ("train --data a.txt", "the corpus is empty", {"a.txt": "\n \n"}),
+    ("train --data a.txt", "cannot load .*a.txt", {"a.txt": "\0" * 1000}),
+    ("train --data a.txt", r"a.txt, line 2: not UTF-8 \(invalid start byte\)", {"a.txt": b"good\nthe \xff cat"}),
+    ("train --data a.jsonl", "a.jsonl, line 2: not UTF-8", {"a.jsonl": b'{"text": "good"}\n{"text": "not \xc3("}\n'}),
+    ("train --data a.jsonl", "cannot load .*a.jsonl: KeyError.*column text missing", {"a.jsonl": '{"title": ""}\n'}),
+    ("train --data a.jsonl", "a.jsonl: the column 'text' holds int64, not strings", {"a.jsonl": '{"text": 5}\n'}),
+    ("train --data a.parquet", "cannot load .*a.parquet", {"a.parquet": b"PAR1 and so on"}),
+    ("train --data a.txt", r"most of the text is \[UNK\]", {"a.txt": "hund und katze\n" * 200}),
+    (WORDS_FILE, "cannot load the tokenizer .*words.json", {"words.json": None}),
+    (WORDS_FILE, "70001 tokens; 65535 is the most", {"words.json": lambda x: x.replace(b": 24", b": 70000")}),
+    (WORDS_FILE, r"has no \[MASK\]", {"words.json": lambda x: x.replace(b"[MASK]", b"[MARK]")}),
+    (WORDS_FILE, "no pre-tokenizer", {"words.json": lambda x: json.dumps(json.loads(x) | dict(pre_tokenizer=None))}),
+    ("glue --tasks colla", "invalid choice: 'colla'.*cola"), ("glue --psm pre+mid", "'pre[+]mid' is not none, or any"),
+    ("glue --seeds 0", "argument --seeds: 0 must be"), ("glue --lr inf", "argument --lr: inf must"),
+    ("glue --checkpoint nowhere", "nowhere.config.json"), ("glue --ablation --psm none", "--ablation chooses the PSM"),
+    ("glue --ablation --pooling cls", "--pooling: not allowed with argument --ablation"),
+    ("glue --ablation --poolings", "--poolings: not allowed with argument --ablation"),
+    ("glue --max-length 64", "has 32 positions, not 64: pass --max-length 32"),
+    ("glue --data-dir nowhere", r"neither .*CoLA/train.tsv nor .*cola/train-\*.parquet exists"),
+    ("glue --tasks cola rte", r"neither .*RTE/train.tsv nor"),  # before anything is trained
+    ("glue --lr 1e30 --epochs 1", r"seed 0: its predictions are not finite; a lower --lr.*\ncola.* seed 1: its"),
+    ("glue --lr 1e30 --epochs 7", r"seed 0: the loss is nan at step 50; a lower --lr.*\n.* seed 1: the loss"),
+    ("glue", "cannot load the tokenizer .*tokenizer.json", {MODEL: "{"}),
+    ("glue", "cannot load .*config.json", {"model/config.json": "{"}),
+    ("glue", "has 5001 tokens, more than the model's", {MODEL: lambda x: x.replace(b'"w39": 44', b'"w39": 5000')}),
+    ("glue", "has weights that are not finite: .* a lower --lr helps",
+     {"model/model.pt": lambda _: {name: w * math.nan for name, w in torch.load("model/model.pt").items()}}),
+    ("bench drift --pads -1", r"-1 must be finite and in \[0,"), ("bench drift --checkpoint nowhere", "--checkpoint: "),
+    ("bench drift --sentences nowhere", "--sentences: cannot read nowhere"),
+    (f"bench drift {SENTENCES}", "text.txt has no text", {"text.txt": "\n"}),
+    (f"bench drift --checkpoint model {SENTENCES}", "cannot load the tokenizer model/tokenizer.json",
+     {"text.txt": "a few words", MODEL: None}),
+    ("bench drift --out nowhere/drift", "--out: cannot write nowhere/drift.md: No such file"),
+    ("bench scan --sizes 1,2,3", "1,2,3 is not B,L,D,N"), ("bench scan --sizes 1,2,3,x", "invalid"),
+    ("bench patterns --data nowhere.txt --out runs", "runs/tokenizer: train_mlm.py: --data: "),
+    ("bench patterns --data text.txt --out runs", "runs/tokenizer: train_mlm.py: ", {"text.txt": "a few words"}),
+    ("bench patterns --patterns MT mmt", "pattern is 'mmt'; it must be letters of M, T"),
+    ("bench efficiency --models GPT", "invalid choice: 'GPT'"), ("bench efficiency --lengths 0", "0 must be finite"),
+    ("bench efficiency --seconds nan", "nan must be finite"), ("bench efficiency --device cuda", "sees no GPU"),
+    ("bench efficiency --out results/ --device cpu", "it must be the beginning of file names"),
+    ("bench efficiency --out /proc/efficiency --device cpu", "--out: cannot write /proc/efficiency.md"),
+    ("bench efficiency --device cpu --out efficiency", "this needs the package matplotlib: pip install -e"),
+    ("bench efficiency --device cpu --models BERT", "this needs the package transformers: pip install -e"),
 ]  # fmt: skip
-MAIN = {
-    "mabert": lambda flags: mabert.main([flag.replace("·", " ") for flag in flags.split()]),
-    "train": pretrain,
-    "glue": finetune,
-    "bench": lambda flags: bench.main(flags.split()),
-}
 
 
-@pytest.mark.parametrize("script, flags, changes, said", REFUSALS)
-def test_scripts_refuse_what_does_not_fit_and_leave_nothing(script, flags, changes, said, monkeypatch):
+@pytest.mark.parametrize("row", REFUSALS, ids=lambda row: row[0])
+def test_scripts_refuse_what_does_not_fit_and_leave_nothing(row, monkeypatch):
+    command, said, changes = (*row, {})[:3]
     if said == "sees no GPU" and DEVICE == "cuda":
         pytest.skip("there is one")
     for file, contents in changes.items():
         put(file, contents(Path(file).read_bytes()) if callable(contents) else contents)
     if package := re.search("package (\\w+)", said):
         monkeypatch.setitem(sys.modules, package[1], None)
-    message = refused(MAIN[script], flags, said=said)
+    script, _, flags = command.partition(" ")
+    main = dict(mabert=mabert.main, bench=bench.main, train=pretrain, glue=finetune)[script]
+    message = refused(main, flags if script in ("train", "glue") else shlex.split(flags), said=said)
     assert script in ("train", "glue") or "\n" not in message
     assert not list(Path("run").glob("[!.]*")) and not list(Path("out").glob("*.json"))
 
