@@ -1193,7 +1193,7 @@ def test_every_file_is_read_once_whatever_its_format_and_name(monkeypatch):
     put("texts/A.TXT", "one two\n\nthree\nfour five\n")
     put("texts/b.jsonl", "".join(json.dumps(dict(title="a", text=text)) + "\n" for text in documents))
     put("texts/notes.md", "ignored in a folder")
-    put(hub / "data/train-00000-of-00001.parquet", "")
+    (hub / "data").mkdir(parents=True)
     for file in ("texts/c.parquet", hub / "data/train-00000-of-00001.parquet"):
         rows = array([*documents, None, ""], large_string())
         parquet.write_table(table(dict(text=rows, title=["a"] * 5)), file)
@@ -1265,6 +1265,7 @@ def test_defaults_are_the_papers_and_flags_override_the_demo(monkeypatch):
 # How a run stops, and goes on
 
 SHORT = "--steps 6 --save-every 2 --log-every 2"
+LONGER = "--steps 40 --save-every 10 --log-every 7 --eval-every 20 --micro-batch-size 8 --dropout 0.1 --resume"
 
 
 def test_a_run_is_overwritten_only_when_asked_and_then_wholly(monkeypatch):
@@ -1306,9 +1307,6 @@ def test_a_full_disk_is_explained_and_leaves_what_was_whole(writer, monkeypatch)
     refused(pretrain, f"{SHORT} --resume", said="is the disk full\\? What is whole")
     assert sorted(path.name for path in Path("run").glob("step-*")) == ["step-0000002", "step-0000004"]
     assert train_mlm.newest_checkpoint(Path("run"))[0].name == "step-0000004"
-
-
-LONGER = "--steps 40 --save-every 10 --log-every 7 --eval-every 20 --micro-batch-size 8 --dropout 0.1 --resume"
 
 
 def test_a_stopped_run_goes_on_bit_by_bit(monkeypatch, capsys):
@@ -1379,13 +1377,6 @@ def test_two_processes_train_the_same_model_are_started_again_and_may_be_killed(
     assert next(losses) == pytest.approx(next(losses), abs=2e-4)
 
 
-DAMAGE = [  # a file of a checkpoint, what becomes of it: bytes, text, an object to save, None for nothing
-    ("training.pt", lambda whole: whole[:9000] + whole[9000:9100][::-1] + whole[9100:]),
-    ("training.pt", lambda whole: None), ("training.pt", lambda whole: {"step": 5}),
-    ("model.pt", lambda whole: {"x": torch.ones(3)}), ("tokenizer.json", lambda whole: "{"),
-]  # fmt: skip
-
-
 def test_a_run_goes_on_with_its_tokenizer_after_the_newest_whole_checkpoint(monkeypatch, capsys):
     flags, run, damaged = f"--vocab-size 100 {SHORT} --resume", Path("run"), []
     with monkeypatch.context() as patch:
@@ -1395,7 +1386,13 @@ def test_a_run_goes_on_with_its_tokenizer_after_the_newest_whole_checkpoint(monk
     monkeypatch.setattr(train_mlm, "train_tokenizer", None)
     pretrain(flags)
     expected = trained()
-    for name, change in DAMAGE:
+    for name, change in (  # bytes, text, an object to save, None for nothing
+        ("training.pt", lambda whole: whole[:70_000] + whole[70_000:70_100][::-1] + whole[70_100:]),  # in a tensor
+        ("training.pt", lambda whole: None),
+        ("training.pt", lambda whole: {"step": 5}),
+        ("model.pt", lambda whole: {"x": torch.ones(3)}),
+        ("tokenizer.json", lambda whole: "{"),
+    ):
         damaged.append(shutil.copytree(run / "step-0000006", run / f"step-{7 + len(damaged):07d}"))
         put(damaged[-1] / name, change((damaged[-1] / name).read_bytes()))
     shutil.rmtree(run / "step-0000006")
