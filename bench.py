@@ -645,11 +645,13 @@ def bench_drift(args):
 
 # ---- patterns: the paper's Table 1 in small ----
 
-PATTERNS = [unit * (12 // len(unit)) for unit in ("M", "T", "MTT", "TM", "MT", "TMM", "MMT", "TTM")]
-CENTRED = "MMT" * 4  # with a centred convolution, one more row
+# 12 layers each: the eight of Table 1, and others; with a centred convolution, the last three also with a causal one
+PATTERNS = [unit * (12 // len(unit)) for unit in ("M", "T", "MTT", "TM", "MT", "TMM", "TTM", "MMMTMM", "W", "H")]
+PATTERNS += [unit * (12 // len(unit)) for unit in ("MMT", "MWT", "MW")]
 VOCAB_SIZE = "4096"
-SMALL = """--hidden-size 64 --num-heads 4 --intermediate-size 256 --d-state 8 --dropout 0 --length-schedule 64:1
-    --batch-size 32 --micro-batch-size 32 --bucket --lr 2e-3 --warmup-steps 100""".split()
+TOKENS = 2048  # of a step
+SMALL = """--hidden-size 64 --num-heads 4 --intermediate-size 256 --d-state 8 --dropout 0 --lr 2e-3
+    --warmup-steps 100""".split()
 
 
 def pretrain(args, name: str, flags: list[str], profile: bool = False) -> Path:
@@ -678,9 +680,9 @@ def pretrain(args, name: str, flags: list[str], profile: bool = False) -> Path:
 def pretrain_all(args, variants: dict[str, list[str]]) -> tuple[dict[str, list[float]], dict[str, list[Path]]]:
     """Of each named variant, which is flags of train_mlm.py: seconds a step, and folders, one for each seed. All share
     a tokenizer, that of a run of one step, since two trainings of one differ."""
-    flags = [*SMALL, "--demo"]
-    if args.data:
-        flags = [*SMALL, "--sample-by", "paragraph", "--data", *(str(Path(path).resolve()) for path in args.data)]
+    text = ["--data", *(str(Path(path).resolve()) for path in args.data)] if args.data else ["--demo"]
+    rows = str(TOKENS // args.length)
+    flags = [*SMALL, *text, "--length-schedule", f"{args.length}:1", "--batch-size", rows, "--micro-batch-size", rows]
     first = pretrain(args, "tokenizer", [*flags, "--vocab-size", VOCAB_SIZE, "--pattern", "T", "--steps", "1"])
     flags += ["--tokenizer", str(first / "tokenizer.json"), "--steps", str(args.steps), "--eval-every", str(args.steps)]
     runs = list(itertools.product(range(args.seeds), variants))
@@ -708,10 +710,10 @@ def held_out_loss(folder: Path) -> float:
 
 def bench_patterns(args):
     try:
-        variants = {MaBERTConfig(pattern=p).pattern: ["--pattern", p, "--causal-conv"] for p in args.patterns}
+        variants = {MaBERTConfig(pattern=p).pattern: ["--pattern", p, "--no-causal-conv"] for p in args.patterns}
     except ValueError as error:
         raise SystemExit(f"--patterns: {error}") from error
-    variants[f"{CENTRED}, centred"] = ["--pattern", CENTRED, "--no-causal-conv"]
+    variants |= {f"{p}, causal": ["--pattern", p, "--causal-conv"] for p in PATTERNS[-3:] if p in variants}
     seconds, folders = pretrain_all(args, variants)
     rows = []
     for name in variants:
@@ -720,9 +722,8 @@ def bench_patterns(args):
         size = sum(p.numel() for p in MaBERTForMaskedLM.from_pretrained(folders[name][0]).parameters())
         rows.append([name, loss, f"{size / 1e6:.2f}", f"{1000 * min(seconds[name]):.0f}"])
     print(header(None))
-    print(
-        f"{args.steps} steps of masked language modelling, 32 rows of 64 tokens, hidden size 64, seeds: {args.seeds}.\n"
-    )
+    print(f"{args.steps} steps of masked language modelling, {TOKENS // args.length} rows of {args.length} tokens, "
+          f"hidden size 64, a centred convolution unless said otherwise; seeds: {args.seeds}.\n")  # fmt: skip
     print(table(["pattern", "held-out loss, nats", "parameters, M", f"ms a step, best of {args.seeds}"], rows))
 
 
@@ -766,7 +767,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--out", **out)
     add = subcommand(bench_patterns, "a short pretraining of each pattern of the paper's Table 1")
     add("--data", nargs="+", metavar="PATH", help="text, as train_mlm.py takes it; without, its demo's")
-    add("--patterns", nargs="+", default=PATTERNS, help="the paper's eight, of 12 layers; MMT × 4, centred, comes last")
+    add("--patterns", nargs="+", default=PATTERNS, help="default: the paper's eight, of 12 layers, and others")
+    add("--length", type=number(int, 8, TOKENS + 1), default=64, help="tokens of a row (%(default)s)")
     add("--steps", type=positive, default=1200, help="of each run (%(default)s)")
     add("--seeds", type=positive, default=2, help="runs of each pattern (%(default)s)")
     add("--jobs", type=positive, default=1, help="runs at the same time, each on its share of the cores (%(default)s)")

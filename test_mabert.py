@@ -1593,16 +1593,17 @@ def test_bench_drift(monkeypatch, capsys):
 
 def test_bench_patterns(capsys, monkeypatch):
     put("text.txt", "\n\n".join(f"w{i} w{i + 1} w{i + 2} " * 5 for i in range(300)))
-    small = "--hidden-size 16 --num-heads 2 --intermediate-size 16 --d-state 2 --length-schedule 16:1 --batch-size 8"
-    for name, value in dict(SMALL=small.split(), VOCAB_SIZE="100", CENTRED="MT").items():
+    small = "--hidden-size 16 --num-heads 2 --intermediate-size 16 --d-state 2"
+    for name, value in dict(SMALL=small.split(), VOCAB_SIZE="100", PATTERNS=["MT"], TOKENS=128).items():
         monkeypatch.setattr(bench, name, value)
-    flags = "patterns --data text.txt --patterns T --steps 3 --seeds 1 --jobs 2 --out runs"
+    flags = "patterns --data text.txt --patterns T MT --length 16 --steps 3 --seeds 1 --jobs 2 --out runs"
     bench.main(flags.split())
     rows = re.findall(r"^\| (\S.*?) \| (\d\.\d+) \| (\d\.\d+) \| \d+ \|$", capsys.readouterr().out, re.MULTILINE)
-    assert [row[0] for row in rows] == ["T", "MT, centred"]
-    names = ("tokenizer", "T-seed0", "MT-centred-seed0")
+    assert [row[0] for row in rows] == ["T", "MT", "MT, causal"]
+    names = ("tokenizer", "T-seed0", "MT-causal-seed0")
     assert len({Path(f"runs/{name}/tokenizer.json").read_bytes() for name in names}) == 1
-    assert not json.loads(Path("runs/MT-centred-seed0/args.json").read_text())["causal_conv"]
+    made = [json.loads(Path(f"runs/{name}-seed0/args.json").read_text()) for name in ("MT", "MT-causal")]
+    assert [(run["causal_conv"], run["batch_size"]) for run in made] == [(False, 8), (True, 8)]
     monkeypatch.setattr(bench.subprocess, "run", None)  # a finished run is only read
     bench.main(flags.split())
     printed = capsys.readouterr().out
