@@ -22,6 +22,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import errno
 import functools
 import glob
 import hashlib
@@ -234,7 +235,10 @@ def load_corpora(args: argparse.Namespace) -> list:
                 raise ValueError(f"the column 'text' holds {kind}, not strings")
         except Exception as error:  # datasets raises many kinds, most of them with the reason one level down
             refuse_not_utf8(files)
-            said = f"cannot load {' '.join(files.get(name, [name]))}: {error.__cause__ or error!r}"
+            error = error.__cause__ or error
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise error from None
+            said = f"cannot load {' '.join(files.get(name, [name]))}: {error!r}"
             help = "is a column text missing, a table empty?" if files else WITHOUT_HUB
             raise SystemExit(f"{said}\n{help}") from error
         corpora.append(corpus)
@@ -992,7 +996,7 @@ def main(argv: list[str]):
         if isinstance(error, MemoryError) or re.search("out of memory|ALLOC_FAILED|allocate", str(error)):
             advice = (f"out of memory: lower --micro-batch-size (now {args.micro_batch_size}; the batch stays) "
                       "or the lengths of --length-schedule; or pass --activation-checkpointing")  # fmt: skip
-        elif isinstance(error, OSError) or re.search("iostream|StreamWriter", str(error)):  # torch.save, a full disk
+        elif isinstance(error, OSError) or re.search("iostream|StreamWriter|inline_container", str(error)):  # torch.save
             advice = "cannot read or write: is the disk full? What is whole of tokens and checkpoints is kept"
         elif PROCESSES > 1 and "gloo" in str(error):
             advice = f"process {RANK} lost another, whose message says why"
