@@ -996,7 +996,7 @@ def main(argv: list[str]):
         if isinstance(error, MemoryError) or re.search("out of memory|ALLOC_FAILED|allocate", str(error)):
             advice = (f"out of memory: lower --micro-batch-size (now {args.micro_batch_size}; the batch stays) "
                       "or the lengths of --length-schedule; or pass --activation-checkpointing")  # fmt: skip
-        elif isinstance(error, OSError) or re.search("iostream|StreamWriter|inline_container", str(error)):  # torch.save
+        elif isinstance(error, OSError) or re.search("iostream|StreamWriter|inline_container", str(error)):
             advice = "cannot read or write: is the disk full? What is whole of tokens and checkpoints is kept"
         elif PROCESSES > 1 and "gloo" in str(error):
             advice = f"process {RANK} lost another, whose message says why"
