@@ -70,7 +70,7 @@ def check_out(name: str | None):
 
 
 def write_results(name: str, text: str, panels: dict[str, dict[str, dict[int, float | str]]], x_label: str):
-    """NAME.md; NAME.json, {title: {label: {x: y}}}; and NAME.png with a panel for each title, without what is text."""
+    """NAME.md; NAME.json, {title: {label: {x: y}}}; and NAME.png, a panel for each title, without text and zeros."""
     from matplotlib.figure import Figure
 
     write_whole(Path(f"{name}.md"), text)
@@ -80,12 +80,12 @@ def write_results(name: str, text: str, panels: dict[str, dict[str, dict[int, fl
     grid = figure.subplots(len(panels) // columns, columns, squeeze=False)
     for axes, (title, lines) in zip(grid.flat, panels.items()):
         for i, (label, points) in enumerate(lines.items()):
-            y = [math.nan if isinstance(value, str) else value for value in points.values()]
+            y = [math.nan if isinstance(x, str) else x or math.nan for x in points.values()]
             width = max(1, 5 - 0.7 * i)  # lines that coincide show
             axes.semilogy([*map(str, points)], y, marker="osv^Dp*XPh"[i], lw=width, ms=4, alpha=0.8, label=label)
         axes.set_title(title, fontsize=9)
-    figure.supxlabel(x_label, fontsize=9)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
+    where = dict(loc="outside lower center", ncols=7, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), title=f"x: {x_label}", **where)
     figure.savefig(f"{name}.png", dpi=120)
 
 
@@ -137,8 +137,9 @@ def most_memory(call, device: str) -> int:
     """Bytes that call() takes at most: of tensors on a GPU, else of this process (on Linux)."""
 
     def peak() -> int:
-        kilobytes = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]
-        return torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * int(kilobytes)
+        if device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
     release()
     torch.cuda.reset_peak_memory_stats() if device == "cuda" else Path("/proc/self/clear_refs").write_text("5")
@@ -507,7 +508,7 @@ def shown(value: float | str, *notes: float | str | None) -> str:
 
 def efficiency_text(cells: dict, notes: dict, parameters: dict[str, int], args) -> str:
     how = "bf16 autocast, float32 weights" if args.device == "cuda" else "float32 on a CPU, PyTorch's fused attention"
-    setting = "each model's fastest setting" if args.fastest else "FlashAttention of a GPU and torch.compile off"
+    setting = "each model's fastest setting" if args.fastest else "neither torch.compile nor, on a GPU, FlashAttention"
     text = f"""{header(args.device)}
 {how}; {setting}.
 Medians of {args.rounds - max(2, args.rounds // 6)} runs in turns, or at least 3, if those took over {args.seconds:g} s.
@@ -524,12 +525,13 @@ M12 are MaBERT with one type of layer (T12 is pre-LN, so not BERT).
         text += f"\n{title}:\n\n{table(['model', 'parameters, M', *values], rows)}\n"
         length = 4096 if 4096 in values else max(values)
         paper = ratios({name: paper_value(name, measure, length) for name in MODELS}, "MaBERT")
-        for over in ("MaBERT", "MaBERT-206M"):
+        for over in (name for name in models if name.startswith("MaBERT")):
             own = ratios({name: values[length] for name, values in models.items()}, over)
             columns[f"{measure} ÷ {over}"] = {name: shown(value, paper.get(name)) for name, value in own.items()}
     names = dict.fromkeys(itertools.chain(*columns.values()))
     rows = [[name, *(column.get(name, "–") for column in columns.values())] for name in names]
-    text += f"\nRatios at {length} tokens; above 1, MaBERT takes less:\n\n{table(['model', *columns], rows)}\n"
+    if rows:
+        text += f"\nRatios at {length} tokens; above 1, MaBERT takes less:\n\n{table(['model', *columns], rows)}\n"
     more = bisect.bisect(range(1, 2**16), False, key=lambda l: layer_flops("T", l) > layer_flops("M", l)) + 1
     return f"{text}\nFrom {more} tokens on, a T layer of the base model takes more operations than an M layer.\n"
 
