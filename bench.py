@@ -12,6 +12,7 @@ and a figure with --out NAME.
 
 import argparse
 import bisect
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -30,7 +31,6 @@ import sys
 import tempfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import train_mlm  # before torch, which reads OpenMP's settings when it loads
@@ -45,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import mabert
-from mabert import MaBERT, MaBERTConfig, MaBERTForMaskedLM, MaBERTForSequenceClassification, triton
+from mabert import MaBERT, MaBERTConfig, MaBERTForSequenceClassification, triton
 
 
 def header(device: str | None = "cpu") -> str:
@@ -70,7 +70,7 @@ def check_out(name: str | None):
 
 
 def write_results(name: str, text: str, panels: dict[str, dict[str, dict[int, float | str]]], x_label: str):
-    """NAME.md; NAME.json, {title: {label: {x: y}}}; and NAME.png with a panel for each title, without what is text."""
+    """NAME.md; NAME.json, {title: {label: {x: y}}}; and NAME.png, a panel for each title, without text and zeros."""
     from matplotlib.figure import Figure
 
     write_whole(Path(f"{name}.md"), text)
@@ -80,12 +80,12 @@ def write_results(name: str, text: str, panels: dict[str, dict[str, dict[int, fl
     grid = figure.subplots(len(panels) // columns, columns, squeeze=False)
     for axes, (title, lines) in zip(grid.flat, panels.items()):
         for i, (label, points) in enumerate(lines.items()):
-            y = [math.nan if isinstance(value, str) else value for value in points.values()]
+            y = [math.nan if isinstance(x, str) else x or math.nan for x in points.values()]
             width = max(1, 5 - 0.7 * i)  # lines that coincide show
             axes.semilogy([*map(str, points)], y, marker="osv^Dp*XPh"[i], lw=width, ms=4, alpha=0.8, label=label)
         axes.set_title(title, fontsize=9)
-    figure.supxlabel(x_label, fontsize=9)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
+    where = dict(loc="outside lower center", ncols=7, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), title=f"x: {x_label}", **where)
     figure.savefig(f"{name}.png", dpi=120)
 
 
@@ -97,9 +97,9 @@ def attempt(function, *args):
     try:
         return function(*args)
     except Exception as error:
-        text = str(error).strip() or type(error).__name__
-        no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError, BrokenProcessPool))
-        return "out of memory" if no_memory or re.search("out of memory|allocate memory", text) else text.split("\n")[0]
+        kind, text = type(error).__name__, str(error).strip()
+        no_memory = re.search("MemoryError|BrokenProcessPool|out of memory|allocate memory", f"{kind} {text}")
+        return "out of memory" if no_memory else (text or kind).split("\n")[0]
 
 
 def alone(function, *args):
@@ -120,24 +120,26 @@ def in_turns(calls: dict, rounds: int, seconds: float) -> dict[tuple, float | st
     """Of each call, which returns milliseconds, their median or why it failed. The calls take turns, so that a drifting
     clock hits all alike. The first rounds compile, find the batch that fits, and do not count: a sixth, two at least.
     When the seconds are over, five rounds suffice."""
-    times, failed, end = {key: [] for key in calls}, {}, timer() + seconds
+    times, end = {key: [] for key in calls}, timer() + seconds
     for done in range(1, rounds + 1):
-        for key in [key for key in calls if key not in failed]:
-            times[key].append(attempt(calls[key]))
-            if isinstance(times[key][-1], str):
-                failed[key] = times[key][-1]
-                tqdm.write(f"{', '.join(map(str, key))}: {failed[key]}", file=sys.stderr)
+        for key in [key for key in calls if isinstance(times[key], list)]:
+            value = attempt(calls[key])
+            times[key] = value if isinstance(value, str) else [*times[key], value]
+            if isinstance(value, str):
+                tqdm.write(f"{', '.join(map(str, key))}: {value}", file=sys.stderr)
         if done >= 5 and timer() > end:
             break
-    return {key: failed.get(key) or statistics.median(found[max(2, done // 6) :]) for key, found in times.items()}
+    count = max(2, done // 6)
+    return {key: x if isinstance(x, str) else statistics.median(x[count:]) for key, x in times.items()}
 
 
 def most_memory(call, device: str) -> int:
     """Bytes that call() takes at most: of tensors on a GPU, else of this process (on Linux)."""
 
     def peak() -> int:
-        kilobytes = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]
-        return torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * int(kilobytes)
+        if device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
     release()
     torch.cuda.reset_peak_memory_stats() if device == "cuda" else Path("/proc/self/clear_refs").write_text("5")
@@ -219,24 +221,32 @@ def scan_memory(name: str, size: tuple, device: str) -> int:
     return round(most_memory(lambda: forward_backward(name, *inputs), device) / 1e6)
 
 
-def scan_times(names: list[str], size: tuple, device: str) -> list[list[str]]:
-    """For each scan the two cells of its medians; in brackets the ratio to the first scan."""
+def scan_times(names: list[str], size: tuple, device: str) -> dict[tuple, float | str]:
+    """Medians of forward (False) and of forward and backward (True)."""
     inputs = functools.cache(lambda name: scan_inputs(name, size, device))
     clock = functools.partial(triton.testing.do_bench_cudagraph, return_mode="median") if device == "cuda" else wall_ms
-    calls = {(name, "forward"): lambda name=name: clock(lambda: forward(name, inputs(name)[0])) for name in names}
-    calls |= {(name, "both"): lambda name=name: clock(lambda: forward_backward(name, *inputs(name))) for name in names}
-    times = in_turns(calls, rounds=7, seconds=60)
 
-    def cell(found: float | str, first: float | str) -> str:
-        ratio = f" ({found / first:.2f}×)" if isinstance(found, float) and isinstance(first, float) else ""
-        return found if isinstance(found, str) else f"{found:.3g}{ratio}"
+    def ms(name: str, backward: bool) -> float:
+        return clock(lambda: forward_backward(name, *inputs(name)) if backward else forward(name, inputs(name)[0]))
 
-    return [[cell(times[name, run], times[names[0], run]) for run in ("forward", "both")] for name in names]
+    keys = itertools.product(names, (False, True))
+    return in_turns({key: functools.partial(ms, *key) for key in keys}, rounds=7, seconds=60)
+
+
+def bounds(b: int, l: int, d: int, n: int) -> list[list]:
+    """Rows of what a GPU needs for the exponentials alone, one a state update forward and two more backward, 16 a cycle
+    and multiprocessor; and for the memory traffic alone, in bf16: u, delta, z and y, backward also dy, the first three
+    again and their gradients."""
+    gpu = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
+    update = b * l * d * n / (16 * gpu["multiprocessor_count"] * gpu["sm_clock_rate"])  # ms, since the clock is in kHz
+    tensor = 2 * b * l * d / (triton.testing.get_dram_gbps() * 1e6)
+    rows = ("exponentials alone", update, 3 * update), ("memory traffic alone", 4 * tensor, 11 * tensor)
+    return [[name, "", f"{forward:.3g}", f"{both:.3g}", ""] for name, forward, both in rows]
 
 
 def bench_scan(args):
     if args.static:
-        return bench_static()
+        return bench_static(args)
     torch.set_num_threads(1)
     device, names, shapes = "cpu", ["loop", "reference", "pscan"], [(8, 128), (1, 1024)]
     if torch.cuda.is_available():
@@ -246,12 +256,18 @@ def bench_scan(args):
 Error: the largest of y and the gradients, relative to the formula in float64. Times: medians, in turns, of float32 on a
 CPU and bf16 on a GPU, there of a CUDA graph's replays, without the gaps between launches; in brackets the ratio to
 `{names[0]}`. Forward: without gradients. Peak memory: of forward and backward, beyond the inputs.""")
-    errors = [attempt(scan_error, name, device) for name in names]
+    errors = {name: attempt(scan_error, name, device) for name in names}
     for size in tqdm(args.sizes or [(b, l, 1536, 16) for b, l in shapes], unit="size"):
-        memory = [alone(scan_memory, name, size, device) for name in names]
-        rows = zip(names, errors, scan_times(names, size, device), memory)
+        times, rows = scan_times(names, size, device), []
+        for name in names:
+            rows.append([name, errors[name]])
+            for backward in (False, True):
+                found, first = times[name, backward], times[names[0], backward]
+                ratio = f" ({found / first:.2f}×)" if isinstance(found, float) and isinstance(first, float) else ""
+                rows[-1].append(found if isinstance(found, str) else f"{found:.3g}{ratio}")
+            rows[-1].append(alone(scan_memory, name, size, device))
         head = [f"(b, l, d, n) = {size}", "error", "forward, ms", "forward + backward, ms", "peak memory, MB"]
-        tqdm.write("\n" + table(head, [[name, error, *times, most] for name, error, times, most in rows]), sys.stdout)
+        tqdm.write("\n" + table(head, rows + (bounds(*size) if device == "cuda" else [])), sys.stdout)
 
 
 # ---- without a GPU: what the compiler makes of the kernels, read from the machine code ----
@@ -283,35 +299,32 @@ def compile_kernel(name: str, arch: str, dtype: str) -> bytes:
     return triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32), options=options).asm["cubin"]
 
 
-def machine_code(cubin: bytes) -> tuple[list[int], list[list[str]]]:
-    """Registers and stack bytes of a kernel; and the instructions of each of its innermost loops."""
+def static_row(case: tuple) -> list:
+    """A row of the table: registers and stack bytes of a kernel, and of its innermost loops the instructions, all,
+    exponentials and the like, and shuffles, per state update and lane."""
     with tempfile.NamedTemporaryFile() as file:
-        Path(file.name).write_bytes(cubin)
+        Path(file.name).write_bytes(compile_kernel(*case))
         flags = ["--dump-resource-usage", "--dump-sass", file.name]
         listing = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, *flags], text=True)
-    resources = [int(re.search(rf"{key}:(\d+)", listing)[1]) for key in ("REG", "STACK")]
     line = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);"
     code = [(int(address, 16), op, rest) for address, op, rest in re.findall(line, listing)]
     jumps = [(int(re.search(r"0x([0-9a-f]+)", rest)[1], 16), at) for at, op, rest in code if op == "BRA"]
     loops = [(start, end) for start, end in jumps if start < end]
     inner = [(s, e) for s, e in loops if not any(s <= s2 and e2 <= e for s2, e2 in loops if (s, e) != (s2, e2))]
-    return resources, [[op for at, op, _ in code if s <= at <= e] for s, e in inner]
-
-
-def static_row(case: tuple) -> list:
-    """A row of the table; its last three cells are numbers of instructions per state update and lane."""
-    resources, loops = machine_code(compile_kernel(*case))
     updates = STATIC_CASES[case[0]][0] * (1 if case[0] == "_segment_starts" else 16)  # of an iteration, in a lane
-    counts = [[sum(op.startswith(kind) for op in loop) / updates for loop in loops] for kind in ("", "MUFU", "SHFL")]
-    each = " + ".join(f"{count:.2f}" for count in counts[0]) + " = " if len(loops) > 1 else ""
-    total, *parts = (f"{sum(count):.2f}" for count in counts)
-    return [*case, *resources, each + total, *parts]
+    row = [*case, *(re.search(rf"{key}:(\d+)", listing)[1] for key in ("REG", "STACK"))]
+    for kind in ("", "MUFU", "SHFL"):
+        counts = [sum(s <= at <= e and op.startswith(kind) for at, op, _ in code) / updates for s, e in inner]
+        each = " + ".join(f"{count:.2f}" for count in counts) + " = " if len(counts) > 1 and not kind else ""
+        row.append(f"{each}{sum(counts):.2f}")
+    return row
 
 
-def bench_static():
+def bench_static(args):
     if not triton or mabert.INTERPRETED:
         raise SystemExit("--static needs the package triton (on Linux), and no TRITON_INTERPRET in the environment")
-    cases = list(itertools.product(STATIC_CASES, ("sm_80", "sm_90"), ("bf16", "fp32")))
+    kernels, dtypes = (STATIC_CASES, ("bf16", "fp32")) if args.all else (("_outputs", "_gradients"), ("bf16",))
+    cases = list(itertools.product(kernels, ("sm_80", "sm_90"), dtypes))
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(tqdm(pool.map(static_row, cases), total=len(cases)))
     print(header())
@@ -366,7 +379,7 @@ TRANSFORMERS = {
 BASELINES = list(TRANSFORMERS)[:5]  # the paper's
 OURS = {
     "MaBERT": {},
-    "MaBERT-206M": dict(hidden_size=1024, num_heads=16, intermediate_size=4224),  # the paper's has 205.3 M parameters
+    "MaBERT-211M": dict(expand=8),  # the paper's has 205.3 M parameters, the additional ones for "SSM capacity"
     "T12": dict(pattern="T" * 12),  # the pattern alone: pre-LN, so not BERT
     "M12": dict(pattern="M" * 12),
 }
@@ -468,16 +481,16 @@ def measure(length: int, args, cells: dict, notes: dict):
         for name in args.models:
             own = {setting: times.get((name, setting), "out of memory") for setting in args.settings}
             best = min(own, key=lambda setting: own[setting] if isinstance(own[setting], float) else math.inf)
-            cells[what][name][length], notes[what, name, length] = own[best], [best] * args.fastest
+            cells[what][name][length] = own[best]
+            notes[what, name, length] += [best] * args.fastest
             if isinstance(own[best], float) and (rows := contender(name).at_once[best]) < args.batch_size:
                 notes[what, name, length].append(f"{math.ceil(args.batch_size / rows)} × {rows} rows")
     torch.compiler.reset()
 
 
 def layer_flops(letter: str, length: int) -> int:
-    """Floating-point operations of a forward pass of one row through a layer of the base model: those that PyTorch
-    counts, matrix products, convolution and attention; and 7 for each update of the scan's state: Δ A, its exponential,
-    times Δ u and B, a fused multiply-add, another with C."""
+    """Floating-point operations of a forward pass of a row through a layer of the base model: what PyTorch counts, and
+    7 for each update of the scan's state: Δ A, exp, times Δ u and B, a fused multiply-add, another with C."""
     config = MaBERTConfig()
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         mabert.LAYERS[letter](config)(torch.zeros(1, length, config.hidden_size))
@@ -494,8 +507,8 @@ def ratios(values: dict[str, float | str | None], over: str) -> dict[str, float]
     values = {name: value for name, value in values.items() if isinstance(value, float)}
     found = {name: value / values[over] for name, value in values.items() if over in values}
     means = {"mean of the paper's baselines": BASELINES, "the same without DeBERTa-v3": BASELINES[:-1]}
-    complete = {what: names for what, names in means.items() if found.keys() >= {*names}}
-    return found | {what: statistics.mean(found[name] for name in names) for what, names in complete.items()}
+    means = {what: names for what, names in means.items() if found.keys() >= {*names}}
+    return found | {what: statistics.mean(found[name] for name in names) for what, names in means.items()}
 
 
 def shown(value: float | str, *notes: float | str | None) -> str:
@@ -506,34 +519,31 @@ def shown(value: float | str, *notes: float | str | None) -> str:
 
 
 def efficiency_text(cells: dict, notes: dict, parameters: dict[str, int], args) -> str:
-    how = "A measurement on a CPU: float32, PyTorch's fused attention"
-    if args.device == "cuda":
-        how = f"bf16 autocast, float32 weights; FlashAttention {'on' if args.fastest else 'off'}"
+    how = "bf16 autocast, float32 weights" if args.device == "cuda" else "float32 on a CPU, PyTorch's fused attention"
+    setting = "each model's fastest setting" if args.fastest else "neither torch.compile nor, on a GPU, FlashAttention"
     text = f"""{header(args.device)}
-{how}, {"each model's fastest setting" if args.fastest else "torch.compile off"}.
-Medians of {args.rounds - max(2, args.rounds // 6)} runs, or fewer, at least 3, if those took over {args.seconds:g} s.
-The models take turns, so all of them and their optimizers are in memory. In brackets the paper's figures, from an A100,
-32 rows in an optimizer step; its MaBERT has 205.3 M parameters. T12 and M12 are MaBERT with one type of layer (T12 is
-pre-LN, so not BERT).
+{how}; {setting}.
+Medians of {args.rounds - max(2, args.rounds // 6)} runs in turns, or at least 3, if those took over {args.seconds:g} s.
+In brackets the paper's figures, from an A100, 32 rows in an optimizer step; its MaBERT has 205.3 M parameters. T12 and
+M12 are MaBERT with one type of layer (T12 is pre-LN, so not BERT).
 """
     columns = {}
     for measure, models in cells.items():
         rows = []
         for name, values in models.items():
-            own = (
-                shown(x, paper_value(name, measure, l), *notes.get((measure, name, l), ())) for l, x in values.items()
-            )
+            own = (shown(x, paper_value(name, measure, l), *notes[measure, name, l]) for l, x in values.items())
             rows.append([name, f"{parameters[name] / 1e6:.1f}", *own])
         title = MEASURES[measure].replace("optimizer step", f"optimizer step, batch {args.batch_size}")
         text += f"\n{title}:\n\n{table(['model', 'parameters, M', *values], rows)}\n"
         length = 4096 if 4096 in values else max(values)
         paper = ratios({name: paper_value(name, measure, length) for name in MODELS}, "MaBERT")
-        for over in ("MaBERT", "MaBERT-206M"):
+        for over in (name for name in models if name.startswith("MaBERT")):
             own = ratios({name: values[length] for name, values in models.items()}, over)
             columns[f"{measure} ÷ {over}"] = {name: shown(value, paper.get(name)) for name, value in own.items()}
     names = dict.fromkeys(itertools.chain(*columns.values()))
     rows = [[name, *(column.get(name, "–") for column in columns.values())] for name in names]
-    text += f"\nRatios at {length} tokens; above 1, MaBERT takes less:\n\n{table(['model', *columns], rows)}\n"
+    if rows:
+        text += f"\nRatios at {length} tokens; above 1, MaBERT takes less:\n\n{table(['model', *columns], rows)}\n"
     more = bisect.bisect(range(1, 2**16), False, key=lambda l: layer_flops("T", l) > layer_flops("M", l)) + 1
     return f"{text}\nFrom {more} tokens on, a T layer of the base model takes more operations than an M layer.\n"
 
@@ -549,7 +559,8 @@ def bench_efficiency(args):
     args.seconds = args.seconds or seconds
     args.settings = list(SETTINGS)[: (3 if args.device == "cuda" else 2) if args.fastest else 1]
     parameters = {name: sum(p.numel() for p in build(name, 512, "meta").parameters()) for name in args.models}
-    cells, notes = {what: {name: {} for name in args.models} for what in list(MEASURES)[args.fastest :]}, {}
+    cells = {what: {name: {} for name in args.models} for what in list(MEASURES)[args.fastest :]}
+    notes = collections.defaultdict(list)
     for length in tqdm(sorted(args.lengths), unit="length"):
         measure(length, args, cells, notes)
         release()
@@ -627,13 +638,10 @@ def bench_drift(args):
         for side, pads in itertools.product(("right", "left"), args.pads):
             for measure, value in zip(DRIFTS, distances(model, rows, unpadded, pads, side)):
                 found[f"{measure}, {conv}, pads {side}"][form][pads] = value
-    what = "random weights (MMT four times, hidden size 64)"
-    if args.checkpoint:
-        conv, psm = "causal" if base.config.causal_conv else "centred", "+".join(base.config.psm) or "none"
-        what = f"{args.checkpoint}, pretrained with PSM {psm} and a {conv} convolution"
+    weights = args.checkpoint or "random weights (MMT four times, hidden size 64)"
     source = f"sentences of {args.sentences}" if args.sentences else "random rows of 24 tokens"
     pads = " / ".join(map(str, args.pads))
-    text = f"{header()}\nWith {pads} pads in the longest row, float64; {what}, {len(rows)} {source}.\n"
+    text = f"{header()}\nWith {pads} pads in the longest row, float64; {weights}, {len(rows)} {source}.\n"
     for measure, title in DRIFTS.items():
         forms = {form: [found[f"{measure}, {case}"][form].values() for case in cases] for form in PSM_FORMS}
         cells = [[form, *(" / ".join(f"{x:.0e}" for x in values) for values in row)] for form, row in forms.items()]
@@ -719,7 +727,7 @@ def bench_patterns(args):
     for name in variants:
         losses = list(map(held_out_loss, folders[name]))
         loss = f"{statistics.mean(losses):.3f}" + (f" ± {statistics.stdev(losses):.3f}" if args.seeds > 1 else "")
-        size = sum(p.numel() for p in MaBERTForMaskedLM.from_pretrained(folders[name][0]).parameters())
+        size = sum(weight.numel() for weight in mabert.torch_load(folders[name][0] / "model.pt").values())
         rows.append([name, loss, f"{size / 1e6:.2f}", f"{1000 * min(seconds[name]):.0f}"])
     print(header(None))
     print(f"{args.steps} steps of masked language modelling, {TOKENS // args.length} rows of {args.length} tokens, "
@@ -749,7 +757,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     add = subcommand(bench_scan, "time and memory of the selective scan: on the GPU, or on one CPU thread")
     add("--sizes", type=scan_size, nargs="+", metavar="B,L,D,N", help="default: the base model's, at several lengths")
-    add("--static", action="store_true", help="instead: what the kernels' machine code costs; needs no GPU")
+    add("--static", action="store_true", help="instead: what the machine code of the two main kernels costs, for bf16; "
+        "needs no GPU")  # fmt: skip
+    add("--all", action="store_true", help="with --static: of all kernels, and for float32 as well")
     add = subcommand(bench_efficiency, "Tables B5 to B7 and Figure 5: MaBERT and its peers")
     add("--device", choices=["cuda", "cpu"], help="default: the GPU, if there is one; on a CPU 15 to 20 minutes")
     add("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}")
