@@ -416,10 +416,11 @@ def test_kernels_in_strided_memory_checkpoints_and_repeated_calls_give_the_same_
     inputs = each(torch.Tensor.float, scan_inputs(b, l, d, n))
     slices = each(lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]], inputs)
     checkpointed = partial(torch.utils.checkpoint.checkpoint, kernels, use_reentrant=False)
-    options = dict(dy=torch.ones((), device=DEVICE).expand(b, l, d), mask=masks(l)[3:5])
-    calls = *((kernels, x) for x in (inputs, inputs, each(strided, inputs), slices)), (checkpointed, inputs)
-    first, *others = (y_and_gradients(*call, **options) for call in calls)
-    assert all(torch.equal(found[name], first[name]) for found in others for name in first)
+    dy, mask = torch.ones((), device=DEVICE).expand(b, l, d), masks(l)[3:5]
+    first = y_and_gradients(kernels, inputs, dy.contiguous(), mask)
+    for function, tensors in *((kernels, x) for x in (inputs, each(strided, inputs), slices)), (checkpointed, inputs):
+        found = y_and_gradients(function, tensors, dy, mask)
+        assert all(torch.equal(found[name], first[name]) for name in first)
 
 
 @interpreted
