@@ -1809,7 +1809,7 @@ REFUSALS = [  # script and flags, what is said, {file: its contents, None for no
     ("bench scan --sizes 1,2,3", "1,2,3 is not B,L,D,N"), ("bench scan --sizes 1,2,3,x", "invalid"),
     ("bench patterns --data nowhere.txt --out runs", "runs/tokenizer: train_mlm.py: --data: "),
     ("bench patterns --data text.txt --out runs", "runs/tokenizer: train_mlm.py: ", {"text.txt": "a few words"}),
-    ("bench patterns --patterns MT mmt", "pattern is 'mmt'; it must be letters of M, T"),
+    ("bench patterns --patterns MT mmt", "pattern is 'mmt'; it must be letters of M, W, H, T"),
     ("bench efficiency --models GPT", "invalid choice: 'GPT'"), ("bench efficiency --lengths 0", "0 must be finite"),
     ("bench efficiency --seconds nan", "nan must be finite"), ("bench efficiency --device cuda", "sees no GPU"),
     ("bench efficiency --out results/ --device cpu", "it must be the beginning of file names"),
