@@ -472,7 +472,7 @@ selective_scan(x, x, A, x, x, backend="triton")"""
 
 @pytest.mark.skipif(mabert.INTERPRETED or not mabert.triton, reason="needs Triton's compiler")
 def test_machine_code_of_the_kernels():
-    command = [sys.executable, str(ROOT / "bench.py"), "scan", "--static", "--all"]  # apart: its threads and forks do not mix
+    command = [sys.executable, str(ROOT / "bench.py"), "scan", "--static", "--all"]  # its threads and forks do not mix
     lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| _")]
     most = {"_pack": 0, "_segment_ends": 6.5, "_segment_ends (backward)": 7.5, "_segment_starts": 12}
