@@ -54,12 +54,6 @@ try:
 except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=float)  # enough for the definitions below
 
-__all__ = [
-    "HybridLayer", "MaBERT", "MaBERTConfig", "MaBERTForMaskedLM", "MaBERTForSequenceClassification", "MambaLayer",
-    "MambaMixer", "Output", "Pooling", "PretrainedModel", "SelfAttention", "TransformerLayer", "reference_scan",
-    "selective_scan",
-]  # fmt: skip
-
 logger = logging.getLogger("mabert")
 
 # ================================================= Part I: the model ==================================================
@@ -1239,7 +1233,7 @@ def selective_scan(
     delta = F.softplus(delta) if delta_softplus else delta
     delta = delta if mask is None else delta * mask[..., None]
     y, _ = _scan_loop(delta, delta * u_, A, B, C, reverse)
-    y = y if D is None else y + D.to(dtype) * u_
+    y = y if D is None else torch.addcmul(y, u_, D.to(dtype))
     y = y if z is None else y * F.silu(z.to(dtype))
     return (y if mask is None else y * mask[..., None]).to(u.dtype)
 
