@@ -1778,7 +1778,7 @@ REFUSALS = [  # script and flags, what is said, {file: its contents, None for no
     ("train --data a.txt", "cannot load .*a.txt", {"a.txt": "\0" * 1000}),
     ("train --data a.txt", r"a.txt, line 2: not UTF-8 \(invalid start byte\)", {"a.txt": b"good\nthe \xff cat"}),
     ("train --data a.jsonl", "a.jsonl, line 2: not UTF-8", {"a.jsonl": b'{"text": "good"}\n{"text": "not \xc3("}\n'}),
-    ("train --data a.jsonl", "load .*a.jsonl: ValueError.*'title'.*column text missing", {"a.jsonl": '{"title": ""}\n'}),
+    ("train --data a.jsonl", "load .*jsonl: ValueError.*'title'.*column text missing", {"a.jsonl": '{"title": ""}\n'}),
     ("train --data a.jsonl", "a.jsonl: .*the column 'text' holds int64, not strings", {"a.jsonl": '{"text": 5}\n'}),
     ("train --data a.parquet", "cannot load .*a.parquet", {"a.parquet": b"PAR1 and so on"}),
     ("train --data a.txt", r"most of the text is \[UNK\]", {"a.txt": "hund und katze\n" * 200}),
