@@ -1,10 +1,10 @@
 """Measurements, each printed as Markdown under the command, the machine and the versions that made it.
 
     python bench.py scan             # the masked selective scan beside other ways to compute it, on the GPU or the CPU
-    python bench.py scan --static    # the scan's kernels, compiled for A100 and H100: instructions, registers; no GPU
+    python bench.py scan --static    # its two main kernels, compiled for A100 and H100: instructions, registers; no GPU
     python bench.py efficiency       # memory, latency and training time of MaBERT and its peers, beside the paper's
     python bench.py drift            # what padding does to real tokens, for each form of padding-safe masking
-    python bench.py patterns         # does interleaving help? A short pretraining of the patterns of Table 1
+    python bench.py patterns         # does interleaving help? A short pretraining of Table 1's patterns, and others
 
 Keep a table with a redirection, python bench.py scan > results/scan.md; efficiency and drift write their tables, JSON
 and a figure with --out NAME.
@@ -76,8 +76,9 @@ def write_results(name: str, text: str, panels: dict[str, dict[str, dict[int, fl
     write_whole(Path(f"{name}.md"), text)
     write_whole(Path(f"{name}.json"), json.dumps(dict(made=text.split("\n")[0]) | panels, indent=1) + "\n")
     columns = min(4, len(panels))
-    figure = Figure(figsize=(1 + 3 * columns, 2 + 2.4 * len(panels) // columns), layout="constrained")
-    grid = figure.subplots(len(panels) // columns, columns, squeeze=False)
+    rows = len(panels) // columns
+    figure = Figure(figsize=(1 + 3 * columns, 2 + 2.4 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (title, lines) in zip(grid.flat, panels.items()):
         for i, (label, points) in enumerate(lines.items()):
             y = [math.nan if isinstance(x, str) else x or math.nan for x in points.values()]
@@ -638,7 +639,10 @@ def bench_drift(args):
         for side, pads in itertools.product(("right", "left"), args.pads):
             for measure, value in zip(DRIFTS, distances(model, rows, unpadded, pads, side)):
                 found[f"{measure}, {conv}, pads {side}"][form][pads] = value
-    weights = args.checkpoint or "random weights (MMT four times, hidden size 64)"
+    weights = "random weights (MMT four times, hidden size 64)"
+    if args.checkpoint:
+        conv, psm = "causal" if base.config.causal_conv else "centred", "+".join(base.config.psm) or "none"
+        weights = f"{args.checkpoint}, {base.config.pattern} pretrained with PSM {psm} and a {conv} convolution"
     source = f"sentences of {args.sentences}" if args.sentences else "random rows of 24 tokens"
     pads = " / ".join(map(str, args.pads))
     text = f"{header()}\nWith {pads} pads in the longest row, float64; {weights}, {len(rows)} {source}.\n"
@@ -653,9 +657,9 @@ def bench_drift(args):
 
 # ---- patterns: the paper's Table 1 in small ----
 
-# 12 layers each: the eight of Table 1, and others; with a centred convolution, the last three also with a causal one
+CAUSAL_TOO = ["MMT" * 4, "MWT" * 4, "MW" * 6]  # the others with a centred convolution only
 PATTERNS = [unit * (12 // len(unit)) for unit in ("M", "T", "MTT", "TM", "MT", "TMM", "TTM", "MMMTMM", "W", "H")]
-PATTERNS += [unit * (12 // len(unit)) for unit in ("MMT", "MWT", "MW")]
+PATTERNS += CAUSAL_TOO
 VOCAB_SIZE = "4096"
 TOKENS = 2048  # of a step
 SMALL = """--hidden-size 64 --num-heads 4 --intermediate-size 256 --d-state 8 --dropout 0 --lr 2e-3
@@ -677,7 +681,7 @@ def pretrain(args, name: str, flags: list[str], profile: bool = False) -> Path:
     ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
     if ran.returncode:
         why = ran.stderr.strip() or f"ended with {ran.returncode}"
-        raise SystemExit(f"{out}: train_mlm.py: {why.splitlines()[-1]}")
+        raise SystemExit(f"{out}: train_mlm.py: {' '.join(why.splitlines()[-2:])}")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(made, shlex.join(flags))
     if profile:
@@ -721,7 +725,7 @@ def bench_patterns(args):
         variants = {MaBERTConfig(pattern=p).pattern: ["--pattern", p, "--no-causal-conv"] for p in args.patterns}
     except ValueError as error:
         raise SystemExit(f"--patterns: {error}") from error
-    variants |= {f"{p}, causal": ["--pattern", p, "--causal-conv"] for p in PATTERNS[-3:] if p in variants}
+    variants |= {f"{p}, causal": ["--pattern", p, "--causal-conv"] for p in CAUSAL_TOO if p in variants}
     seconds, folders = pretrain_all(args, variants)
     rows = []
     for name in variants:
@@ -775,9 +779,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--checkpoint", help="a folder with a trained model, instead of random weights")
     add("--sentences", metavar="FILE", help=f"{ROWS} rows of CoLA's dev.tsv or of a text file, instead of random ones")
     add("--out", **out)
-    add = subcommand(bench_patterns, "a short pretraining of each pattern of the paper's Table 1")
+    add = subcommand(bench_patterns, "a short pretraining of each pattern of the paper's Table 1, and of others")
     add("--data", nargs="+", metavar="PATH", help="text, as train_mlm.py takes it; without, its demo's")
-    add("--patterns", nargs="+", default=PATTERNS, help="default: the paper's eight, of 12 layers, and others")
+    add("--patterns", nargs="+", default=PATTERNS, help="default: the paper's eight, of 12 layers, and others; "
+        f"{', '.join(CAUSAL_TOO)} also with a causal convolution")  # fmt: skip
     add("--length", type=number(int, 8, TOKENS + 1), default=64, help="tokens of a row (%(default)s)")
     add("--steps", type=positive, default=1200, help="of each run (%(default)s)")
     add("--seeds", type=positive, default=2, help="runs of each pattern (%(default)s)")

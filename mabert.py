@@ -551,8 +551,8 @@ def check_scan(u, delta, A, B, C, D, z, delta_bias, mask) -> Tensor | None:
     for (name, shape), tensor in zip(shapes.items(), (delta, B, C, D, z, delta_bias)):
         if tensor is not None or name in ("delta", "B", "C"):
             check(name, tensor, "floating-point", shape)
-    if l == 0:
-        raise ValueError(f"u has shape {(b, l, d)}; its length must be at least 1")
+    if 0 in (l, d, n):
+        raise ValueError(f"u has shape {(b, l, d)} and A {(d, n)}; length, d and n must be at least 1")
     return check_mask("mask", mask, (b, l))
 
 
@@ -588,15 +588,21 @@ def reference_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
 # ---- A loop ----
 
 LOOP_CHUNK = 16  # steps. One state kept per chunk takes l / 16 · n · d numbers a row: with n = 16, as many as u
-LOOP_BLOCK = 2**18  # numbers in a block's states: whole rows of about 1 MB, which a core's cache keeps for the next use
+LOOP_BLOCK = 2**18  # numbers in a block's states: 1 MB, or one row, stays in a core's cache from one use to the next
 
 
 def _empty_like(tensor):
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _slices(length, size, backward=False):
-    return [slice(i, min(i + size, length)) for i in range(0, length, size)][:: -1 if backward else 1]
+def _slices(length, size, from_right=False):
+    return [slice(i, min(i + size, length)) for i in range(0, length, size)][:: -1 if from_right else 1]
+
+
+def _row_blocks(starts):
+    """Blocks of rows whose states fit a core's cache; on a GPU all rows at once, since launches cost there."""
+    _, b, n, d = starts.shape
+    return _slices(b, b if starts.is_cuda else max(1, LOOP_BLOCK // (LOOP_CHUNK * n * d)))
 
 
 def _states(delta, x, A, B, h, reverse):
@@ -608,8 +614,8 @@ def _states(delta, x, A, B, h, reverse):
     before, after = (states[1:], states[:-1]) if reverse else (states[:-1], states[1:])
     before[-1 if reverse else 0] = h
     torch.mul(x[:, :, None], B[..., None], out=after)
-    for a_t, h, state in list(zip(a, before, after))[:: -1 if reverse else 1]:
-        state.addcmul_(a_t, h)
+    for a_t, previous, state in list(zip(a, before, after))[:: -1 if reverse else 1]:
+        state.addcmul_(a_t, previous)
     return a, before, after
 
 
@@ -623,9 +629,9 @@ def _scan_loop(delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, revers
     (b, l, _), A = x.shape, A.T.contiguous()  # (n, d)
     y, starts = _empty_like(x), x.new_empty(-(-l // LOOP_CHUNK), b, *A.shape)
     with torch.autocast(x.device.type, enabled=False):  # else @ would be in half precision
-        for rows in _slices(b, max(1, LOOP_BLOCK // (LOOP_CHUNK * A.numel()))):
+        for rows in _row_blocks(starts):
             h = torch.zeros_like(starts[0, rows])
-            for s in _slices(l, LOOP_CHUNK, backward=reverse):
+            for s in _slices(l, LOOP_CHUNK, from_right=reverse):
                 starts[s.start // LOOP_CHUNK, rows] = h
                 delta_s, x_s, B_s, C_s = (tensor[rows, s].transpose(0, 1) for tensor in (delta, x, B, C))
                 _, _, states = _states(delta_s, x_s, A, B_s, h, reverse)
@@ -643,12 +649,12 @@ def _scan_loop_backward(
     With g_t the loss's gradient by h_t:  g_t = dy_t C_t + a_{t+1} g_{t+1},  dx_t = Σ_n g_t B_t,  dB_t = Σ_d g_t x_t,
     dC_t = Σ_d dy_t h_t,  dΔ_t = Σ_n A w_t (x held fixed), dA = Σ_{b,t} Δ_t w_t, where w_t = g_t a_t h_{t−1}.
     """
-    (b, l, _), A = x.shape, A.T.contiguous()  # (n, d)
+    l, A = x.shape[1], A.T.contiguous()  # (n, d)
     ddelta, dx, dB, dC, dA = _empty_like(delta), _empty_like(x), _empty_like(B), _empty_like(C), torch.zeros_like(A)
     with torch.autocast(x.device.type, enabled=False):
-        for rows in _slices(b, max(1, LOOP_BLOCK // (LOOP_CHUNK * A.numel()))):
+        for rows in _row_blocks(starts):
             q = torch.zeros_like(starts[0, rows])  # a_{t+1} g_{t+1}, (b, n, d)
-            for s in _slices(l, LOOP_CHUNK, backward=not reverse):
+            for s in _slices(l, LOOP_CHUNK, from_right=not reverse):
                 inputs = (tensor[rows, s].transpose(0, 1) for tensor in (dy, delta, x, B, C))
                 dy_s, delta_s, x_s, B_s, C_s = inputs  # each (steps, b, ...)
                 a, before, after = _states(delta_s, x_s, A, B_s, starts[s.start // LOOP_CHUNK, rows], reverse)
@@ -676,7 +682,7 @@ _scan_loop_backward.register_fake(lambda dy, starts, *inputs: tuple(map(_empty_l
 
 def _keep(ctx, inputs, output):
     ctx.save_for_backward(output[1], *(x for x in inputs if x is None or isinstance(x, Tensor)))  # with the states
-    ctx.options = [x for x in inputs if isinstance(x, int)]  # reverse; of _scan_triton softplus, reverse, chunk, keep
+    ctx.options = [x for x in inputs if isinstance(x, int)][:3]  # reverse; of _scan_triton softplus, reverse and chunk
     ctx.set_materialize_grads(False)  # the states need no gradient: do not make one of zeros
 
 
@@ -1179,7 +1185,7 @@ _scan_triton_backward.register_fake(
 
 def _triton_backward(ctx, dy, _):
     saved = ctx.saved_tensors  # read once: activation checkpointing gives them no second time
-    gradients = _scan_triton_backward(dy, *saved, *ctx.options[:3])
+    gradients = _scan_triton_backward(dy, *saved, *ctx.options)
     return *(None if x is None else dx for x, dx in zip(saved[1:9], gradients)), *(None,) * 6
 
 

@@ -544,7 +544,7 @@ REFUSED = [  # who is called, with which arguments that do not fit, what the err
         (dict(B=torch.ones(2, 8, 3)), r"B is torch.float32 of shape \(2, 8, 3\); it must be .*\(2, 9, 3\)"),
         (dict(C=None), "C is of type NoneType"),
         *(({name: torch.ones(4)}, f"{name} is") for name in ("D", "z", "delta_bias", "mask")),
-        (scan_inputs(l=0), "length must be at least 1"))),
+        *((scan_inputs(**{x: 0}), "length, d and n must be at least 1") for x in "ldn"))),
     (selective_scan, dict(backend="cuda"), "backend is 'cuda'"),
 ]  # fmt: skip
 
@@ -838,6 +838,11 @@ def test_a_short_run_learns_and_can_be_used(capsys):
         assert config.max_position == 32 and config.vocab_size == size and abs(first - math.log(size)) < 0.5
     assert "warm-up 15 steps, a tenth of the run" in printed and printed.count("it was") == 5
     assert Path("run/loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_may_have_fewer_steps_than_lengths():
+    pretrain("--steps 1 --length-schedule 16:0.3 24:0.3 32:0.4")
+    assert trained()[1][-1]["step"] == "1"
 
 
 def test_the_loss_after_twenty_steps_is_known():
@@ -1596,7 +1601,7 @@ def test_bench_drift(monkeypatch, capsys):
 def test_bench_patterns(capsys, monkeypatch):
     put("text.txt", "\n\n".join(f"w{i} w{i + 1} w{i + 2} " * 5 for i in range(300)))
     small = "--hidden-size 16 --num-heads 2 --intermediate-size 16 --d-state 2"
-    for name, value in dict(SMALL=small.split(), VOCAB_SIZE="100", PATTERNS=["MT"], TOKENS=128).items():
+    for name, value in dict(SMALL=small.split(), VOCAB_SIZE="100", CAUSAL_TOO=["MT"], TOKENS=128).items():
         monkeypatch.setattr(bench, name, value)
     flags = "patterns --data text.txt --patterns T MT --length 16 --steps 3 --seeds 1 --jobs 2 --out runs"
     bench.main(flags.split())
@@ -1778,8 +1783,8 @@ REFUSALS = [  # script and flags, what is said, {file: its contents, None for no
     ("train --data a.txt", "cannot load .*a.txt", {"a.txt": "\0" * 1000}),
     ("train --data a.txt", r"a.txt, line 2: not UTF-8 \(invalid start byte\)", {"a.txt": b"good\nthe \xff cat"}),
     ("train --data a.jsonl", "a.jsonl, line 2: not UTF-8", {"a.jsonl": b'{"text": "good"}\n{"text": "not \xc3("}\n'}),
-    ("train --data a.jsonl", "load .*jsonl: ValueError.*'title'.*column text missing", {"a.jsonl": '{"title": ""}\n'}),
-    ("train --data a.jsonl", "a.jsonl: .*the column 'text' holds int64, not strings", {"a.jsonl": '{"text": 5}\n'}),
+    ("train --data a.jsonl", "load .*jsonl: ValueError.*'title'.*needs a column", {"a.jsonl": '{"title": ""}\n'}),
+    ("train --data a.jsonl", "a.jsonl: .*the column 'text' holds int64", {"a.jsonl": '{"text": 5}\n'}),
     ("train --data a.parquet", "cannot load .*a.parquet", {"a.parquet": b"PAR1 and so on"}),
     ("train --data a.txt", r"most of the text is \[UNK\]", {"a.txt": "hund und katze\n" * 200}),
     (WORDS_FILE, "cannot load the tokenizer .*words.json", {"words.json": None}),

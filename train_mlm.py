@@ -141,7 +141,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         default = getattr(base, name)
         add(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"see MaBERTConfig.{name}")
     add("--psm", type=psm, default="+".join(base.psm), metavar="STAGES", help="stages of padding-safe masking, or none")
-    add("--causal-conv", action=argparse.BooleanOptionalAction, default=base.causal_conv, help="or centred")
+    add("--causal-conv", action=argparse.BooleanOptionalAction, default=base.causal_conv, help="or one that is centred")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, default=1_000_000, help="the paper's budgets: 100000, 250000, 500000 and 1000000")
     add("--length-schedule", nargs="+", type=length_share, default=[(128, 0.9), (512, 0.1)], metavar="TOKENS:SHARE",
@@ -232,15 +232,15 @@ def load_corpora(args: argparse.Namespace) -> list:
         try:
             corpus = datasets.load_dataset(name, config, split="train", **options).select_columns("text")
             if "string" not in (kind := corpus.features["text"].dtype):
-                raise ValueError(f"the column 'text' holds {kind}, not strings")
+                raise ValueError(f"the column 'text' holds {kind}")
         except Exception as error:  # datasets raises many kinds, most of them with the reason one level down
             refuse_not_utf8(files)
             error = error.__cause__ or error
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise error from None
             said = f"cannot load {' '.join(files.get(name, [name]))}: {error!r}"
-            help = "is a column text missing, a table empty?" if files else WITHOUT_HUB
-            raise SystemExit(f"{said}\n{help}") from error
+            advice = "a file needs a column 'text' of strings, and a row" if files else WITHOUT_HUB
+            raise SystemExit(f"{said}\n{advice}") from error
         corpora.append(corpus)
     return corpora
 
@@ -363,7 +363,10 @@ def tokenize(corpora: list, tokenizer: Tokenizer) -> Tokens:
             lengths.append(sizes)
             checksum = zlib.crc32(ids, checksum)
             for i in range(0, len(ids), 2**22):
-                counts += np.bincount(ids[i : i + 2**22], minlength=len(counts))  # ValueError: an id is too large
+                found = np.bincount(ids[i : i + 2**22], minlength=len(counts))
+                if len(found) > len(counts):
+                    raise ValueError(f"it has token {len(found) - 1}")
+                counts += found
             if (sizes < 0).any() or sizes.sum() != len(ids):
                 raise ValueError("documents have other lengths")
     except (OSError, ValueError) as error:
@@ -694,7 +697,8 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict]:
     weights, training = (torch_load(folder / name) for name in ("model.pt", "training.pt"))
     if missing := {"step", "optimizer", "identity", "log", "totals"} - training.keys():
         raise ValueError(f"training.pt has no {', '.join(sorted(missing))}")
-    if weights.keys() != MaBERTForMaskedLM.from_pretrained(folder).state_dict().keys():
+    expected = MaBERTForMaskedLM.from_pretrained(folder).state_dict()
+    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
         raise ValueError("model.pt has other weights than a MaBERTForMaskedLM")
     try:
         Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -821,7 +825,8 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
     """The run, from the checkpoint in `folder` if there is one."""
     model, shared, optimizer = build(args, data)
     device, first, log, warmup = model.decoder_bias.device, 0, [], min(args.warmup_steps, args.steps // 10)
-    # since the last line of the log: losses of finite steps; other steps; the last of them in a row; tokens; with pads
+    # since the last line of the log: losses of finite steps; other steps; tokens; tokens and pads. Then, since the last
+    # finite step: steps
     totals = torch.zeros(5, dtype=torch.float64, device=device)
     if folder:
         weights, training = read_checkpoint(folder)
@@ -839,7 +844,7 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
             loss = held_out_loss(model, data, args.micro_batch_size)
             log = [dict(step=0, held_out_loss=f"{loss:.4f}", skipped_steps=0)]
             write_log(out, log)
-    ends = [begins for begins, _ in data.phases[1:]] + [args.steps]
+    ends = np.minimum([begins for begins, _ in data.phases[1:]] + [args.steps], args.steps)
     tokens = args.batch_size * np.repeat([rows.length for _, rows in data.phases], np.diff(ends, prepend=0))  # of steps
     received = []  # signals to end after the step
 
@@ -850,36 +855,38 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
     with tqdm(total=tokens.sum(), initial=tokens[:first].sum(), unit="token", unit_scale=True) as progress:
-        start, before = perf_counter(), totals[3].item()
+        start, before = perf_counter(), totals[2].item()
         for step, batch in enumerate(batches_ahead(args, data.phases, range(first, args.steps)), first + 1):
+            lr = learning_rate(step - 1, args.steps, args.lr, warmup)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step - 1, args.steps, args.lr, warmup)
+                group["lr"] = lr
             loss, skipped = train_step(shared, optimizer, batch, step - 1, args)
-            totals[:3] += torch.stack([loss.where(skipped == 0, 0), skipped, skipped])
-            totals[2] *= skipped
-            totals[3] += batch.real
-            totals[4] += batch.padded
+            totals[:2] += torch.stack([loss.where(skipped == 0, 0), skipped])
+            totals[2] += batch.real
+            totals[3] += batch.padded
+            totals[4] = (totals[4] + 1) * skipped
             progress.update(tokens[step - 1])
             stopped_by = int(over_processes(received[0] if received else 0, dist.ReduceOp.MAX))
             evaluates = step % args.eval_every == 0 or step == args.steps
             if evaluates or step % args.log_every == 0:
-                losses, skipped, in_a_row, real, padded = totals.tolist()
-                losses, lr = over_processes(losses), f"{group['lr']:.2e}"
+                losses, not_finite, real, padded, in_a_row = totals.tolist()
+                losses = over_processes(losses)
                 if in_a_row >= 10:
                     last = max(out.glob(STEP_FOLDER), default="none")
                     raise SystemExit(f"no gradient was finite in the last {in_a_row:.0f} steps, now at learning rate "
-                        f"{lr}: a lower --lr or more --warmup-steps helps; last checkpoint {last}")  # fmt: skip
+                        f"{lr:.2e}: a lower --lr or more --warmup-steps helps; last checkpoint {last}")  # fmt: skip
                 if RANK == 0:
-                    loss = f"{losses / max(1, step - log[-1]['step'] - skipped):.4f}"
-                    speed, padding = f"{(real - before) / (perf_counter() - start):.0f}", f"{1 - real / padded:.3f}"
-                    row = dict(step=step, loss=loss, lr=lr, tokens_per_s=speed, padding=padding)
-                    row["skipped_steps"] = log[-1]["skipped_steps"] + int(skipped)
+                    last, seconds = log[-1], perf_counter() - start
+                    mean = losses / max(1, step - last["step"] - not_finite)
+                    row = dict(step=step, loss=f"{mean:.4f}", lr=f"{lr:.2e}", padding=f"{1 - real / padded:.3f}")
+                    row["tokens_per_s"] = f"{(real - before) / seconds:.0f}"
+                    row["skipped_steps"] = last["skipped_steps"] + int(not_finite)
                     if evaluates:
                         row["held_out_loss"] = f"{held_out_loss(model, data, args.micro_batch_size):.4f}"
                     log.append(row)
                     write_log(out, log)
                     progress.set_postfix(row)
-                totals *= totals.new_tensor([0, 0, 1, 0, 0])
+                totals[:4] = 0
                 start, before = perf_counter(), 0
             if step % args.save_every == 0 or stopped_by:
                 own, *others = totals.tolist()
