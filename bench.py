@@ -306,7 +306,8 @@ def static_row(case: tuple) -> list:
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(compile_kernel(*case))
         flags = ["--dump-resource-usage", "--dump-sass", file.name]
-        listing = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, *flags], text=True)
+        tool = triton.knobs.nvidia.cuobjdump.path
+        listing = subprocess.check_output([tool, *flags], text=True, stderr=subprocess.DEVNULL)
     line = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);"
     code = [(int(address, 16), op, rest) for address, op, rest in re.findall(line, listing)]
     jumps = [(int(re.search(r"0x([0-9a-f]+)", rest)[1], 16), at) for at, op, rest in code if op == "BRA"]
