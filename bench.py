@@ -78,7 +78,7 @@ def write_results(name: str, text: str, panels: dict[str, dict[str, dict[int, fl
     columns = min(4, len(panels))
     rows = len(panels) // columns
     figure = Figure(figsize=(1 + 3 * columns, 2 + 2.4 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey="row" if rows > 1 else "none")
     for axes, (title, lines) in zip(grid.flat, panels.items()):
         for i, (label, points) in enumerate(lines.items()):
             y = [math.nan if isinstance(x, str) else x or math.nan for x in points.values()]
