@@ -246,7 +246,7 @@ def bounds(b: int, l: int, d: int, n: int) -> list[list]:
 
 
 def bench_scan(args):
-    if args.static:
+    if args.static or args.all:
         return bench_static(args)
     torch.set_num_threads(1)
     device, names, shapes = "cpu", ["loop", "reference", "pscan"], [(8, 128), (1, 1024)]
@@ -764,7 +764,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--sizes", type=scan_size, nargs="+", metavar="B,L,D,N", help="default: the base model's, at several lengths")
     add("--static", action="store_true", help="instead: what the machine code of the two main kernels costs, for bf16; "
         "needs no GPU")  # fmt: skip
-    add("--all", action="store_true", help="with --static: of all kernels, and for float32 as well")
+    add("--all", action="store_true", help="the same of all kernels, and for float32 as well")
     add = subcommand(bench_efficiency, "Tables B5 to B7 and Figure 5: MaBERT and its peers")
     add("--device", choices=["cuda", "cpu"], help="default: the GPU, if there is one; on a CPU 15 to 20 minutes")
     add("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}")

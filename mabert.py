@@ -140,8 +140,8 @@ class MambaMixer(nn.Module):
         h, n, k = config.hidden_size, config.d_state, config.d_conv
         d, r = config.expand * h, config.dt_rank or math.ceil(h / 16)
         self.rho_B_C_sizes = (r, n, n)
-        self.conv_padding = (k - 1, 0) if config.causal_conv else ((k - 1) // 2, k // 2)  # (left, right)
-        self.conv_padding = self.conv_padding[:: -1 if reverse else 1]
+        before, after = (k - 1, 0) if config.causal_conv else ((k - 1) // 2, k // 2)
+        self.conv_padding = (after, before) if reverse else (before, after)  # (left, right)
         self.scan_options = dict(delta_softplus=True, reverse=reverse, backend=config.scan_backend)
         self.in_proj = linear(h, 2 * d, bias=False)
         self.conv1d = nn.Conv1d(d, d, k, groups=d)
