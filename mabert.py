@@ -157,8 +157,9 @@ class MambaMixer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         # Eqs. 4–9, in their order
         u, z = self.in_proj(x).chunk(2, dim=-1)  # both (b, l, d)
-        u = F.pad(u.transpose(1, 2), self.conv_padding)  # (b, d, k - 1 + l)
-        u = F.silu(self.conv1d(u)).transpose(1, 2)  # (b, l, d)
+        u = F.pad(u, (0, 0, *self.conv_padding)).transpose(1, 2)[:, :, None]  # (b, d, 1, k - 1 + l)
+        u = F.conv2d(u, self.conv1d.weight[:, :, None], self.conv1d.bias, groups=len(self.conv1d.bias))
+        u = F.silu(u)[:, :, 0].transpose(1, 2)  # (b, l, d)
         rho, B, C = self.x_proj(u).split(self.rho_B_C_sizes, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
         delta = F.linear(rho, self.dt_proj.weight)  # (b, l, d); its bias and softplus join in the scan
         A = -torch.exp(self.A_log)  # (d, n)
@@ -608,8 +609,8 @@ def _row_blocks(starts):
 def _states(delta, x, A, B, h, reverse):
     """A chunk's decays a_t = exp(Δ_t A), and the states before and after each step, all (steps, b, n, d); from delta, x
     (steps, b, d), A (n, d), B (steps, b, n) and h (b, n, d), the first state. Time comes first and channels last, so
-    that a step is one multiply-add over contiguous memory."""
-    a = (delta[:, :, None] * A).exp_()
+    that a step is one multiply-add over contiguous memory. PyTorch's exp2 takes half the time of its exp on a CPU."""
+    a = (delta[:, :, None] * (A / math.log(2))).exp2_()
     states = h.new_empty(len(x) + 1, *h.shape)
     before, after = (states[1:], states[:-1]) if reverse else (states[:-1], states[1:])
     before[-1 if reverse else 0] = h
@@ -633,7 +634,8 @@ def _scan_loop(delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, revers
             h = torch.zeros_like(starts[0, rows])
             for s in _slices(l, LOOP_CHUNK, from_right=reverse):
                 starts[s.start // LOOP_CHUNK, rows] = h
-                delta_s, x_s, B_s, C_s = (tensor[rows, s].transpose(0, 1) for tensor in (delta, x, B, C))
+                inputs = (tensor[rows, s].transpose(0, 1).contiguous() for tensor in (delta, x, B, C))
+                delta_s, x_s, B_s, C_s = inputs  # each (steps, b, ...), and so is what comes of them
                 _, _, states = _states(delta_s, x_s, A, B_s, h, reverse)
                 y[rows, s] = (C_s[:, :, None] @ states).squeeze(2).transpose(0, 1)  # (…, 1, n) @ (…, n, d)
                 h = states[0 if reverse else -1]
@@ -655,7 +657,7 @@ def _scan_loop_backward(
         for rows in _row_blocks(starts):
             q = torch.zeros_like(starts[0, rows])  # a_{t+1} g_{t+1}, (b, n, d)
             for s in _slices(l, LOOP_CHUNK, from_right=not reverse):
-                inputs = (tensor[rows, s].transpose(0, 1) for tensor in (dy, delta, x, B, C))
+                inputs = (tensor[rows, s].transpose(0, 1).contiguous() for tensor in (dy, delta, x, B, C))
                 dy_s, delta_s, x_s, B_s, C_s = inputs  # each (steps, b, ...)
                 a, before, after = _states(delta_s, x_s, A, B_s, starts[s.start // LOOP_CHUNK, rows], reverse)
                 dC[rows, s] = (dy_s[:, :, None] @ after.mT).squeeze(2).transpose(0, 1)  # (…, 1, d) @ (…, d, n)
@@ -1239,9 +1241,9 @@ def selective_scan(
     delta = F.softplus(delta) if delta_softplus else delta
     delta = delta if mask is None else delta * mask[..., None]
     y, _ = _scan_loop(delta, delta * u_, A, B, C, reverse)
-    y = y if D is None else torch.addcmul(y, u_, D.to(dtype))
+    y = y if D is None else y.addcmul_(u_, D.to(dtype))
     y = y if z is None else y * F.silu(z.to(dtype))
-    return (y if mask is None else y * mask[..., None]).to(u.dtype)
+    return (y if mask is None else y.mul_(mask[..., None])).to(u.dtype)
 
 
 # ---- The command: python mabert.py FOLDER "text with a [MASK]" ----
