@@ -83,7 +83,7 @@ def write_results(name: str, text: str, panels: dict[str, dict[str, dict[int, fl
         for i, (label, points) in enumerate(lines.items()):
             y = [math.nan if isinstance(x, str) else x or math.nan for x in points.values()]
             width = max(1, 5 - 0.7 * i)  # lines that coincide show
-            axes.semilogy([*map(str, points)], y, marker="osv^Dp*XPh"[i], lw=width, ms=4, alpha=0.8, label=label)
+            axes.semilogy([*map(str, points)], y, marker="osv^Dp*XPh<>"[i], lw=width, ms=4, alpha=0.8, label=label)
         axes.set_title(title, fontsize=9)
     where = dict(loc="outside lower center", ncols=7, fontsize=8)
     figure.legend(*axes.get_legend_handles_labels(), title=f"x: {x_label}", **where)
@@ -384,6 +384,8 @@ OURS = {
     "MaBERT-211M": dict(expand=8),  # the paper's has 205.3 M parameters, the additional ones for "SSM capacity"
     "T12": dict(pattern="T" * 12),  # the pattern alone: pre-LN, so not BERT
     "M12": dict(pattern="M" * 12),
+    "MW6": dict(pattern="MW" * 6),
+    "H12": dict(pattern="H" * 12),
 }
 MODELS = [*TRANSFORMERS, *OURS]
 SETTINGS = {"plain": None, "compiled": "default", "CUDA graphs": "reduce-overhead"}  # modes of torch.compile
@@ -526,8 +528,8 @@ def efficiency_text(cells: dict, notes: dict, parameters: dict[str, int], args) 
     text = f"""{header(args.device)}
 {how}; {setting}.
 Medians of {args.rounds - max(2, args.rounds // 6)} runs in turns, or at least 3, if those took over {args.seconds:g} s.
-In brackets the paper's figures, from an A100, 32 rows in an optimizer step; its MaBERT has 205.3 M parameters. T12 and
-M12 are MaBERT with one type of layer (T12 is pre-LN, so not BERT).
+In brackets the paper's figures, from an A100, 32 rows in an optimizer step; its MaBERT has 205.3 M parameters. T12,
+M12, MW6 and H12 are MaBERT with other patterns (T12 is pre-LN, so not BERT).
 """
     columns = {}
     for measure, models in cells.items():
