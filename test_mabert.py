@@ -172,8 +172,8 @@ def in_a_folder_of_its_own(given, tmp_path, monkeypatch):
 
 
 SMALL_RUN = """--out run --sample-by line --pattern WHT --hidden-size 32 --num-heads 2 --intermediate-size 64
-    --d-state 4 --dropout 0 --steps 150 --length-schedule 16:0.75 32:0.25 --batch-size 32 --micro-batch-size 16 --lr 5e-3
-    --eval-every 75 --log-every 25 --save-every 50"""
+    --d-state 4 --dropout 0 --steps 150 --length-schedule 16:0.75 32:0.25 --batch-size 32 --micro-batch-size 16
+    --lr 5e-3 --eval-every 75 --log-every 25 --save-every 50"""
 
 
 def arguments(flags="") -> list[str]:
