@@ -33,13 +33,12 @@ from tokenizers import Tokenizer
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from mabert import MaBERTConfig, MaBERTForSequenceClassification
+from mabert import POOLINGS, MaBERTConfig, MaBERTForSequenceClassification
 from train_mlm import autocast, batched, learning_rate, make_optimizer, number, rng, write_whole
 
 # ---- Arguments: the defaults are BERT's protocol; the paper's values are absent from our copy ----
 
 HUB_DATA = "nyu-mll/glue"
-POOLINGS = ("map", "attn", "cls", "mean")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WARMUP = 0.1  # share of the steps
 WEIGHT_DECAY = 0.01
@@ -509,7 +508,7 @@ def main(argv: list[str]):
     out = Path(args.out, "ablation" if args.ablation else "poolings" if args.poolings else "results")
     write_whole(out.with_suffix(".json"), json.dumps(dict(command=command, rows=rows, runs=runs), indent=2) + "\n")
     write_whole(out.with_suffix(".md"), f"{table}\n\n`{command}`, {runs[0]['machine']}\n")
-    print(f"\n{table}\n\nin {out}.md and .json; a file for each run beside them")
+    print(f"\n{table}\n\nin {out}.md and .json; a file for each run beside them" + ", a folder with its model" * args.save)
     if args.predict:
         print(f"for the benchmark: {out.parent / 'submission'}")
 

@@ -246,8 +246,8 @@ class TransformerLayer(nn.Module):
 class HybridLayer(MambaLayer):
     """Attention and a Mamba mixer side by side, each half of a layer (half of the heads, expand 1): x (b, l, h), mask
     (b, l) -> (b, l, h). Both read the same normalised, pre-masked input; their outputs are normalised and averaged (as
-    in Hymba, arXiv 2411.13676, and arXiv 2510.04800), at first at a tenth of the scale, or they would drown x. The
-    stages of PSM are those of MambaLayer."""
+    in Hymba, arXiv 2411.13676, and arXiv 2510.04800), at first with a gain of 0.1, about what attention or a mixer adds
+    to x in the other layers. The stages of PSM are those of MambaLayer."""
 
     def __init__(self, config: MaBERTConfig):
         super().__init__(dataclasses.replace(config, expand=1))
