@@ -508,7 +508,7 @@ def main(argv: list[str]):
     out = Path(args.out, "ablation" if args.ablation else "poolings" if args.poolings else "results")
     write_whole(out.with_suffix(".json"), json.dumps(dict(command=command, rows=rows, runs=runs), indent=2) + "\n")
     write_whole(out.with_suffix(".md"), f"{table}\n\n`{command}`, {runs[0]['machine']}\n")
-    print(f"\n{table}\n\nin {out}.md and .json; a file for each run beside them" + ", a folder with its model" * args.save)
+    print(f"\n{table}\n\nin {out}.md and .json; each run's file{' and model' * args.save} beside them")
     if args.predict:
         print(f"for the benchmark: {out.parent / 'submission'}")
 
