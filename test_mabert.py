@@ -197,8 +197,8 @@ def drift(config, paddings, dtype) -> float:
     torch.manual_seed(1)
     ids, labels, changes = torch.randint(1, 60, (3, 11)), torch.randint(0, 60, (3, 11)), []
     labels[torch.rand(3, 11) < 0.5] = -100
-    for model_class, pooling in ((MaBERTForMaskedLM, "map"), *((Classifier, x) for x in ("map", "mean", "cls"))):
-        model, results = build(model_class, replace(config, pooling=pooling), dtype), []
+    for model_class in (MaBERTForMaskedLM, Classifier):
+        model, results = build(model_class, config, dtype), []
         for pads in ((0, 0), *paddings):
             inputs = padded(ids, *pads, value=7), padded(torch.ones(3, 11), *pads)
             wanted = padded(labels, *pads, value=-100) if model_class is MaBERTForMaskedLM else torch.tensor([0, 1, 1])
@@ -216,6 +216,7 @@ PADDING = [  # pattern, changes of the config, paddings, dtype and bounds of the
     *((pattern, {}, [(4, 0), (2, 5)], CLOSE) for pattern in LAYERINGS),
     pytest.param("MT", dict(d_state=1, scan_backend="triton"), [(2, 3)], CLOSE, id="kernels_in", marks=interpreted),
     ("MWHT", dict(causal_conv=True), ALL, EXACT),
+    *(("MWHT", dict(pooling=pooling), ALL, EXACT) for pooling in ("cls", "mean")),  # attn sees pads
     *(("MWHT", dict(psm=("pre", "scan"), causal_conv=causal), [(4, 4)], EXACT) for causal in (True, False)),
     # where no pad comes before a real token, or attention masks them anyway, the stages change nothing
     *((pattern, dict(psm=psm, causal_conv=True), [pads], EXACT)
@@ -223,7 +224,7 @@ PADDING = [  # pattern, changes of the config, paddings, dtype and bounds of the
       for psm in ((), ("pre",), ("post",), ("pre", "post"), ("scan",))),
     # the checks above can fail: each of these is known to leak, the paper's two stages by the convolution's bias
     *((pattern, changes, [pads], LEAKS) for letter, pads in (("M", (4, 0)), ("H", (4, 0)), ("W", (0, 9)))
-      for pattern in LAYERINGS if letter in pattern
+      for pattern in (letter, "MMT", "WHTM") if letter in pattern
       for changes in (dict(psm=()), dict(psm=(), causal_conv=True), dict(psm=("pre", "post")))),
     *((pattern, dict(psm=()), [pads], LEAKS) for pattern, pads in (("MMT", (0, 9)), ("H", (0, 9)), ("W", (4, 0)))),
 ]  # fmt: skip
