@@ -768,7 +768,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "needs no GPU")  # fmt: skip
     add("--all", action="store_true", help="the same of all kernels, and for float32 as well")
     add = subcommand(bench_efficiency, "Tables B5 to B7 and Figure 5: MaBERT and its peers")
-    add("--device", choices=["cuda", "cpu"], help="default: the GPU, if there is one; on a CPU 15 to 20 minutes")
+    add("--device", choices=["cuda", "cpu"], help="default: the GPU, if there is one; a CPU measures less")
     add("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}")
     add("--lengths", type=positive, nargs="+", help="tokens (default: the paper's and up to 16384; else fewer)")
     add("--seconds", type=number(float, 1e-3), help="for the runs of a measure at a length (default: 600; on a CPU 60)")
