@@ -609,7 +609,7 @@ def _row_blocks(starts):
 def _states(delta, x, A, B, h, reverse):
     """A chunk's decays a_t = exp(Δ_t A), and the states before and after each step, all (steps, b, n, d); from delta, x
     (steps, b, d), A (n, d), B (steps, b, n) and h (b, n, d), the first state. Time comes first and channels last, so
-    that a step is one multiply-add over contiguous memory. PyTorch's exp2 takes half the time of its exp on a CPU."""
+    that a step is one multiply-add over contiguous memory. On a CPU PyTorch's exp2 is faster than its exp."""
     a = (delta[:, :, None] * (A / math.log(2))).exp2_()
     states = h.new_empty(len(x) + 1, *h.shape)
     before, after = (states[1:], states[:-1]) if reverse else (states[:-1], states[1:])

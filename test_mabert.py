@@ -219,7 +219,8 @@ PADDING = [  # pattern, changes of the config, paddings, dtype and bounds of the
     *((pattern, {}, [(4, 0), (2, 5)], CLOSE) for pattern in LAYERINGS),
     pytest.param("MT", dict(d_state=1, scan_backend="triton"), [(2, 3)], CLOSE, id="kernels_in", marks=interpreted),
     ("MWHT", dict(causal_conv=True), ALL, EXACT),
-    *(("MWHT", dict(pooling=pooling), ALL, EXACT) for pooling in ("cls", "mean")),  # attn sees pads
+    *(("MWHT", dict(pooling=pooling, causal_conv=causal), ALL, EXACT)  # "attn" sees pads
+      for pooling in ("cls", "mean") for causal in (True, False)),
     *(("MWHT", dict(psm=("pre", "scan"), causal_conv=causal), [(4, 4)], EXACT) for causal in (True, False)),
     # where no pad comes before a real token, or attention masks them anyway, the stages change nothing
     *((pattern, dict(psm=psm, causal_conv=True), [pads], EXACT)
@@ -227,7 +228,7 @@ PADDING = [  # pattern, changes of the config, paddings, dtype and bounds of the
       for psm in ((), ("pre",), ("post",), ("pre", "post"), ("scan",))),
     # the checks above can fail: each of these is known to leak, the paper's two stages by the convolution's bias
     *((pattern, changes, [pads], LEAKS) for letter, pads in (("M", (4, 0)), ("H", (4, 0)), ("W", (0, 9)))
-      for pattern in (letter, "MMT", "WHTM") if letter in pattern
+      for pattern in LAYERINGS if letter in pattern
       for changes in (dict(psm=()), dict(psm=(), causal_conv=True), dict(psm=("pre", "post")))),
     *((pattern, dict(psm=()), [pads], LEAKS) for pattern, pads in (("MMT", (0, 9)), ("H", (0, 9)), ("W", (4, 0)))),
 ]  # fmt: skip
@@ -388,10 +389,9 @@ SIZES = [  # b, l, d, n; rows of masks(l) or None; chunks of 16 to a segment, or
     *((*size, None, None) for size in ((1, 18, 32, 16), (2, 5, 33, 3), (1, 6, 3, 40))),  # 40: groups of 16, 16 and 8
 ]
 IN_HALF = [(*case, dtype) for dtype in HALF for case in ((1, 20, 5, 2, slice(3, 4), None), (1, 6, 5, 17, None, None))]
-KERNEL_CASES = [(*size, torch.float32) for size in SIZES] + IN_HALF
 KERNEL_CASES = [  # in both directions; the longest, which take seconds in the interpreter, in one, by turns
     (*case, reverse)
-    for i, case in enumerate(KERNEL_CASES)
+    for i, case in enumerate([*((*size, torch.float32) for size in SIZES), *IN_HALF])
     for reverse in ((False, True) if case[1] < 40 else (i % 2 == 0,))
 ]
 
@@ -486,16 +486,12 @@ selective_scan(x, x, A, x, x, backend="triton")"""
 
 @pytest.mark.skipif(mabert.INTERPRETED or not mabert.triton, reason="needs Triton's compiler")
 def test_machine_code_of_the_kernels():
-    """The main two for bf16 and both GPUs, and all for float32."""
-    code = """import bench
-bench.main(["scan", "--static"])
-print(bench.table([], [bench.static_row((kernel, "sm_80", "fp32")) for kernel in bench.STATIC_CASES]))"""
-    command = [sys.executable, "-c", code]  # its threads and forks do not mix
+    command = [sys.executable, str(ROOT / "bench.py"), "scan", "--static", "--all"]  # its threads and forks do not mix
     lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| _")]
     most = {"_pack": 0, "_segment_ends": 6.5, "_segment_ends (backward)": 7.5, "_segment_starts": 12}
     most |= {"_outputs": 9.0, "_gradients": 36.0}
-    assert len(rows) == len(most) + 4
+    assert len(rows) == 4 * len(most)
     for kernel, _, _, registers, stack, instructions, exponentials, shuffles in rows:
         assert float(instructions.split()[-1]) <= most[kernel]  # of _gradients the sum
         assert int(stack) == 0 and int(registers) <= 170
@@ -898,14 +894,8 @@ def test_runs_repeat_and_these_flags_change_nothing_but_cost(monkeypatch):
     weights, calls, compiled = zip(*runs)
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
     assert relative(weights[4], weights[3]) < 1e-4 and relative(weights[5], weights[3]) < 1e-4
-    assert calls[2] - calls[1] == calls[0] + 3 * 2 * 2 and compiled == (
-        0,
-        0,
-        0,
-        0,
-        0,
-        1,
-    )  # steps, micro-batches, layers
+    assert calls[2] - calls[1] == calls[0] + 3 * 2 * 2  # steps, micro-batches, W and H
+    assert compiled == (0, 0, 0, 0, 0, 1)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(monkeypatch):
@@ -1645,18 +1635,18 @@ def test_bench_patterns(capsys, monkeypatch):
     small = "--hidden-size 16 --num-heads 2 --intermediate-size 16 --d-state 2"
     for name, value in dict(SMALL=small.split(), VOCAB_SIZE="100", CAUSAL_TOO=["MT"], TOKENS=128).items():
         monkeypatch.setattr(bench, name, value)
-    flags = "patterns --data text.txt --patterns MT --length 16 --steps 3 --seeds 1 --jobs 2 --out runs"
+    flags = "patterns --data text.txt --patterns T MT --length 16 --steps 3 --seeds 1 --jobs 2 --out runs"
     bench.main(flags.split())
     rows = re.findall(r"^\| (\S.*?) \| (\d\.\d+) \| (\d\.\d+) \| \d+ \|$", capsys.readouterr().out, re.MULTILINE)
-    assert [row[0] for row in rows] == ["MT", "MT, causal"]
-    names = ("tokenizer", "MT-seed0", "MT-causal-seed0")
+    assert [row[0] for row in rows] == ["T", "MT", "MT, causal"]
+    names = ("tokenizer", "T-seed0", "MT-causal-seed0")
     assert len({Path(f"runs/{name}/tokenizer.json").read_bytes() for name in names}) == 1
     made = [json.loads(Path(f"runs/{name}-seed0/args.json").read_text()) for name in ("MT", "MT-causal")]
     assert [(run["causal_conv"], run["batch_size"]) for run in made] == [(False, 8), (True, 8)]
     monkeypatch.setattr(bench.subprocess, "run", None)  # a finished run is only read
     bench.main(flags.split())
     assert " | ".join(rows[1]) in capsys.readouterr().out
-    for more, name in (("--steps 4", "MT-seed0"), ("--data words.json", "tokenizer")):
+    for more, name in (("--steps 4", "T-seed0"), ("--data words.json", "tokenizer")):
         refused(bench.main, f"{flags} {more}".split(), said=f"runs/{name} was made with other flags")
 
 
