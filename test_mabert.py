@@ -174,7 +174,7 @@ def in_a_folder_of_its_own(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-SMALL_RUN = """--out run --sample-by line --pattern WHT --hidden-size 32 --num-heads 2 --intermediate-size 64
+SMALL_RUN = """--out run --sample-by line --pattern MWHT --hidden-size 32 --num-heads 2 --intermediate-size 64
     --d-state 4 --dropout 0 --steps 150 --length-schedule 16:0.75 32:0.25 --batch-size 32 --micro-batch-size 16
     --lr 5e-3 --eval-every 75 --log-every 25 --save-every 50"""
 
@@ -880,7 +880,7 @@ def test_the_loss_after_twenty_steps_is_known():
     pretrain("--steps 20 --log-every 5 --dropout 0.1")
     losses, rates = ([float(row[name]) for row in trained()[1][1:]] for name in ("loss", "lr"))
     assert (rates[0], rates[-1]) == pytest.approx((5e-3 * 16 / 18, 5e-3 / 18), rel=0.01)
-    assert losses == pytest.approx([3.1993, 3.1082, 3.0941, 3.0607], abs=5e-3)
+    assert losses == pytest.approx([3.2016, 3.1209, 3.0864, 3.0636], abs=5e-3)
 
 
 def test_runs_repeat_and_these_flags_change_nothing_but_cost(monkeypatch):
@@ -894,7 +894,7 @@ def test_runs_repeat_and_these_flags_change_nothing_but_cost(monkeypatch):
     weights, calls, compiled = zip(*runs)
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
     assert relative(weights[4], weights[3]) < 1e-4 and relative(weights[5], weights[3]) < 1e-4
-    assert calls[2] - calls[1] == calls[0] + 3 * 2 * 2  # steps, micro-batches, W and H
+    assert calls[2] - calls[1] == calls[0] + 3 * 2 * 3  # steps, micro-batches; M, W and H
     assert compiled == (0, 0, 0, 0, 0, 1)
 
 
@@ -1304,12 +1304,12 @@ def test_the_profile_covers_the_step_and_counts_operations_and_tokens(capsys):
     pretrain("--profile 2")
     assert not Path("run").exists()
     sections = capsys.readouterr().out.split("\nrows of ")[1:]
-    kinds = ("W layers", "H layers", "T layers", "rest")
+    kinds = ("M layers", "W layers", "H layers", "T layers", "rest")
     kinds = {f"{way}, {kind}" for way in ("forward", "backward") for kind in kinds}
     for section, length in zip(sections, ("16", "32"), strict=True):
         parts = dict(re.findall(r"^  (\S.*?)  .*?([\d.]+)%$", section, re.MULTILINE))
         assert section.split()[0] == length and parts.keys() == kinds | {"waiting for data", "optimizer"}
-        assert sum(map(float, parts.values())) == pytest.approx(100, abs=0.5) and float(parts["forward, W layers"]) > 1
+        assert sum(map(float, parts.values())) == pytest.approx(100, abs=0.5) and float(parts["forward, M layers"]) > 1
     short, long = (train_mlm.flops_per_token(MaBERTConfig(), length, 0.15) for length in (128, 512))
     h, mamba = 768, 8 * (768 * 2 * 1536 + 1536 * (48 + 32) + 48 * 1536 + 1536 * 768 + 2 * 768 * 3072)
     transformer, convolution, head = 4 * (4 * h * h + 2 * h * 3072), 8 * 1536 * 4, 0.15 * h * (h + 30522)
