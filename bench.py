@@ -5,9 +5,10 @@
     python bench.py efficiency       # memory, latency and training time of MaBERT and its peers, beside the paper's
     python bench.py drift            # what padding does to real tokens, for each form of padding-safe masking
     python bench.py patterns         # does interleaving help? A short pretraining of Table 1's patterns, and others
+    python bench.py study psm        # what padding-safe masking is worth in pretraining; also: budgets, sizes
 
 Keep a table with a redirection, python bench.py scan > results/scan.md; efficiency and drift write their tables, JSON
-and a figure with --out NAME.
+and a figure with --out NAME, study into its folder.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import mabert
-from mabert import MaBERT, MaBERTConfig, MaBERTForSequenceClassification, triton
+from mabert import MaBERT, MaBERTConfig, MaBERTForMaskedLM, MaBERTForSequenceClassification, triton
 
 
 def header(device: str | None = "cpu") -> str:
@@ -69,8 +70,9 @@ def check_out(name: str | None):
             raise SystemExit(f"--out: cannot write {name}.md: {error.strerror}") from error
 
 
-def write_results(name: str, text: str, panels: dict[str, dict[str, dict[int, float | str]]], x_label: str):
-    """NAME.md; NAME.json, {title: {label: {x: y}}}; and NAME.png, a panel for each title, without text and zeros."""
+def write_results(name: str, text: str, panels: dict[str, dict[str, dict]], x_label: str, y_scale="log"):
+    """NAME.md; NAME.json, {title: {label: {x: y}}}; and NAME.png, a panel for each title, without text and zeros. Where
+    y is linear, numbers on the x axis are logarithmic; else values of x stand side by side."""
     from matplotlib.figure import Figure
 
     write_whole(Path(f"{name}.md"), text)
@@ -78,12 +80,16 @@ def write_results(name: str, text: str, panels: dict[str, dict[str, dict[int, fl
     columns = min(4, len(panels))
     rows = len(panels) // columns
     figure = Figure(figsize=(1 + 3 * columns, 2 + 2.4 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharey="row" if rows > 1 else "none")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey="row" if rows > 1 or y_scale == "linear" else "none")
     for axes, (title, lines) in zip(grid.flat, panels.items()):
         for i, (label, points) in enumerate(lines.items()):
             y = [math.nan if isinstance(x, str) else x or math.nan for x in points.values()]
+            x = [x if y_scale == "linear" else str(x) for x in points]
             width = max(1, 5 - 0.7 * i)  # lines that coincide show
-            axes.semilogy([*map(str, points)], y, marker="osv^Dp*XPh<>"[i], lw=width, ms=4, alpha=0.8, label=label)
+            axes.plot(x, y, marker="osv^Dp*XPh<>"[i], lw=width, ms=4, alpha=0.8, label=label)
+        if not isinstance(x[0], str):
+            axes.set_xscale("log")
+        axes.set_yscale(y_scale)
         axes.set_title(title, fontsize=9)
     where = dict(loc="outside lower center", ncols=7, fontsize=8)
     figure.legend(*axes.get_legend_handles_labels(), title=f"x: {x_label}", **where)
@@ -664,7 +670,7 @@ CAUSAL_TOO = ["MMT" * 4, "MWT" * 4, "MW" * 6]  # the others with a centred convo
 PATTERNS = [unit * (12 // len(unit)) for unit in ("M", "T", "MTT", "TM", "MT", "TMM", "TTM", "MMMTMM", "W", "H")]
 PATTERNS += CAUSAL_TOO
 VOCAB_SIZE = "4096"
-TOKENS = 2048  # of a step
+STEPS, TOKENS = 1200, 2048  # of a step
 SMALL = """--hidden-size 64 --num-heads 4 --intermediate-size 256 --d-state 8 --dropout 0 --lr 2e-3
     --warmup-steps 100""".split()
 
@@ -723,23 +729,108 @@ def held_out_loss(folder: Path) -> float:
         return float(list(csv.DictReader(file))[-1]["held_out_loss"])
 
 
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def compare(args, variants: dict[str, list[str]]) -> tuple[str, dict[str, dict]]:
+    """A table of the variants' held-out losses and what they cost, and its numbers."""
+    (seconds, folders), rows, found = pretrain_all(args, variants), [], {}
+    for name, runs in folders.items():
+        losses, time = list(map(held_out_loss, runs)), min(seconds[name])
+        model = MaBERTForMaskedLM.from_pretrained(runs[0])
+        run = json.loads((runs[0] / "args.json").read_text(encoding="utf-8"))
+        flops = run["steps"] * TOKENS * train_mlm.flops_per_token(model.config, args.length, run["mask_rate"]) / 1e12
+        size = sum(weight.numel() for weight in model.parameters()) / 1e6
+        rows.append([name, spread(losses), f"{size:.2f}", f"{1000 * time:.0f}", f"{flops:.3g}"])
+        found[name] = dict(loss=statistics.mean(losses), steps=run["steps"], TFLOP=flops, seconds=run["steps"] * time)
+        found[name]["folders"] = runs
+    text = f"""{header(None)}
+Masked language modelling: {args.steps} steps of {TOKENS // args.length} rows of {args.length} tokens, hidden size 64, a
+centred convolution, unless said otherwise; seeds: {args.seeds}. TFLOP: PyTorch's count, without the scan.
+
+"""
+    head = ["", "held-out loss, nats", "parameters, M", f"ms a step, best of {args.seeds}", "TFLOP of the run"]
+    return text + table(head, rows), found
+
+
 def bench_patterns(args):
     try:
         variants = {MaBERTConfig(pattern=p).pattern: ["--pattern", p, "--no-causal-conv"] for p in args.patterns}
     except ValueError as error:
         raise SystemExit(f"--patterns: {error}") from error
     variants |= {f"{p}, causal": ["--pattern", p, "--causal-conv"] for p in CAUSAL_TOO if p in variants}
-    seconds, folders = pretrain_all(args, variants)
-    rows = []
-    for name in variants:
-        losses = list(map(held_out_loss, folders[name]))
-        loss = f"{statistics.mean(losses):.3f}" + (f" ± {statistics.stdev(losses):.3f}" if args.seeds > 1 else "")
-        size = sum(weight.numel() for weight in mabert.torch_load(folders[name][0] / "model.pt").values())
-        rows.append([name, loss, f"{size / 1e6:.2f}", f"{1000 * min(seconds[name]):.0f}"])
-    print(header(None))
-    print(f"{args.steps} steps of masked language modelling, {TOKENS // args.length} rows of {args.length} tokens, "
-          f"hidden size 64, a centred convolution unless said otherwise; seeds: {args.seeds}.\n")  # fmt: skip
-    print(table(["pattern", "held-out loss, nats", "parameters, M", f"ms a step, best of {args.seeds}"], rows))
+    print(compare(args, variants)[0])
+
+
+# ---- study: what each choice is worth: pretrainings that differ in it alone ----
+
+STUDIES = {  # a variant's name, which begins with its pattern, and flags of train_mlm.py
+    "psm": {
+        f"{pattern}, {form}": f"--pattern {pattern} --psm {form} --sample-by paragraph"
+        for pattern in ("MMTMMT", "MWTMWT")
+        for form in ("none", "pre", "post", "pre+post", "pre+scan+post")
+    },
+    "budgets": {
+        f"{unit}, {steps} steps": f"--pattern {unit * (12 // len(unit))} --steps {steps}"
+        for unit in ("T", "MMT", "MWT")
+        for steps in (400, 1000, 2000, 4000)  # 10, 25, 50, 100 %
+    },
+    "sizes": {
+        f"{unit}, hidden {h}": f"--pattern {unit * (12 // len(unit))} --hidden-size {h} --intermediate-size {4 * h}"
+        for unit in ("T", "M", "MMT", "MWT", "H")
+        for h in (32, 64, 128)
+    },
+}
+PADDINGS = {  # of held-out rows: how many at once, pads beside those of training, their side
+    "as in training": (32, 1, "right"),
+    "on the left": (32, 1, "left"),
+    "four times as many": (32, 4, "right"),
+    "none": (1, 0, "right"),
+}
+
+
+@torch.no_grad()
+def losses_by_padding(folder: Path) -> list[float]:
+    """The held-out loss of a run, in nats, in the order of PADDINGS."""
+    model, losses = MaBERTForMaskedLM.from_pretrained(folder), []
+    flags = train_mlm.parse_args(shlex.split((folder / "flags.txt").read_text(encoding="utf-8")))
+    with contextlib.redirect_stdout(sys.stderr):
+        held_out = train_mlm.prepare(flags, folder / "tokenizer.json").held_out
+    for size, times, side in PADDINGS.values():
+        losses.append(0.0)
+        for part in train_mlm.micro_batches(held_out, size):
+            lengths = part[1].sum(1)
+            more = round((times - 1) * (part[1].shape[1] - lengths.double().mean().item()))
+            fill = (model.config.pad_token_id, False, train_mlm.IGNORED)
+            part = [F.pad(x, (0, more), value=value) for x, value in zip(part, fill)]
+            if side == "left":
+                part = [torch.stack([row.roll(len(row) - n) for row, n in zip(x, lengths.tolist())]) for x in part]
+            losses[-1] += model(*part[:2], labels=part[2], reduction="sum").loss.item()
+        losses[-1] /= (held_out[2] != train_mlm.IGNORED).sum()
+    return losses
+
+
+def bench_study(args):
+    name, args.length, args.steps = str(Path(args.out, args.study)), 64, STEPS
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    check_out(name)
+    text, found = compare(args, {variant: flags.split() for variant, flags in STUDIES[args.study].items()})
+    x_axes = dict(psm=["pads"], budgets=["steps", "seconds"], sizes=["TFLOP", "seconds"])[args.study]
+    rows, panels = [], collections.defaultdict(lambda: collections.defaultdict(dict))
+    for variant, run in found.items():
+        first, second = variant.split(", ")
+        if args.study == "psm":
+            losses = list(zip(*map(losses_by_padding, tqdm(run["folders"], variant))))
+            rows.append([variant, *map(spread, losses)])
+            panels[first][second] = dict(zip(PADDINGS, map(statistics.mean, losses)))
+        else:
+            for x in x_axes:
+                panels[f"by {x}"][first][run[x]] = run["loss"]
+    if rows:
+        text += f"\n\nThe held-out loss with other pads:\n\n{table(['', *PADDINGS], rows)}"
+    print(text)
+    write_results(name, text + "\n", panels, f"{' / '.join(x_axes)}; y: held-out loss, nats", "linear")
 
 
 positive = number(int, 1, 2**31)
@@ -783,14 +874,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--sentences", metavar="FILE", help=f"{ROWS} rows of CoLA's dev.tsv or of a text file, instead of random ones")
     add("--out", **out)
     add = subcommand(bench_patterns, "a short pretraining of each pattern of the paper's Table 1, and of others")
-    add("--data", nargs="+", metavar="PATH", help="text, as train_mlm.py takes it; without, its demo's")
     add("--patterns", nargs="+", default=PATTERNS, help="default: the paper's eight, of 12 layers, and others; "
         f"{', '.join(CAUSAL_TOO)} also with a causal convolution")  # fmt: skip
     add("--length", type=number(int, 8, TOKENS + 1), default=64, help="tokens of a row (%(default)s)")
-    add("--steps", type=positive, default=1200, help="of each run (%(default)s)")
-    add("--seeds", type=positive, default=2, help="runs of each pattern (%(default)s)")
-    add("--jobs", type=positive, default=1, help="runs at the same time, each on its share of the cores (%(default)s)")
-    add("--out", default="out/patterns", help="a folder, where finished runs of the same flags are kept (%(default)s)")
+    add("--steps", type=positive, default=STEPS, help="of each run (%(default)s)")
+    more = subcommand(bench_study, "what padding-safe masking, a longer and a larger pretraining are worth")
+    more("study", choices=STUDIES, help="which")
+    for both, seeds, out in ((add, 2, "out/patterns"), (more, 1, "out/study")):
+        both("--data", nargs="+", metavar="PATH", help="text, as train_mlm.py takes it; without, its demo's")
+        both("--seeds", type=positive, default=seeds, help="runs of each variant (%(default)s)")
+        both("--jobs", type=positive, default=1, help="at the same time, each on its share of the cores (%(default)s)")
+        both("--out", default=out, help="a folder, where finished runs of the same flags are kept (%(default)s)")
     return parser.parse_args(argv)
 
 

@@ -1637,7 +1637,8 @@ def test_bench_patterns(capsys, monkeypatch):
         monkeypatch.setattr(bench, name, value)
     flags = "patterns --data text.txt --patterns T MT --length 16 --steps 3 --seeds 1 --jobs 2 --out runs"
     bench.main(flags.split())
-    rows = re.findall(r"^\| (\S.*?) \| (\d\.\d+) \| (\d\.\d+) \| \d+ \|$", capsys.readouterr().out, re.MULTILINE)
+    cells = r"^\| (\S.*?) \| (\d\.\d+) \| (\d\.\d+) \| \d+ \| (\S+) \|$"
+    rows = re.findall(cells, capsys.readouterr().out, re.MULTILINE)
     assert [row[0] for row in rows] == ["T", "MT", "MT, causal"]
     names = ("tokenizer", "T-seed0", "MT-causal-seed0")
     assert len({Path(f"runs/{name}/tokenizer.json").read_bytes() for name in names}) == 1
@@ -1645,9 +1646,46 @@ def test_bench_patterns(capsys, monkeypatch):
     assert [(run["causal_conv"], run["batch_size"]) for run in made] == [(False, 8), (True, 8)]
     monkeypatch.setattr(bench.subprocess, "run", None)  # a finished run is only read
     bench.main(flags.split())
-    assert " | ".join(rows[1]) in capsys.readouterr().out
+    assert " | ".join(rows[1][:3]) in capsys.readouterr().out
     for more, name in (("--steps 4", "T-seed0"), ("--data words.json", "tokenizer")):
         refused(bench.main, f"{flags} {more}".split(), said=f"runs/{name} was made with other flags")
+
+
+def test_bench_study(capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for study in bench.STUDIES.values():  # names make folders; flags are taken
+        assert len({train_mlm.parse_args([*bench.SMALL, *flags.split()]).pattern for flags in study.values()}) > 1
+    put("text.txt", "\n\n".join(f"w{i} w{i + 1} w{i + 2} " * (1 + i % 15) for i in range(300)))
+    small = "--hidden-size 16 --num-heads 2 --intermediate-size 16 --d-state 2 --lr 3e-2"
+    psm = {"MT, none": "--pattern MT --psm none --sample-by paragraph", "WM, pre+scan+post": "--pattern WM"}
+    psm["WM, pre+scan+post"] += " --sample-by paragraph"
+    sizes = {f"M, hidden {h}": f"--pattern M --hidden-size {h} --steps {h}" for h in (8, 16)}
+    for name, value in dict(
+        SMALL=small.split(), VOCAB_SIZE="100", STEPS=40, STUDIES=dict(psm=psm, sizes=sizes)
+    ).items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(train_mlm.signal, "signal", lambda *_: None)  # not of a thread's concern
+
+    def here(command, **_):  # without a process for each run
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            train_mlm.main(command[2:])
+        return subprocess.CompletedProcess(command, 0, printed.getvalue(), "")
+
+    monkeypatch.setattr(bench.subprocess, "run", here)
+    bench.main("study psm --data text.txt --seeds 2 --out runs".split())
+    found, printed = json.loads(Path("runs/psm.json").read_text()), capsys.readouterr().out
+    trained, left, four, none = found["WM"]["pre+scan+post"].values()
+    assert trained == pytest.approx(
+        bench.statistics.mean(map(bench.held_out_loss, Path("runs").glob("WM-*"))), abs=1e-4
+    )
+    assert left == pytest.approx(trained) and four == pytest.approx(trained) and none == pytest.approx(trained)
+    trained, left, four, none = found["MT"]["none"].values()
+    assert len({round(x, 4) for x in (trained, left, none)}) == 3
+    assert f"| MT, none | {trained:.3f} ± " in printed and Path("runs/psm.png").exists()
+    bench.main("study sizes --data text.txt --out runs".split())
+    found = json.loads(Path("runs/sizes.json").read_text())
+    assert len(found["by TFLOP"]["M"]) == len(found["by seconds"]["M"]) == 2
 
 
 def test_the_baselines_have_the_parameters_of_the_papers_table():
