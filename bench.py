@@ -670,7 +670,8 @@ CAUSAL_TOO = ["MMT" * 4, "MWT" * 4, "MW" * 6]  # the others with a centred convo
 PATTERNS = [unit * (12 // len(unit)) for unit in ("M", "T", "MTT", "TM", "MT", "TMM", "TTM", "MMMTMM", "W", "H")]
 PATTERNS += CAUSAL_TOO
 VOCAB_SIZE = "4096"
-STEPS, TOKENS = 1200, 2048  # of a step
+STEPS = 1200
+TOKENS = 2048  # of a step
 SMALL = """--hidden-size 64 --num-heads 4 --intermediate-size 256 --d-state 8 --dropout 0 --lr 2e-3
     --warmup-steps 100""".split()
 
@@ -709,7 +710,7 @@ def pretrain_all(args, variants: dict[str, list[str]]) -> tuple[dict[str, list[f
     runs = list(itertools.product(range(args.seeds), variants))
 
     def run(seed: int, name: str, profile: bool = False) -> Path:
-        folder = f"{name.replace(', ', '-')}-seed{seed}"
+        folder = f"{re.sub('[, ]+', '-', name)}-seed{seed}"
         return pretrain(args, folder, [*flags, *variants[name], "--seed", str(seed)], profile)
 
     seconds, folders = {name: [] for name in variants}, {name: [] for name in variants}
@@ -791,12 +792,9 @@ PADDINGS = {  # of held-out rows: how many at once, pads beside those of trainin
 
 
 @torch.no_grad()
-def losses_by_padding(folder: Path) -> list[float]:
-    """The held-out loss of a run, in nats, in the order of PADDINGS."""
+def losses_by_padding(folder: Path, held_out: tuple) -> list[float]:
+    """The loss of a run's model on the held-out rows of `train_mlm.Data`, in nats, in the order of PADDINGS."""
     model, losses = MaBERTForMaskedLM.from_pretrained(folder), []
-    flags = train_mlm.parse_args(shlex.split((folder / "flags.txt").read_text(encoding="utf-8")))
-    with contextlib.redirect_stdout(sys.stderr):
-        held_out = train_mlm.prepare(flags, folder / "tokenizer.json").held_out
     for size, times, side in PADDINGS.values():
         losses.append(0.0)
         for part in train_mlm.micro_batches(held_out, size):
@@ -818,10 +816,15 @@ def bench_study(args):
     text, found = compare(args, {variant: flags.split() for variant, flags in STUDIES[args.study].items()})
     x_axes = dict(psm=["pads"], budgets=["steps", "seconds"], sizes=["TFLOP", "seconds"])[args.study]
     rows, panels = [], collections.defaultdict(lambda: collections.defaultdict(dict))
+    if args.study == "psm":  # of all variants the held-out rows are the same
+        folder = next(iter(found.values()))["folders"][0]
+        flags = train_mlm.parse_args(shlex.split((folder / "flags.txt").read_text(encoding="utf-8")))
+        with contextlib.redirect_stdout(sys.stderr):
+            held_out = train_mlm.prepare(flags, folder / "tokenizer.json").held_out
     for variant, run in found.items():
         first, second = variant.split(", ")
         if args.study == "psm":
-            losses = list(zip(*map(losses_by_padding, tqdm(run["folders"], variant))))
+            losses = list(zip(*(losses_by_padding(folder, held_out) for folder in tqdm(run["folders"], variant))))
             rows.append([variant, *map(spread, losses)])
             panels[first][second] = dict(zip(PADDINGS, map(statistics.mean, losses)))
         else:

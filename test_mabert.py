@@ -1657,12 +1657,10 @@ def test_bench_study(capsys, monkeypatch):
         assert len({train_mlm.parse_args([*bench.SMALL, *flags.split()]).pattern for flags in study.values()}) > 1
     put("text.txt", "\n\n".join(f"w{i} w{i + 1} w{i + 2} " * (1 + i % 15) for i in range(300)))
     small = "--hidden-size 16 --num-heads 2 --intermediate-size 16 --d-state 2 --lr 3e-2"
-    psm = {"MT, none": "--pattern MT --psm none --sample-by paragraph", "WM, pre+scan+post": "--pattern WM"}
-    psm["WM, pre+scan+post"] += " --sample-by paragraph"
+    psm = {f"WM, {form}": f"--pattern WM --psm {form} --sample-by paragraph" for form in ("none", "pre+scan+post")}
     sizes = {f"M, hidden {h}": f"--pattern M --hidden-size {h} --steps {h}" for h in (8, 16)}
-    for name, value in dict(
-        SMALL=small.split(), VOCAB_SIZE="100", STEPS=40, STUDIES=dict(psm=psm, sizes=sizes)
-    ).items():
+    changes = dict(SMALL=small.split(), VOCAB_SIZE="100", STEPS=40, STUDIES=dict(psm=psm, sizes=sizes))
+    for name, value in changes.items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(train_mlm.signal, "signal", lambda *_: None)  # not of a thread's concern
 
@@ -1676,13 +1674,12 @@ def test_bench_study(capsys, monkeypatch):
     bench.main("study psm --data text.txt --seeds 2 --out runs".split())
     found, printed = json.loads(Path("runs/psm.json").read_text()), capsys.readouterr().out
     trained, left, four, none = found["WM"]["pre+scan+post"].values()
-    assert trained == pytest.approx(
-        bench.statistics.mean(map(bench.held_out_loss, Path("runs").glob("WM-*"))), abs=1e-4
-    )
+    logged = list(map(bench.held_out_loss, Path("runs").glob("WM-pre+scan+post-seed?")))
+    assert len(logged) == 2 and trained == pytest.approx(bench.statistics.mean(logged), abs=1e-4)
     assert left == pytest.approx(trained) and four == pytest.approx(trained) and none == pytest.approx(trained)
-    trained, left, four, none = found["MT"]["none"].values()
-    assert len({round(x, 4) for x in (trained, left, none)}) == 3
-    assert f"| MT, none | {trained:.3f} ± " in printed and Path("runs/psm.png").exists()
+    trained, left, four, none = found["WM"]["none"].values()
+    assert len({round(x, 5) for x in (trained, left, four, none)}) == 4
+    assert f"| WM, none | {trained:.3f} ± " in printed and Path("runs/psm.png").exists()
     bench.main("study sizes --data text.txt --out runs".split())
     found = json.loads(Path("runs/sizes.json").read_text())
     assert len(found["by TFLOP"]["M"]) == len(found["by seconds"]["M"]) == 2
