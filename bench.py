@@ -88,7 +88,8 @@ def write_results(name: str, text: str, panels: dict[str, dict[str, dict]], x_la
             width = max(1, 5 - 0.7 * i)  # lines that coincide show
             axes.plot(x, y, marker="osv^Dp*XPh<>"[i], lw=width, ms=4, alpha=0.8, label=label)
         if not isinstance(x[0], str):
-            axes.set_xscale("log")
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.set_yscale(y_scale)
         axes.set_title(title, fontsize=9)
     where = dict(loc="outside lower center", ncols=7, fontsize=8)
@@ -785,8 +786,8 @@ STUDIES = {  # a variant's name, which begins with its pattern, and flags of tra
 }
 PADDINGS = {  # of held-out rows: how many at once, pads beside those of training, their side
     "as in training": (32, 1, "right"),
-    "on the left": (32, 1, "left"),
-    "four times as many": (32, 4, "right"),
+    "left": (32, 1, "left"),
+    "4 times": (32, 4, "right"),
     "none": (1, 0, "right"),
 }
 
