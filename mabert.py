@@ -587,112 +587,125 @@ def reference_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
 
 
 # ---- A loop ----
+#
+# Two ops, forward and backward, that know the whole formula, as the kernels below do. For some rows and a chunk of steps
+# at a time they compute all that comes between in buffers that stay in a core's caches; the backward pass replays a
+# chunk from the state that was kept at its start.
 
-LOOP_CHUNK = 16  # steps. One state kept per chunk takes l / 16 · n · d numbers a row: with n = 16, as many as u
-LOOP_BLOCK = 2**19  # numbers in a block's states, for each thread: 2 MB stay in caches from one use to the next
+LOOP_CHUNK = 8  # steps. One state kept per chunk takes l / 8 · n · d numbers a row: with n = 16, twice as many as u
+LOOP_BLOCK = 2**18  # numbers in a buffer, for each thread: 1 MB
 
 
 def _empty_like(tensor):
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _slices(length, size, from_right=False):
-    return [slice(i, min(i + size, length)) for i in range(0, length, size)][:: -1 if from_right else 1]
+def _row_blocks(u, A, chunk):
+    """Rows whose buffers fit the caches; on a GPU all at once, since launches cost there."""
+    b, size = len(u), LOOP_BLOCK * torch.get_num_threads() // (chunk * A.numel())
+    size = b if u.is_cuda else max(1, size)
+    return [slice(i, min(i + size, b)) for i in range(0, b, size)]
 
 
-def _row_blocks(starts):
-    """Blocks of rows whose states fit a core's cache; on a GPU all rows at once, since launches cost there."""
-    _, b, n, d = starts.shape
-    return _slices(b, b if starts.is_cuda else max(1, LOOP_BLOCK * torch.get_num_threads() // (LOOP_CHUNK * n * d)))
+def _chunks(rows, chunk, reverse, *tensors):
+    """The chunks of these rows of each tensor (b, l, ...), numbered in the order of the scan. They are views with time
+    first, (steps, rows, ...): with channels last, a step then is one multiply-add over contiguous memory."""
+    parts = (itertools.repeat(None) if x is None else x[rows].transpose(0, 1).split(chunk) for x in tensors)
+    return list(enumerate(list(zip(*parts))[:: -1 if reverse else 1]))
 
 
-def _states(delta, x, A, B, h, reverse):
-    """A chunk's decays a_t = exp(Δ_t A), and the states before and after each step, all (steps, b, n, d); from delta, x
-    (steps, b, d), A (n, d), B (steps, b, n) and h (b, n, d), the first state. Time comes first and channels last, so
-    that a step is one multiply-add over contiguous memory. On a CPU PyTorch's exp2 is faster than its exp."""
-    a = (delta[:, :, None] * (A / math.log(2))).exp2_()
-    states = h.new_empty(len(x) + 1, *h.shape)
+def _states(buffers, u, delta, A, B, bias, mask, h, softplus, reverse):
+    """Of a chunk Δ (steps, b, d), the decays a_t = exp(Δ_t A), and the states before and after each step, all (steps,
+    b, n, d) in two buffers; from u, delta (steps, b, d), A / ln 2 (n, d), B (steps, b, n) and h (b, n, d), the first
+    state. On a CPU PyTorch's exp2 is faster than its exp."""
+    delta = delta + bias
+    delta = F.softplus(delta) if softplus else delta
+    delta = delta if mask is None else delta * mask[..., None]
+    states, a = buffers[0, : len(u) + 1], buffers[1, : len(u)]
     before, after = (states[1:], states[:-1]) if reverse else (states[:-1], states[1:])
+    torch.mul(delta[:, :, None], A, out=a).exp2_()
     before[-1 if reverse else 0] = h
-    torch.mul(x[:, :, None], B[..., None], out=after)
+    torch.mul((delta * u)[:, :, None], B[..., None], out=after)
     for a_t, previous, state in list(zip(a, before, after))[:: -1 if reverse else 1]:
         state.addcmul_(a_t, previous)
-    return a, before, after
+    return delta, a, before, after
 
 
 @torch.library.custom_op("mabert::scan_loop", mutates_args=())
-def _scan_loop(delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """h_t = exp(Δ_t A) h_{t−1} + x_t B_t and y_t = Σ_n C_t h_t, where x = Δ u; with reverse h_{t+1} for h_{t−1}.
-
-    delta, x (b, l, d), A (d, n), B, C (b, l, n), all of one dtype -> y (b, l, d) and the chunks' start states, for the
-    backward pass, (c, b, n, d). A custom op, so that torch.compile takes it as it is instead of unrolling the loop.
-    """
-    (b, l, _), A = x.shape, A.T.contiguous()  # (n, d)
-    y, starts = _empty_like(x), x.new_empty(-(-l // LOOP_CHUNK), b, *A.shape)
-    with torch.autocast(x.device.type, enabled=False):  # else @ would be in half precision
-        for rows in _row_blocks(starts):
-            h = torch.zeros_like(starts[0, rows])
-            for s in _slices(l, LOOP_CHUNK, from_right=reverse):
-                starts[s.start // LOOP_CHUNK, rows] = h
-                inputs = (tensor[rows, s].transpose(0, 1).contiguous() for tensor in (delta, x, B, C))
-                delta_s, x_s, B_s, C_s = inputs  # each (steps, b, ...), and so is what comes of them
-                _, _, states = _states(delta_s, x_s, A, B_s, h, reverse)
-                y[rows, s] = (C_s[:, :, None] @ states).squeeze(2).transpose(0, 1)  # (…, 1, n) @ (…, n, d)
+def _scan_loop(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, bias: Tensor,
+    mask: Tensor | None, softplus: bool, reverse: bool, chunk: int, keep: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (b, l, d) of dtype; and if `keep`, the states at the start of chunks but the first, (b, chunks − 1, n, d)."""
+    (b, l, d), n, kind = u.shape, A.shape[1], torch.promote_types(u.dtype, torch.float32)  # float64 stays
+    A, D, bias = (A.T.to(kind) / math.log(2)).contiguous(), D.to(kind), bias.to(kind)
+    y, kept = u.new_empty(b, l, d, dtype=dtype), A.new_empty(b, (l - 1) // chunk if keep else 0, n, d)
+    tensors = y, *(x if x is None else x.to(kind) for x in (u, delta, B, C, z, mask))
+    with torch.autocast(u.device.type, enabled=False):  # else @ would be in half precision
+        for rows in _row_blocks(u, A, chunk):
+            buffers = A.new_empty(2, chunk + 1, rows.stop - rows.start, n, d)
+            h = torch.zeros_like(buffers[0, 0])
+            for i, (y_, u_, delta_, B_, C_, z_, m) in _chunks(rows, chunk, reverse, *tensors):
+                if keep and i > 0:
+                    kept[rows, i - 1] = h
+                _, _, _, states = _states(buffers, u_, delta_, A, B_, bias, m, h, softplus, reverse)
+                part = (C_[:, :, None] @ states).squeeze(2).addcmul_(u_, D)  # (…, 1, n) @ (…, n, d)
+                part = part if z is None else part.mul_(F.silu(z_))
+                y_.copy_(part if mask is None else part.mul_(m[..., None]))
                 h = states[0 if reverse else -1]
-    return y, starts
+    return y, kept
 
 
 @torch.library.custom_op("mabert::scan_loop_backward", mutates_args=())
 def _scan_loop_backward(
-    dy: Tensor, starts: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of delta, x, A, B and C; the states inside a chunk are replayed from its start.
+    dy: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
+    bias: Tensor, mask: Tensor | None, softplus: bool, reverse: bool, chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of u, delta, A, B, C, D, z and bias; z's is empty where there is no z.
 
-    With g_t the loss's gradient by h_t:  g_t = dy_t C_t + a_{t+1} g_{t+1},  dx_t = Σ_n g_t B_t,  dB_t = Σ_d g_t x_t,
-    dC_t = Σ_d dy_t h_t,  dΔ_t = Σ_n A w_t (x held fixed), dA = Σ_{b,t} Δ_t w_t, where w_t = g_t a_t h_{t−1}.
+    With s_t the loss's gradient by Σ_n C_t h_t + D u_t, and g_t by h_t:  g_t = s_t C_t + a_{t+1} g_{t+1},
+    dx_t = Σ_n g_t B_t,  dB_t = Σ_d g_t x_t,  dC_t = Σ_d s_t h_t,  where x = Δ u;  and with w_t = g_t a_t h_{t−1}
+    dΔ_t = Σ_n A w_t + u_t dx_t,  dA = Σ_{b,t} Δ_t w_t.
     """
-    l, A = x.shape[1], A.T.contiguous()  # (n, d)
-    ddelta, dx, dB, dC, dA = _empty_like(delta), _empty_like(x), _empty_like(B), _empty_like(C), torch.zeros_like(A)
-    with torch.autocast(x.device.type, enabled=False):
-        for rows in _row_blocks(starts):
-            q = torch.zeros_like(starts[0, rows])  # a_{t+1} g_{t+1}, (b, n, d)
-            for s in _slices(l, LOOP_CHUNK, from_right=not reverse):
-                inputs = (tensor[rows, s].transpose(0, 1).contiguous() for tensor in (dy, delta, x, B, C))
-                dy_s, delta_s, x_s, B_s, C_s = inputs  # each (steps, b, ...)
-                a, before, after = _states(delta_s, x_s, A, B_s, starts[s.start // LOOP_CHUNK, rows], reverse)
-                dC[rows, s] = (dy_s[:, :, None] @ after.mT).squeeze(2).transpose(0, 1)  # (…, 1, d) @ (…, d, n)
-                g = dy_s[:, :, None] * C_s[..., None]  # (steps, b, n, d)
-                pairs = list(zip(a, g))[:: 1 if reverse else -1]
-                pairs[0][1].add_(q)
-                for (a_next, g_next), (_, g_t) in itertools.pairwise(pairs):
-                    g_t.addcmul_(a_next, g_next)
-                q = torch.mul(*pairs[-1])
-                dB[rows, s] = (x_s[:, :, None] @ g.mT).squeeze(2).transpose(0, 1)
-                dx[rows, s] = (B_s[:, :, None] @ g).squeeze(2).transpose(0, 1)
-                w = a.mul_(g).mul_(before)  # (steps, b, n, d)
-                ddelta[rows, s] = (w * A).sum(dim=2).transpose(0, 1)
-                dA += w.mul_(delta_s[:, :, None]).sum(dim=(0, 1))
-    return ddelta, dx, dA.T.contiguous(), dB, dC
-
-
-# For torch.compile: what the ops return, without computing it. For autograd: what to keep, and the backward op.
-_scan_loop.register_fake(
-    lambda _, x, A, *more: (_empty_like(x), x.new_empty(-(-x.shape[1] // LOOP_CHUNK), x.shape[0], *A.T.shape))
-)
-_scan_loop_backward.register_fake(lambda dy, starts, *inputs: tuple(map(_empty_like, inputs[:5])))
-
-
-def _keep(ctx, inputs, output):
-    ctx.save_for_backward(output[1], *(x for x in inputs if x is None or isinstance(x, Tensor)))  # with the states
-    ctx.options = [x for x in inputs if isinstance(x, int)][:3]  # reverse; of _scan_triton softplus, reverse and chunk
-    ctx.set_materialize_grads(False)  # the states need no gradient: do not make one of zeros
-
-
-def _loop_backward(ctx, dy, _):
-    return *_scan_loop_backward(dy, *ctx.saved_tensors, *ctx.options), None
-
-
-_scan_loop.register_autograd(_loop_backward, setup_context=_keep)
+    (_, _, d), n, kind = u.shape, A.shape[1], torch.promote_types(u.dtype, torch.float32)
+    A_, D_, bias_ = A.T.to(kind).contiguous(), D.to(kind), bias.to(kind)  # A_ (n, d)
+    du, ddelta, dB, dC, dz = outputs = [None if x is None else _empty_like(x) for x in (u, delta, B, C, z)]
+    dA, dD, dbias = map(torch.zeros_like, (A_, D_, bias_))
+    tensors = *(x if x is None else x.to(kind) for x in (dy, u, delta, B, C, z, mask)), *outputs
+    with torch.autocast(u.device.type, enabled=False):
+        for rows in _row_blocks(u, A, chunk):
+            buffers = dA.new_empty(3, chunk + 1, rows.stop - rows.start, n, d)
+            q = zeros = torch.zeros_like(buffers[0, 0])  # q is a_{t+1} g_{t+1}
+            for i, views in _chunks(rows, chunk, reverse, *tensors)[::-1]:
+                s, u_, delta_, B_, C_, z_, m, du_, ddelta_, dB_, dC_, dz_ = views
+                h = kept[rows, i - 1] if i > 0 else zeros
+                states = _states(buffers, u_, delta_, A_ / math.log(2), B_, bias_, m, h, softplus, reverse)
+                delta_, a, before, after = states
+                s = s if mask is None else s * m[..., None]
+                if z is not None:
+                    y = (C_[:, :, None] @ after).squeeze(2).addcmul_(u_, D_)
+                    dz_.copy_(torch.ops.aten.silu_backward(y.mul_(s), z_))
+                    s = s * F.silu(z_)
+                dC_.copy_((s[:, :, None] @ after.mT).squeeze(2))  # (…, 1, d) @ (…, d, n)
+                g = buffers[2, : len(s)]  # (steps, b, n, d)
+                for a_t, g_t, C_t, s_t in list(zip(a, g, C_[..., None], s[:, :, None]))[:: 1 if reverse else -1]:
+                    torch.addcmul(q, C_t, s_t, out=g_t)
+                    q = a_t.mul_(g_t)
+                dB_.copy_(((delta_ * u_)[:, :, None] @ g.mT).squeeze(2))
+                dx = (B_[:, :, None] @ g).squeeze(2)
+                q, w = q.clone(), a.mul_(before)
+                dA += torch.mul(w, delta_[:, :, None], out=g).sum(dim=(0, 1))
+                dw = w.mul_(A_).sum(dim=2).addcmul_(u_, dx)
+                if softplus:
+                    dw.mul_(torch.expm1(-delta_)).neg_()  # softplus' derivative is 1 − exp(−Δ), 0 at pads
+                elif mask is not None:
+                    dw.mul_(m[..., None])
+                ddelta_.copy_(dw)
+                du_.copy_(dx.mul_(delta_).addcmul_(s, D_))
+                dD += (s * u_).sum(dim=(0, 1))
+                dbias += dw.sum(dim=(0, 1))
+    dA, dD, dbias = dA.T.contiguous().to(A.dtype), dD.to(D.dtype), dbias.to(bias.dtype)
+    return du, ddelta, dA, dB, dC, dD, u.new_empty(0) if z is None else dz, dbias
 
 
 # ---- The same in Triton ----
@@ -1173,39 +1186,34 @@ def _scan_triton_backward(
     return du, ddelta, dA, dB, dC, dD, dz, dbias
 
 
-@_scan_triton.register_fake
-def _scan_triton_fake(u, delta, A, B, C, D, z, bias, mask, softplus, reverse, chunk, keep, dtype):
-    (b, l, d), n = u.shape, A.shape[1]
-    states = u.new_empty(b, (l - 1) // chunk if keep else 0, n, d, dtype=torch.float32)
-    return u.new_empty(b, l, d, dtype=dtype), states
+# ---- Both as ops: for torch.compile, what they return, without computing it; for autograd, what to keep ----
 
 
-_scan_triton_backward.register_fake(
-    lambda dy, states, u, *inputs: tuple(u.new_empty(0) if x is None else _empty_like(x) for x in (u, *inputs[:7]))
-)
+def _fake(u, delta, A, B, C, D, z, bias, mask, softplus, reverse, chunk, keep, dtype):
+    (b, l, d), n, kind = u.shape, A.shape[1], torch.promote_types(u.dtype, torch.float32)
+    return u.new_empty(b, l, d, dtype=dtype), u.new_empty(b, (l - 1) // chunk if keep else 0, n, d, dtype=kind)
 
 
-def _triton_backward(ctx, dy, _):
+def _fake_backward(dy, kept, u, *inputs):
+    return tuple(u.new_empty(0) if x is None else _empty_like(x) for x in (u, *inputs[:7]))
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(output[1], *inputs[:9])  # the states, u, ..., mask
+    ctx.options = inputs[9:12]  # softplus, reverse, chunk
+    ctx.set_materialize_grads(False)  # the states need no gradient: do not make one of zeros
+
+
+def _backward(op, ctx, dy, _):
     saved = ctx.saved_tensors  # read once: activation checkpointing gives them no second time
-    gradients = _scan_triton_backward(dy, *saved, *ctx.options)
+    gradients = op(dy, *saved, *ctx.options)
     return *(None if x is None else dx for x, dx in zip(saved[1:9], gradients)), *(None,) * 6
 
 
-_scan_triton.register_autograd(_triton_backward, setup_context=_keep)
-
-
-def _selective_scan_triton(u, delta, A, B, C, D, z, bias, mask, softplus, reverse):
-    """In groups of 16 states, since a thread has no registers for more. SiLU(z) gates a sum, so it may gate each part
-    of it; y is summed in float32, the gradients of u, delta and z in their dtypes."""
-    n, zeros, chunk = A.shape[1], A.new_zeros(A.shape[0]), _chunk(*u.shape, A.shape[1])
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, bias))
-    bias, dtype = zeros if bias is None else bias, u.dtype if n <= 16 else torch.float32
-    y = None
-    for i in range(0, n, 16):
-        group = A[:, i : i + 16], B[..., i : i + 16], C[..., i : i + 16], zeros if D is None or i > 0 else D
-        part, _ = _scan_triton(u, delta, *group, z, bias, mask, softplus, reverse, chunk, keep, dtype)
-        y = part if y is None else y + part
-    return y.to(u.dtype)
+for _op, _op_backward in ((_scan_loop, _scan_loop_backward), (_scan_triton, _scan_triton_backward)):
+    _op.register_fake(_fake)
+    _op_backward.register_fake(_fake_backward)
+    _op.register_autograd(functools.partial(_backward, _op_backward), setup_context=_keep)
 
 
 # ---- The pick ----
@@ -1233,17 +1241,18 @@ def selective_scan(
         why = f"it needs a GPU (or TRITON_INTERPRET=1), and not float64; u is {str(u.dtype)[6:]} on {u.device}"
         why = why if triton else "the package triton is not installed"
         raise RuntimeError(f"backend='triton' cannot run here (backend='loop' or None can): {why}")
-    if backend == "triton" or (backend is None and u.is_cuda and can_run):
-        return _selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, mask, delta_softplus, reverse)
-    dtype = torch.promote_types(u.dtype, torch.float32)  # float64 stays
-    u_, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
-    delta = delta if delta_bias is None else delta + delta_bias.to(dtype)
-    delta = F.softplus(delta) if delta_softplus else delta
-    delta = delta if mask is None else delta * mask[..., None]
-    y, _ = _scan_loop(delta, delta * u_, A, B, C, reverse)
-    y = y if D is None else y.addcmul_(u_, D.to(dtype))
-    y = y if z is None else y * F.silu(z.to(dtype))
-    return (y if mask is None else y.mul_(mask[..., None])).to(u.dtype)
+    zeros, use_triton = A.new_zeros(A.shape[0]), backend == "triton" or (backend is None and u.is_cuda and can_run)
+    D, bias = zeros if D is None else D, zeros if delta_bias is None else delta_bias
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, bias))
+    if not use_triton:
+        return _scan_loop(u, delta, A, B, C, D, z, bias, mask, delta_softplus, reverse, LOOP_CHUNK, keep, u.dtype)[0]
+    # In groups of 16 states, since a thread has no registers for more. SiLU(z) gates a sum, so it may gate each part of
+    # it; y is summed in float32, the gradients of u, delta and z in their dtypes.
+    chunk, dtype, parts = _chunk(*u.shape, A.shape[1]), u.dtype if A.shape[1] <= 16 else torch.float32, []
+    for i in range(0, A.shape[1], 16):
+        group = A[:, i : i + 16], B[..., i : i + 16], C[..., i : i + 16], zeros if i > 0 else D
+        parts += _scan_triton(u, delta, *group, z, bias, mask, delta_softplus, reverse, chunk, keep, dtype)[:1]
+    return sum(parts[1:], parts[0]).to(u.dtype)
 
 
 # ---- The command: python mabert.py FOLDER "text with a [MASK]" ----
