@@ -588,9 +588,9 @@ def reference_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
 
 # ---- A loop ----
 #
-# Two ops, forward and backward, that know the whole formula, as the kernels below do. For some rows and a chunk of steps
-# at a time they compute all that comes between in buffers that stay in a core's caches; the backward pass replays a
-# chunk from the state that was kept at its start.
+# Two ops, forward and backward, that know the whole formula, as the kernels below do. They take some rows and a chunk
+# of steps at a time, and compute all that comes between in buffers that stay in a core's caches; the backward pass
+# replays a chunk from the state that was kept at its start.
 
 LOOP_CHUNK = 8  # steps. One state kept per chunk takes l / 8 · n · d numbers a row: with n = 16, twice as many as u
 LOOP_BLOCK = 2**18  # numbers in a buffer, for each thread: 1 MB
