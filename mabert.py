@@ -669,8 +669,9 @@ def _scan_loop_backward(
     """
     (_, _, d), n, kind = u.shape, A.shape[1], torch.promote_types(u.dtype, torch.float32)
     A_, D_, bias_ = A.T.to(kind).contiguous(), D.to(kind), bias.to(kind)  # A_ (n, d)
+    A2 = A_ / math.log(2)
     du, ddelta, dB, dC, dz = outputs = [None if x is None else _empty_like(x) for x in (u, delta, B, C, z)]
-    dA, dD, dbias = map(torch.zeros_like, (A_, D_, bias_))
+    dA, dD = torch.zeros_like(A_), torch.zeros_like(D_)
     tensors = *(x if x is None else x.to(kind) for x in (dy, u, delta, B, C, z, mask)), *outputs
     with torch.autocast(u.device.type, enabled=False):
         for rows in _row_blocks(u, A, chunk):
@@ -679,8 +680,7 @@ def _scan_loop_backward(
             for i, views in _chunks(rows, chunk, reverse, *tensors)[::-1]:
                 s, u_, delta_, B_, C_, z_, m, du_, ddelta_, dB_, dC_, dz_ = views
                 h = kept[rows, i - 1] if i > 0 else zeros
-                states = _states(buffers, u_, delta_, A_ / math.log(2), B_, bias_, m, h, softplus, reverse)
-                delta_, a, before, after = states
+                delta_, a, before, after = _states(buffers, u_, delta_, A2, B_, bias_, m, h, softplus, reverse)
                 s = s if mask is None else s * m[..., None]
                 if z is not None:
                     y = (C_[:, :, None] @ after).squeeze(2).addcmul_(u_, D_)
@@ -701,10 +701,9 @@ def _scan_loop_backward(
                 elif mask is not None:
                     dw.mul_(m[..., None])
                 ddelta_.copy_(dw)
-                du_.copy_(dx.mul_(delta_).addcmul_(s, D_))
+                torch.addcmul(dx.mul_(delta_), s, D_, out=du_)
                 dD += (s * u_).sum(dim=(0, 1))
-                dbias += dw.sum(dim=(0, 1))
-    dA, dD, dbias = dA.T.contiguous().to(A.dtype), dD.to(D.dtype), dbias.to(bias.dtype)
+    dA, dD, dbias = dA.T.contiguous().to(A.dtype), dD.to(D.dtype), ddelta.sum((0, 1), dtype=kind).to(bias.dtype)
     return du, ddelta, dA, dB, dC, dD, u.new_empty(0) if z is None else dz, dbias
 
 
