@@ -592,8 +592,8 @@ def reference_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
 # of steps at a time, and compute all that comes between in buffers that stay in a core's caches; the backward pass
 # replays a chunk from the state that was kept at its start.
 
-LOOP_CHUNK = 8  # steps. One state kept per chunk takes l / 8 · n · d numbers a row: with n = 16, twice as many as u
-LOOP_BLOCK = 2**18  # numbers in a buffer, for each thread: 1 MB
+LOOP_CHUNK = 16  # steps. One state kept per chunk takes l / 16 · n · d numbers a row: with n = 16, as many as u
+LOOP_BLOCK = 2**19  # numbers in a buffer, for each thread: 2 MB
 
 
 def _empty_like(tensor):

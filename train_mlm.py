@@ -49,7 +49,7 @@ from typing import NamedTuple
 # Idle OpenMP threads spin for milliseconds by default: beside any other busy process that slows a run down many times
 # over. Without any spinning a small model's many short operations wait for threads to wake up. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import numpy as np
 import torch
