@@ -77,8 +77,8 @@ WITHOUT_HUB = "without the hub, pass --data PATH, and --tokenizer a tokenizer.js
 MAX_VOCAB = 65_535  # token ids are kept as uint16
 MODEL = ("pattern", "hidden_size", "num_heads", "intermediate_size", "d_state", "dropout")  # fields of MaBERTConfig
 DEMO = dict(out="out/demo", vocab_size=4096, pattern="MWT", hidden_size=128, num_heads=4, intermediate_size=512)
-DEMO |= dict(d_state=8, dropout=0.0, steps=950, length_schedule=[(64, 1.0)], batch_size=32, bucket=True, lr=3e-3)
-DEMO |= dict(warmup_steps=95, mask_rate=0.3, eval_every=190, log_every=25)
+DEMO |= dict(d_state=8, dropout=0.0, steps=1000, length_schedule=[(64, 1.0)], batch_size=24, bucket=True, lr=2e-3)
+DEMO |= dict(warmup_steps=100, mask_rate=0.3, eval_every=200, log_every=25)
 
 
 def number(kind: type, low: float, high: float = math.inf):
