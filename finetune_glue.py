@@ -34,7 +34,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from mabert import POOLINGS, MaBERTConfig, MaBERTForSequenceClassification
-from train_mlm import autocast, batched, learning_rate, make_optimizer, number, rng, write_whole
+from train_mlm import autocast, batched, learning_rate, make_optimizer, number, write_whole
 
 # ---- Arguments: the defaults are BERT's protocol; the paper's values are absent from our copy ----
 
@@ -322,8 +322,10 @@ def encode(rows: Rows, tokenizer: Tokenizer) -> Rows:
     return rows._replace(inputs=tokens)
 
 
-def batches(data: Rows, size: int, rng: np.random.Generator | None = None) -> list[np.ndarray]:
-    return batched(np.array([row.shape[1] for row in data.inputs]), size, True, rng)
+def batches(data: Rows, size: int, *seed: int) -> list[np.ndarray]:
+    """The numbers of the rows in batches of like length, in an order by the seed."""
+    lengths = np.array([row.shape[1] for row in data.inputs])
+    return batched(len(lengths), size, np.random.default_rng(seed), lengths)
 
 
 def collate(data: Rows, rows: np.ndarray, pad: int, side: str) -> torch.Tensor:
@@ -340,7 +342,7 @@ def collate(data: Rows, rows: np.ndarray, pad: int, side: str) -> torch.Tensor:
 def fit(model: torch.nn.Module, data: Rows, pad: int, seed: int, args: argparse.Namespace):
     """Trains the model in place: AdamW, linear warm-up and decay, gradients clipped at 1.0."""
     optimizer = make_optimizer(model, WEIGHT_DECAY)
-    order = [rows for epoch in range(args.epochs) for rows in batches(data, args.batch_size, rng(seed, epoch))]
+    order = [rows for epoch in range(args.epochs) for rows in batches(data, args.batch_size, seed, epoch)]
     model.train()
     progress = tqdm(order, unit="step", leave=False)
     for step, rows in enumerate(progress):
@@ -364,7 +366,7 @@ def predict(model: torch.nn.Module, data: Rows, pad: int, args: argparse.Namespa
     """Classes or scores, (rows,), in the order of the rows. FloatingPointError where they are not finite."""
     model.eval()
     logits = np.zeros((len(data.inputs), model.config.num_labels), dtype=np.float32)
-    for rows in tqdm(batches(data, 4 * args.batch_size), desc="predicting", leave=False, delay=5):
+    for rows in tqdm(batches(data, 4 * args.batch_size, 0), desc="predicting", leave=False, delay=5):
         with nullcontext() if model.config.num_labels == 1 else autocast(DEVICE):  # bf16 would round scores to ties
             logits[rows] = model(*collate(data, rows, pad, args.padding_side)).logits.float().cpu().numpy()
     if not np.isfinite(logits).all():

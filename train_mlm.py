@@ -403,10 +403,6 @@ def split_held_out(tokens: Tokens, stripes: int = 64) -> tuple[np.ndarray, np.nd
 IGNORED = -100  # the label of positions with nothing to predict
 
 
-def rng(*key: int) -> np.random.Generator:
-    return np.random.default_rng(key)
-
-
 class Vocabulary(NamedTuple):
     """The ids of a tokenizer's special tokens, and a table of all ids that are special: those are never predicted."""
 
@@ -475,19 +471,17 @@ def mask_tokens(ids: np.ndarray, vocabulary: Vocabulary, mask_rate: float, rng: 
     return np.where(chosen & (fate >= 0.9), random_ids, inputs), labels
 
 
-def batched(lengths, size: int, by_length: bool, rng: np.random.Generator | None = None) -> list[np.ndarray]:
-    """The numbers of len(lengths) rows in batches, every row once; the last batch may be smaller.
+def batched(count: int, size: int, rng: np.random.Generator, lengths: np.ndarray | None = None) -> list[np.ndarray]:
+    """The numbers of so many rows in batches, every row once, in random order; a batch may be smaller than the others.
 
-    In random order, or without rng in their own. With by_length, rows of like length are together: those of 32 batches
-    at a time are sorted, or without rng all.
+    With their lengths, rows of like length are together: those of 32 batches at a time are sorted.
     """
-    order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
-    if by_length:
-        pool = max(1, len(order)) if rng is None else 32 * size
-        for rows in (order[i : i + pool] for i in range(0, len(order), pool)):
+    order = rng.permutation(count)
+    if lengths is not None:
+        for rows in (order[i : i + 32 * size] for i in range(0, count, 32 * size)):
             rows[:] = rows[np.argsort(lengths[rows], kind="stable")]
-    found = [order[i : i + size] for i in range(0, len(order), size)]
-    if by_length and rng is not None:
+    found = [order[i : i + size] for i in range(0, count, size)]
+    if lengths is not None:
         rng.shuffle(found)
     return found
 
@@ -509,11 +503,11 @@ class Batches(torch.utils.data.Dataset):
 
     def numbers(self, step: int, first: int, rows: Rows) -> np.ndarray:
         """The rows of a step in a phase that began with step `first`. Those of an epoch that fill no batch stay out."""
-        size, bucket = self.args.batch_size, self.args.bucket
+        size = self.args.batch_size
         epoch, place = divmod(step - first, len(rows) // size)
         if self.epoch != (first, epoch):
-            lengths = rows.lengths() if bucket else range(len(rows))  # otherwise only how many there are matters
-            found = batched(lengths, size, bucket, rng(self.args.seed, 2, first, epoch))
+            rng = np.random.default_rng((self.args.seed, 2, first, epoch))
+            found = batched(len(rows), size, rng, rows.lengths() if self.args.bucket else None)
             self.epoch, self.order = (first, epoch), [numbers for numbers in found if len(numbers) == size]
         return self.order[place]
 
@@ -521,7 +515,8 @@ class Batches(torch.utils.data.Dataset):
         """(input ids, real, labels), each (batch, length)."""
         first, rows = [phase for phase in self.phases if phase[0] <= step][-1]
         ids, real = rows.batch(self.numbers(step, first, rows))
-        inputs, labels = mask_tokens(ids, rows.vocabulary, self.args.mask_rate, rng(self.args.seed, 1, step))
+        rng = np.random.default_rng((self.args.seed, 1, step))
+        inputs, labels = mask_tokens(ids, rows.vocabulary, self.args.mask_rate, rng)
         return inputs, real, labels
 
     def __getitem__(self, step: int) -> Batch:
@@ -599,7 +594,7 @@ def prepare(args: argparse.Namespace, kept: Path) -> Data:
             f"held-out ones; a batch is {args.batch_size} rows. Add text or lower --batch-size"
         )
     ids, real = held_rows.batch(np.unique(np.linspace(0, len(held_rows) - 1, 512).astype(int)))
-    inputs, labels = mask_tokens(ids, vocabulary, args.mask_rate, rng(0))  # the same for every seed
+    inputs, labels = mask_tokens(ids, vocabulary, args.mask_rate, np.random.default_rng(0))  # the same for every seed
     if (labels == IGNORED).all():
         raise SystemExit("no held-out token is masked: add text or raise --mask-rate")
     print(f"{tokens.offsets[-1]} tokens of text; held-out loss on {len(ids)} rows of {len(held_rows)}")
@@ -793,7 +788,8 @@ def train_step(model, optimizer, batch: Batch, step: int, args: argparse.Namespa
     total = torch.zeros((), device=device)
     for i, (inputs, real, labels) in enumerate(batch.micro_batches):
         inputs, real = (tensor.to(device, non_blocking=True) for tensor in (inputs, real))
-        torch.manual_seed(int(rng(args.seed, 3, step, RANK + i * PROCESSES).integers(2**63)))  # for dropout
+        rng = np.random.default_rng((args.seed, 3, step, RANK + i * PROCESSES))
+        torch.manual_seed(int(rng.integers(2**63)))  # for dropout
         last = i + 1 == len(batch.micro_batches)
         with contextlib.nullcontext() if PROCESSES == 1 or last else model.no_sync():
             with autocast(device):  # labels stay on the CPU, where the model counts them without waiting for a GPU
