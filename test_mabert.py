@@ -1085,6 +1085,8 @@ def test_every_file_is_read_once_whatever_its_format_and_name(monkeypatch):
 
 
 def test_a_trained_tokenizer_encodes_pairs_and_long_texts():
+    import datasets
+
     tokenizer = train_mlm.train_tokenizer(["the function returns a list of lists"] * 5, 200)
     put("bare.json", json.dumps(json.loads(tokenizer.to_str()) | dict(post_processor=None, truncation=None)))
     for each in (tokenizer, train_mlm.load_tokenizer("bare.json")):  # which gets our form
@@ -1094,7 +1096,8 @@ def test_a_trained_tokenizer_encodes_pairs_and_long_texts():
     assert [tokenizer.token_to_id(token) for token in train_mlm.SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
     texts = ["a list", "", "the function returns a list " * 20_000, "list " * 5]
     assert max(map(len, train_mlm.pieces(texts[2]))) <= 20_000 and "".join(train_mlm.pieces(texts[2])) == texts[2]
-    tokens = train_mlm.tokenize([[dict(text=texts[:1]), dict(text=texts[1:])]], tokenizer)
+    corpora = [datasets.Dataset.from_dict(dict(text=part)) for part in (texts[:1], texts[1:])]
+    tokens = train_mlm.tokenize(corpora, tokenizer)
     expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts if text]
     assert np.array_equal(np.concatenate(tokens.chunks), np.concatenate(expected))
     assert np.array_equal(np.diff(tokens.offsets), list(map(len, expected)))
@@ -1110,7 +1113,7 @@ def test_the_demo_text_is_what_every_python_carries(monkeypatch):
     put("lib/broken.py", "def (")
     monkeypatch.setattr(train_mlm.sysconfig, "get_path", lambda name: "lib")
     own = ["A module.", "A class.", r"\udc80", "A surrogate: ?"]
-    assert train_mlm.demo_corpus() == [dict(text=[*dict.fromkeys(topics.values()), *own])]
+    assert train_mlm.demo_texts() == [*dict.fromkeys(topics.values()), *own]
 
 
 def test_defaults_are_the_papers_and_flags_override_the_demo(monkeypatch):

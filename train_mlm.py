@@ -183,10 +183,10 @@ def model_config(args: argparse.Namespace, vocab_size: int, pad_token_id: int) -
     return MaBERTConfig(**sizes, **{name: getattr(args, name) for name in (*MODEL, "psm", "causal_conv")})
 
 
-# ---- Text: a list of corpora, each batches of documents, {"text": [...]}; those of `datasets` are memory maps ----
+# ---- Text: a list of corpora, each a Dataset of `datasets` with a column "text", a document a row ----
 
 
-def demo_corpus() -> list[dict]:
+def demo_texts() -> list[str]:
     """English that every Python carries: its language reference, and docstrings of modules that are not imported."""
     from pydoc_data.topics import topics
 
@@ -202,7 +202,7 @@ def demo_corpus() -> list[dict]:
                 continue
             kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
             texts += [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
-    return [dict(text=[text.encode("utf-8", "replace").decode() for text in dict.fromkeys(texts)])]  # each once
+    return [text.encode("utf-8", "replace").decode() for text in dict.fromkeys(texts)]  # each once
 
 
 def local_files(paths: list[str]) -> dict[str, list[str]]:
@@ -219,12 +219,12 @@ def local_files(paths: list[str]) -> dict[str, list[str]]:
 
 
 def load_corpora(args: argparse.Namespace) -> list:
-    if args.demo:
-        return [demo_corpus()]
     import datasets  # takes seconds
 
     if RANK > 0:
         datasets.disable_progress_bars()
+    if args.demo:
+        return [datasets.Dataset.from_dict(dict(text=demo_texts()))]
     files, corpora = local_files(args.data or []), []
     for name, config in [(kind, None) for kind in files] or HUB_CORPUS:
         options = dict(sample_by=args.sample_by) if name == "text" else {}
@@ -324,6 +324,8 @@ class Tokens(NamedTuple):
 
 def encode(corpus, tokenizer: Tokenizer):
     """Yields (token ids, lengths of documents). `datasets` keeps every part that is done, for other runs too."""
+    import datasets
+    from datasets.fingerprint import Hasher
 
     def batch_ids(batch: dict) -> dict:
         parts = list(map(pieces, batch["text"]))
@@ -333,13 +335,6 @@ def encode(corpus, tokenizer: Tokenizer):
             ids += [np.array(encoding.ids, dtype=np.uint16) for encoding in encodings]
         ids, none = iter(ids), np.zeros(0, np.uint16)
         return dict(ids=[np.concatenate([none, *(next(ids) for _ in part)]) for part in parts])
-
-    if isinstance(corpus, list):  # in memory
-        for ids in (batch_ids(batch)["ids"] for batch in corpus):
-            yield np.concatenate(ids), np.array(list(map(len, ids)))
-        return
-    import datasets
-    from datasets.fingerprint import Hasher
 
     features = datasets.Features(ids=datasets.List(datasets.Value("uint16")))
     options = dict(batched=True, batch_size=100, remove_columns="text", features=features)
@@ -570,8 +565,8 @@ def prepare(args: argparse.Namespace, kept: Path) -> Data:
     corpora = load_corpora(args)
     if RANK == 0 and args.vocab_size and not (args.resume and kept.exists()):
         print(f"training a tokenizer of {args.vocab_size} word pieces (words of megabytes take minutes)")
-        batches = (batch for corpus in corpora for batch in (corpus if args.demo else corpus.iter(100)))
-        texts = (piece for batch in batches for text in batch["text"] for piece in pieces(text))
+        batches = (batch["text"] for corpus in corpora for batch in corpus.iter(100))
+        texts = (piece for batch in batches for text in batch for piece in pieces(text))
         tokenizer = train_tokenizer(texts, args.vocab_size)
         if not args.profile and not kept.exists():
             write_whole(kept, tokenizer.to_str(pretty=True))
