@@ -775,9 +775,9 @@ def build(args: argparse.Namespace, data: Data) -> tuple[MaBERTForMaskedLM, torc
 def train_step(model, optimizer, batch: Batch, step: int, args: argparse.Namespace, mark=lambda name: None) -> tuple:
     """One optimizer step over all micro-batches of all processes, on the device, where nothing is read back.
 
-    Returns this process's part of the mean loss over the batch's labelled tokens, and whether a gradient was not finite
-    (0. or 1.), in which case the weights and the optimizer stay as they are. Of n processes, the r-th takes every n-th
-    micro-batch from the r-th on; gradients are exchanged once, with the last. `mark` is told what has just ended.
+    Returns the mean loss over the batch's labelled tokens, and whether a gradient was not finite (0. or 1.), in which
+    case the weights and the optimizer stay as they are. Of n processes, the r-th takes every n-th micro-batch from the
+    r-th on; gradients are exchanged once, with the last. `mark` is told what has just ended.
     """
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
@@ -793,6 +793,8 @@ def train_step(model, optimizer, batch: Batch, step: int, args: argparse.Namespa
             (loss * PROCESSES).backward()  # DistributedDataParallel takes the mean over processes; the sum is meant
             mark("backward, rest")
         total += loss.detach()
+    if PROCESSES > 1:
+        dist.all_reduce(total)
     not_finite = (~clip_grad_norm_(model.parameters(), 1.0).isfinite()).float()
     optimizer.found_inf = not_finite  # a fused optimizer then does nothing
     optimizer.step()
@@ -824,7 +826,6 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
         model.load_state_dict(weights)
         optimizer.load_state_dict(training["optimizer"])
         first, log, totals = training["step"], training["log"], training["totals"].to(device)
-        totals[0] *= RANK == 0
         del weights, training
     print(f"from step {first} on; warm-up {warmup} steps" + ", a tenth of the run" * (warmup < args.warmup_steps))
     if device.type == "cuda":
@@ -837,10 +838,11 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
             write_log(out, log)
     ends = np.minimum([begins for begins, _ in data.phases[1:]] + [args.steps], args.steps)
     tokens = args.batch_size * np.repeat([rows.length for _, rows in data.phases], np.diff(ends, prepend=0))  # of steps
-    received = []  # signals to end after the step
+    received = 0  # the signal to end after the step
 
     def note(number, _):
-        received.append(number)
+        nonlocal received
+        received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends now
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -857,11 +859,10 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
             totals[3] += batch.padded
             totals[4] = (totals[4] + 1) * skipped
             progress.update(tokens[step - 1])
-            stopped_by = int(over_processes(received[0] if received else 0, dist.ReduceOp.MAX))
+            stopped_by = max(gathered(received))
             evaluates = step % args.eval_every == 0 or step == args.steps
             if evaluates or step % args.log_every == 0:
                 losses, not_finite, real, padded, in_a_row = totals.tolist()
-                losses = over_processes(losses)
                 if in_a_row >= 10:
                     last = max(out.glob(STEP_FOLDER), default="none")
                     raise SystemExit(f"no gradient was finite in the last {in_a_row:.0f} steps, now at learning rate "
@@ -879,12 +880,9 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
                     progress.set_postfix(row)
                 totals[:4] = 0
                 start, before = perf_counter(), 0
-            if step % args.save_every == 0 or stopped_by:
-                own, *others = totals.tolist()
-                training = dict(step=step, identity=identity, log=log, optimizer=optimizer.state_dict())
-                training["totals"] = totals.new_tensor([over_processes(own), *others])
-                if RANK == 0:
-                    save_checkpoint(out, args.keep, model, data.tokenizer, training)
+            if RANK == 0 and (step % args.save_every == 0 or stopped_by):
+                training = dict(step=step, identity=identity, log=log, totals=totals, optimizer=optimizer.state_dict())
+                save_checkpoint(out, args.keep, model, data.tokenizer, training)
             if stopped_by:
                 name = signal.Signals(stopped_by).name
                 print(f"\nstopped by {name} after step {step}, which is saved; --resume goes on")
@@ -925,14 +923,6 @@ def gathered(value) -> list:
     if PROCESSES > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def over_processes(value: float, reduction=dist.ReduceOp.SUM) -> float:
-    """The sum of a number over all processes, or its maximum."""
-    value = torch.tensor(value, dtype=torch.float64)
-    if PROCESSES > 1:
-        dist.all_reduce(value, reduction)
-    return value.item()
 
 
 def lock(out: Path):
