@@ -19,15 +19,12 @@ log.csv, args.json and a folder for each of the last checkpoints (step-0050000/)
 import argparse
 import ast
 import contextlib
-import csv
 import dataclasses
 import datetime
 import errno
 import functools
 import glob
-import hashlib
 import importlib.metadata
-import io
 import itertools
 import json
 import math
@@ -162,12 +159,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.demo and args.tokenizer:
         args.vocab_size = None
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
-    micro_batches, rest = divmod(args.batch_size, args.micro_batch_size)
-    if rest:
-        parser.error(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size}")
-    if micro_batches % PROCESSES:
-        parser.error(f"{PROCESSES} processes cannot share {micro_batches} micro-batches a step evenly; with "
-                     f"--micro-batch-size {max(1, args.batch_size // PROCESSES)} each has one")  # fmt: skip
+    if args.batch_size % (args.micro_batch_size * PROCESSES):
+        parser.error(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size} × "
+                     f"{PROCESSES} process(es): lower --micro-batch-size")  # fmt: skip
     if not math.isclose(sum(share for _, share in args.length_schedule), 1):
         parser.error("--length-schedule: the shares must sum to 1, as in 128:0.9 512:0.1")
     try:
@@ -660,9 +654,9 @@ def write_whole(file: Path, text: str):
 def identity_of(args: argparse.Namespace, data: Data) -> dict:
     """What a run is a function of; a checkpoint of another cannot be resumed."""
     config = model_config(args, vocab_size(data.tokenizer), data.vocabulary.pad)
-    tokenizer = hashlib.sha256(data.tokenizer.to_str().encode("utf-8", "replace")).hexdigest()[:16]
-    own = dict(tokenizer=tokenizer, corpus=data.checksum) | {name: getattr(args, name) for name in IDENTITY.split()}
-    return json.loads(json.dumps(dataclasses.asdict(config) | own))  # tuples become lists, as they are when read back
+    tokenizer = zlib.crc32(data.tokenizer.to_str().encode("utf-8", "replace"))
+    own = {name: getattr(args, name) for name in IDENTITY.split()}
+    return dataclasses.asdict(config) | own | dict(tokenizer=tokenizer, corpus=data.checksum)
 
 
 def save_checkpoint(out: Path, keep: int, model: MaBERTForMaskedLM, tokenizer: Tokenizer, training: dict):
@@ -683,18 +677,11 @@ def save_checkpoint(out: Path, keep: int, model: MaBERTForMaskedLM, tokenizer: T
 
 
 def read_checkpoint(folder: Path) -> tuple[dict, dict]:
-    """(weights, training); ValueError or OSError where a file is damaged or not of this program."""
+    """(weights, training); an Exception of many kinds where a file is damaged or not of this program."""
+    Tokenizer.from_file(str(folder / "tokenizer.json"))
     weights, training = (torch_load(folder / name) for name in ("model.pt", "training.pt"))
-    if missing := {"step", "optimizer", "identity", "log", "totals"} - training.keys():
-        raise ValueError(f"training.pt has no {', '.join(sorted(missing))}")
-    expected = MaBERTForMaskedLM.from_pretrained(folder).state_dict()
-    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
-        raise ValueError("model.pt has other weights than a MaBERTForMaskedLM")
-    try:
-        Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise ValueError(f"tokenizer.json: {error}") from error
-    return weights, training
+    MaBERTForMaskedLM.from_pretrained(folder).load_state_dict(weights)
+    return weights, {name: training[name] for name in ("step", "identity", "log", "totals", "optimizer")}
 
 
 def newest_checkpoint(out: Path) -> tuple[Path | None, dict | None]:
@@ -702,20 +689,17 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, dict | None]:
     for folder in sorted(out.glob(STEP_FOLDER), reverse=True):
         try:
             return folder, read_checkpoint(folder)[1]["identity"]
-        except (OSError, ValueError) as error:
-            print(f"the checkpoint {folder} is damaged: {error}")
+        except Exception as error:
+            print(f"the checkpoint {folder} is damaged: {error!r}")
     if any(out.glob(STEP_FOLDER)):
         raise SystemExit(f"--resume: no checkpoint in {out} is whole; --overwrite starts the run anew")
     return None, None
 
 
 def write_log(out: Path, rows: list[dict]):
-    text = io.StringIO()
     columns = "step loss held_out_loss lr tokens_per_s padding skipped_steps".split()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(out / "log.csv", text.getvalue())
+    lines = [columns, *([str(row.get(name, "")) for name in columns] for row in rows)]
+    write_whole(out / "log.csv", "".join(",".join(cells) + "\n" for cells in lines))
 
 
 def draw_curve(out: Path, rows: list[dict]) -> Path:
