@@ -573,8 +573,7 @@ def prepare(args: argparse.Namespace, kept: Path) -> Data:
     seen, held = split_held_out(tokens)
     phases, first = [], 0.0
     for length, share in args.length_schedule:
-        begins = max(round(first), phases[-1][0] + 1) if phases else 0  # each length but the last gets a step at least
-        phases.append((begins, Rows(tokens, seen, length, vocabulary)))
+        phases.append((round(first), Rows(tokens, seen, length, vocabulary)))
         first += share * args.steps
     held_rows, fewest = Rows(tokens, held, args.length_schedule[0][0], vocabulary), min(len(rows) for _, rows in phases)
     if fewest < args.batch_size or not len(held_rows):
@@ -750,9 +749,8 @@ def build(args: argparse.Namespace, data: Data) -> tuple[MaBERTForMaskedLM, torc
             layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
     if args.compile:
         model.encoder.compile()
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    said = f"{args.pattern}, {size:.1f} M parameters, on {PROCESSES} × {device}"
-    print(f"{said}; {args.steps} steps of {args.batch_size} rows")
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+    print(f"{args.pattern}, {size}, on {PROCESSES} × {device}; {args.steps} steps of {args.batch_size} rows")
     return model, DistributedDataParallel(model) if PROCESSES > 1 else model, make_optimizer(model, args.weight_decay)
 
 
@@ -820,8 +818,9 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
             loss = held_out_loss(model, data, args.micro_batch_size)
             log = [dict(step=0, held_out_loss=f"{loss:.4f}", skipped_steps=0)]
             write_log(out, log)
-    ends = np.minimum([begins for begins, _ in data.phases[1:]] + [args.steps], args.steps)
-    tokens = args.batch_size * np.repeat([rows.length for _, rows in data.phases], np.diff(ends, prepend=0))  # of steps
+    tokens = np.zeros(args.steps, dtype=np.int64)  # of each step, pads included
+    for begins, rows in data.phases:
+        tokens[begins:] = args.batch_size * rows.length
     received = 0  # the signal to end after the step
 
     def note(number, _):
@@ -1011,16 +1010,15 @@ def profile(args: argparse.Namespace, data: Data, warm_up: int = 2):
             layer.register_full_backward_pre_hook(lambda *_: mark("backward, rest"))
             layer.register_full_backward_hook(lambda *_, kind=kind: mark(f"backward, {kind} layers"))
     for _, rows in data.phases:
-        real = padded = 0
+        memory, parts, real, padded = "", {}, 0, 0
         for i, batch in enumerate(batches_ahead(args, [(0, rows)], range(warm_up + args.profile))):
+            if i == warm_up:
+                del marks[:-1]
+                real = padded = 0
+                torch.cuda.reset_peak_memory_stats() if on_gpu else None
             mark("waiting for data")
             train_step(shared, optimizer, batch, i, args, mark)
-            if i < warm_up:
-                del marks[:-1]
-                torch.cuda.reset_peak_memory_stats() if on_gpu else None
-            else:
-                real, padded = real + batch.real, padded + batch.padded
-        memory, parts = "", {}
+            real, padded = real + batch.real, padded + batch.padded
         if on_gpu:
             torch.cuda.synchronize()
             memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
