@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from mabert import POOLINGS, MaBERTConfig, MaBERTForSequenceClassification
@@ -328,15 +329,11 @@ def batches(data: Rows, size: int, *seed: int) -> list[np.ndarray]:
     return batched(len(lengths), size, np.random.default_rng(seed), lengths)
 
 
-def collate(data: Rows, rows: np.ndarray, pad: int, side: str) -> torch.Tensor:
-    """(3, b, l): ids, mask and token types, padded to the longest row."""
-    length = max(data.inputs[row].shape[1] for row in rows)
-    found = np.zeros((3, len(rows), length), np.int64)
-    found[0] = pad
-    for i, row in enumerate(rows):
-        n = data.inputs[row].shape[1]
-        found[:, i, slice(0, n) if side == "right" else slice(length - n, length)] = data.inputs[row]
-    return torch.from_numpy(found).to(DEVICE)
+def collate(data: Rows, rows: np.ndarray, pad: int, side: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, mask and token types, (b, l), padded to the longest row."""
+    tokens = [torch.from_numpy(data.inputs[row].T.astype(np.int64)) for row in rows]  # each (l, 3)
+    ids, mask, types = pad_sequence(tokens, batch_first=True, padding_side=side).to(DEVICE).unbind(dim=2)
+    return ids.masked_fill(mask == 0, pad), mask, types
 
 
 def fit(model: torch.nn.Module, data: Rows, pad: int, seed: int, args: argparse.Namespace):
@@ -424,27 +421,23 @@ def sweep(args: argparse.Namespace, tokenizer: Tokenizer, chosen: list[Variant],
         file, last = out / f"{folder.name}.json", folder / "tokenizer.json"
         submits = args.predict and seed == 0 and variant is chosen[0]
         result, keeps = finished(file), args.save or submits
-        if result is None or (keeps and not last.exists()):
-            if loaded != name:
-                files = ["train", *TASKS[name].files("dev").values()]
-                loaded, data = name, {part: encode(read(name, part, args.data_dir), tokenizer) for part in files}
-            try:
+        try:
+            if result is None or (keeps and not last.exists()):
+                if loaded != name:
+                    files = ["train", *TASKS[name].files("dev").values()]
+                    loaded, data = name, {part: encode(read(name, part, args.data_dir), tokenizer) for part in files}
                 result, model = run(name, seed, variant, data, pad, args)
-            except FloatingPointError as error:
-                diverged.append(f"{title}: {error}; a lower --lr helps")
-                continue
-            if keeps:
-                model.save_pretrained(folder)
-                whole = train_mlm.load_tokenizer(str(Path(args.checkpoint, last.name)))  # which cuts nothing
-                write_whole(last, whole.to_str(pretty=True))
-            result |= dict(settings=settings, machine=machine)
-            write_whole(file, json.dumps(result, indent=2) + "\n")
-        results[variant].append(result)
-        if submits:
-            try:
+                if keeps:
+                    model.save_pretrained(folder)
+                    whole = train_mlm.load_tokenizer(str(Path(args.checkpoint, last.name)))  # which cuts nothing
+                    write_whole(last, whole.to_str(pretty=True))
+                result |= dict(settings=settings, machine=machine)
+                write_whole(file, json.dumps(result, indent=2) + "\n")
+            results[variant].append(result)
+            if submits:
                 submit(name, load_model(folder), tokenizer, args)
-            except FloatingPointError as error:
-                diverged.append(f"{title}, test set: {error}")
+        except FloatingPointError as error:
+            diverged.append(f"{title}: {error}; a lower --lr helps")
     if diverged:
         raise SystemExit("\n".join(diverged))
     return results
