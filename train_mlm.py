@@ -586,9 +586,8 @@ def prepare(args: argparse.Namespace, kept: Path) -> Data:
     if (labels == IGNORED).all():
         raise SystemExit("no held-out token is masked: add text or raise --mask-rate")
     print(f"{tokens.offsets[-1]} tokens of text; held-out loss on {len(ids)} rows of {len(held_rows)}")
-    counts = tokens.counts + 1
-    for start, end in held:
-        counts -= np.bincount(tokens.span(start, end), minlength=len(counts))
+    held_tokens = np.concatenate([tokens.span(start, end) for start, end in held])
+    counts = tokens.counts + 1 - np.bincount(held_tokens, minlength=len(tokens.counts))
     counts[vocabulary.is_special] = 0
     unigram = np.log(counts.sum()) - np.log(counts[labels[labels != IGNORED]]).mean()
     baselines = float(unigram), math.log((~vocabulary.is_special).sum())
@@ -878,9 +877,8 @@ def finish(args: argparse.Namespace, data: Data, out: Path, model: MaBERTForMask
     """Writes the model and says what came of the run."""
     loss, (unigram, uniform) = float(log[-1]["held_out_loss"]), data.baselines
     model.save_pretrained(out)
-    print(f"\nheld-out loss {loss:.3f} nats per masked token ({(data.held_out[2] != IGNORED).sum()} of them); the "
-          f"training text's word frequencies give {unigram:.3f}, chance {uniform:.3f}\n{abs(unigram - loss):.2f} nats "
-          f"{'below' if loss < unigram else 'above'} the word frequencies. Held-out text, a word masked:")  # fmt: skip
+    print(f"\nheld-out loss {loss:.3f} nats per masked token ({(data.held_out[2] != IGNORED).sum()} of them); the")
+    print(f"training text's word frequencies give {unigram:.3f}, chance {uniform:.3f}. Held-out text, a word masked:")
     show_guesses(model, data)
     print(f"\nThe model is in {out}, its curve in {draw_curve(out, log)}. Try it:")
     print(f'  python mabert.py {out} "text with a [MASK]"')
