@@ -185,17 +185,15 @@ def demo_texts() -> list[str]:
     from pydoc_data.topics import topics
 
     texts, library = list(topics.values()), Path(sysconfig.get_path("stdlib"))
+    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of old escapes in the sources
         for file in tqdm(sorted(library.rglob("*.py")), unit="file", desc="reading docstrings"):
             if {"site-packages", "dist-packages", "test", "tests"} & set(file.relative_to(library).parts):
                 continue
-            try:
+            with contextlib.suppress(SyntaxError, ValueError, OSError):  # some files are broken, a few on purpose
                 nodes = ast.walk(ast.parse(file.read_bytes()))
-            except (SyntaxError, ValueError, OSError):  # the library carries files that are broken, some on purpose
-                continue
-            kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-            texts += [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
+                texts += [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
     return [text.encode("utf-8", "replace").decode() for text in dict.fromkeys(texts)]  # each once
 
 
