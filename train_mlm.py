@@ -875,8 +875,9 @@ def finish(args: argparse.Namespace, data: Data, out: Path, model: MaBERTForMask
     """Writes the model and says what came of the run."""
     loss, (unigram, uniform) = float(log[-1]["held_out_loss"]), data.baselines
     model.save_pretrained(out)
-    print(f"\nheld-out loss {loss:.3f} nats per masked token ({(data.held_out[2] != IGNORED).sum()} of them); the")
-    print(f"training text's word frequencies give {unigram:.3f}, chance {uniform:.3f}. Held-out text, a word masked:")
+    print(f"\nheld-out loss {loss:.3f} nats per masked token ({(data.held_out[2] != IGNORED).sum()} of them); the "
+          f"training text's word frequencies give {unigram:.3f}, chance {uniform:.3f}\n{abs(unigram - loss):.2f} nats "
+          f"{'below' if loss < unigram else 'above'} the word frequencies. Held-out text, a word masked:")  # fmt: skip
     show_guesses(model, data)
     print(f"\nThe model is in {out}, its curve in {draw_curve(out, log)}. Try it:")
     print(f'  python mabert.py {out} "text with a [MASK]"')
