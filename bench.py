@@ -190,13 +190,11 @@ SCANS = {  # each (u, delta, A, B, C, D, z, delta_bias) -> y as the model calls 
 }
 
 
-@torch.no_grad()
-def forward(name: str, inputs: list) -> torch.Tensor:
-    return SCANS[name](*inputs)
-
-
-def forward_backward(name: str, inputs: list, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(SCANS[name](*inputs), inputs, dy)
+def run_scan(name: str, inputs: list, dy: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """y; given its gradient, also those of the inputs."""
+    with torch.set_grad_enabled(dy is not None):
+        y = SCANS[name](*inputs)
+        return [y] if dy is None else [y, *torch.autograd.grad(y, inputs, dy)]
 
 
 def scan_inputs(name: str, size: tuple, device: str) -> tuple[list, torch.Tensor]:
@@ -216,17 +214,16 @@ def scan_error(name: str, device: str) -> str:
     """How far y and the gradients are from the formula in float64, relative to their norms, at most."""
     inputs, dy = scan_inputs(name, (2, 300, 256, 16), device)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    pairs = [(forward(name, inputs), forward("reference", exact))]
-    pairs += zip(forward_backward(name, inputs, dy), forward_backward("reference", exact, dy.double()))
+    pairs = zip(run_scan(name, inputs, dy), run_scan("reference", exact, dy.double()))
     return f"{torch.stack([(x - y).norm() / y.norm() for x, y in pairs]).max():.0e}"
 
 
 def scan_memory(name: str, size: tuple, device: str) -> int:
     """MB that forward and backward need beyond the inputs."""
     torch.set_num_threads(1)
-    forward_backward(name, *scan_inputs(name, (1, 4, 8, 2), device))  # loads what first calls load
+    run_scan(name, *scan_inputs(name, (1, 4, 8, 2), device))  # loads what first calls load
     inputs = scan_inputs(name, size, device)
-    return round(most_memory(lambda: forward_backward(name, *inputs), device) / 1e6)
+    return round(most_memory(lambda: run_scan(name, *inputs), device) / 1e6)
 
 
 def scan_times(names: list[str], size: tuple, device: str) -> dict[tuple, float | str]:
@@ -235,7 +232,8 @@ def scan_times(names: list[str], size: tuple, device: str) -> dict[tuple, float 
     clock = functools.partial(triton.testing.do_bench_cudagraph, return_mode="median") if device == "cuda" else wall_ms
 
     def ms(name: str, backward: bool) -> float:
-        return clock(lambda: forward_backward(name, *inputs(name)) if backward else forward(name, inputs(name)[0]))
+        values, dy = inputs(name)
+        return clock(lambda: run_scan(name, values, dy if backward else None))
 
     keys = itertools.product(names, (False, True))
     return in_turns({key: functools.partial(ms, *key) for key in keys}, rounds=7, seconds=60)
