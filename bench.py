@@ -610,20 +610,17 @@ def sentences(args, config: MaBERTConfig) -> list[torch.Tensor]:
     return [torch.tensor(row[: config.max_position]) for row in sorted(rows, key=len)]
 
 
-def changes(x: torch.Tensor, y: torch.Tensor) -> list[float]:
-    """Of a row's final hidden states (l, h), in the order of DRIFTS. Cosine distances are without cancellation."""
-    vectors = [F.normalize(torch.stack(pair), dim=1) for pair in ((x[0], y[0]), (x.mean(0), y.mean(0)))]
-    return [((y - x).norm() / x.norm()).item(), *((a - b).square().sum().item() / 2 for a, b in vectors)]
-
-
 def distances(model: MaBERT, rows: list[torch.Tensor], unpadded: list[torch.Tensor], pads: int, side: str) -> list:
-    """How far the real tokens' states are from those without pads, as means over the rows; all rows are one batch, in
-    which the longest has so many pads."""
-    lengths = [len(row) for row in rows]
+    """How far the real tokens' states are from those without pads, in the order of DRIFTS, as means over the rows; all
+    rows are one batch, in which the longest has so many pads. Cosine distances are without cancellation."""
+    lengths, found = [len(row) for row in rows], []
     mask = torch.arange(pads + max(lengths)) < torch.tensor(lengths)[:, None]
     mask = mask if side == "right" else mask.flip(1)
     ids = torch.full(mask.shape, model.config.pad_token_id).masked_scatter(mask, torch.cat(rows))
-    return list(map(statistics.mean, zip(*map(changes, unpadded, model(ids, mask)[mask].split(lengths)))))
+    for x, y in zip(unpadded, model(ids, mask)[mask].split(lengths)):  # (l, h)
+        vectors = [F.normalize(torch.stack(pair), dim=1) for pair in ((x[0], y[0]), (x.mean(0), y.mean(0)))]
+        found.append([(y - x).norm() / x.norm(), *((a - b).square().sum() / 2 for a, b in vectors)])
+    return torch.tensor(found).mean(0).tolist()
 
 
 @torch.no_grad()
@@ -640,8 +637,8 @@ def bench_drift(args):
     cases = ["causal, pads right", "causal, pads left", "centred, pads right", "centred, pads left"]
     found = {f"{measure}, {case}": {form: {} for form in PSM_FORMS} for measure in DRIFTS for case in cases}
     for form, conv in tqdm(list(itertools.product(PSM_FORMS, ("causal", "centred"))), unit="model"):
-        psm = [stage for stage in mabert.PSM_STAGES if stage in form]
-        model = MaBERT(dataclasses.replace(base.config, psm=psm, causal_conv=conv == "causal")).double().eval()
+        config = dataclasses.replace(base.config, psm=train_mlm.psm(form), causal_conv=conv == "causal")
+        model = MaBERT(config).double().eval()
         model.load_state_dict(base.state_dict())
         unpadded = [x for _, alike in itertools.groupby(rows, len) for x in model(torch.stack(list(alike)))]
         for side, pads in itertools.product(("right", "left"), args.pads):
