@@ -278,13 +278,13 @@ CPU and bf16 on a GPU, there of a CUDA graph's replays, without the gaps between
 
 # ---- without a GPU: what the compiler makes of the kernels, read from the machine code ----
 
-STATIC_CASES = {  # kernel: TILE, constants
-    "_pack": (8, {}),
-    "_segment_ends": (8, {"z_ptr": None}),
-    "_segment_ends (backward)": (4, {"BACKWARD": True}),
-    "_segment_starts": (8, {}),
-    "_outputs": (8, {}),  # from start states, and keeping the chunks' states
-    "_gradients": (4, {}),
+STATIC_CASES = {  # kernel: constants
+    "_pack": dict(TILE=8),
+    "_segment_ends": dict(TILE=8, z_ptr=None),
+    "_segment_ends (backward)": dict(TILE=4, BACKWARD=True),
+    "_segment_starts": dict(TILE=8),
+    "_outputs": dict(TILE=8),  # from start states, and keeping the chunks' states
+    "_gradients": dict(TILE=4),
 }
 
 
@@ -293,9 +293,9 @@ def compile_kernel(name: str, arch: str, dtype: str) -> bytes:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, (tile, more) = getattr(mabert, name.split()[0]), STATIC_CASES[name]
-    values = dict(d=1536, n=16, N=16, u_row=1536, v_row=1536, dy_row=1536, delta_row=1536, z_row=3072, TILE=tile)
-    values |= dict(SOFTPLUS=True, SIGN=1, CHUNK=64, BACKWARD=False) | more
+    kernel = getattr(mabert, name.split()[0])
+    values = dict(d=1536, n=16, N=16, u_row=1536, v_row=1536, dy_row=1536, delta_row=1536, z_row=3072)
+    values |= dict(SOFTPLUS=True, SIGN=1, CHUNK=64, BACKWARD=False) | STATIC_CASES[name]
     constants = {name: values[name] for name in kernel.arg_names if name in values}
     half = "u_ptr v_ptr delta_ptr z_ptr y_ptr dy_ptr du_ptr ddelta_ptr dz_ptr B_ptr C_ptr".split()
     kinds = {name: f"*{dtype if name in half else 'fp32'}" if "_ptr" in name else "i32" for name in kernel.arg_names}
@@ -310,15 +310,14 @@ def static_row(case: tuple) -> list:
     exponentials and the like, and shuffles, per state update and lane."""
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(compile_kernel(*case))
-        flags = ["--dump-resource-usage", "--dump-sass", file.name]
-        tool = triton.knobs.nvidia.cuobjdump.path
-        listing = subprocess.check_output([tool, *flags], text=True, stderr=subprocess.DEVNULL)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
+        listing = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
     line = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);"
     code = [(int(address, 16), op, rest) for address, op, rest in re.findall(line, listing)]
     jumps = [(int(re.search(r"0x([0-9a-f]+)", rest)[1], 16), at) for at, op, rest in code if op == "BRA"]
     loops = [(start, end) for start, end in jumps if start < end]
-    inner = [(s, e) for s, e in loops if not any(s <= s2 and e2 <= e for s2, e2 in loops if (s, e) != (s2, e2))]
-    updates = STATIC_CASES[case[0]][0] * (1 if case[0] == "_segment_starts" else 16)  # of an iteration, in a lane
+    inner = [(start, end) for start, end in loops if not any(start < other < end for _, other in loops)]
+    updates = STATIC_CASES[case[0]]["TILE"] * (1 if case[0] == "_segment_starts" else 16)  # of an iteration, in a lane
     row = [*case, *(re.search(rf"{key}:(\d+)", listing)[1] for key in ("REG", "STACK"))]
     for kind in ("", "MUFU", "SHFL"):
         counts = [sum(s <= at <= e and op.startswith(kind) for at, op, _ in code) / updates for s, e in inner]
