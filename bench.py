@@ -48,8 +48,10 @@ from tqdm import tqdm
 import mabert
 from mabert import MaBERT, MaBERTConfig, MaBERTForMaskedLM, MaBERTForSequenceClassification, triton
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-def header(device: str | None = "cpu") -> str:
+
+def header(device: str = "cpu") -> str:
     return f"`{shlex.join(['python', 'bench.py', *sys.argv[1:]])}` on {machine(device)}\n"
 
 
@@ -254,9 +256,9 @@ def bench_scan(args):
     if args.static or args.all:
         return bench_static(args)
     torch.set_num_threads(1)
-    device, names, shapes = "cpu", ["loop", "reference", "pscan"], [(8, 128), (1, 1024)]
-    if torch.cuda.is_available():
-        device, names = "cuda", ["kernels", "mamba_ssm", "loop", "pscan"]
+    device, names, shapes = DEVICE, ["loop", "reference", "pscan"], [(8, 128), (1, 1024)]
+    if device == "cuda":
+        names = ["kernels", "mamba_ssm", "loop", "pscan"]
         shapes = [(32, 128), (32, 512), (32, 2048), (32, 4096), (1, 512), (1, 4096), (1, 16384)]
     print(f"""{header(device)}
 Error: the largest of y and the gradients, relative to the formula in float64. Times: medians, in turns, of float32 on a
@@ -421,7 +423,7 @@ class Contender:
     """A model and its optimizer, with the two runs that are timed, under a setting."""
 
     def __init__(self, name: str, length: int, device: str, batch_size=1, settings=("plain",), flash=False):
-        self.model, self.flash, self.on_gpu = build(name, length, device), flash, device == "cuda"
+        self.model, self.flash = build(name, length, device), flash
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         compiled = functools.partial(torch.compile, self.model, dynamic=False)
         self.calls = {key: compiled(mode=SETTINGS[key]) if SETTINGS[key] else self.model for key in settings}
@@ -432,12 +434,12 @@ class Contender:
         """bf16 autocast on a GPU, float32 weights; their copies in bf16 are kept only where training needs them twice.
         The mask of ones is what a tokenizer gives; FlashAttention knows no mask. Without it, the paper's kernels."""
         call, mask = self.calls[setting], None if self.flash else torch.ones_like(rows)
-        kernels = sdpa_kernel(PAPER_ATTENTION) if self.on_gpu and not self.flash else contextlib.nullcontext()
+        kernels = sdpa_kernel(PAPER_ATTENTION) if rows.is_cuda and not self.flash else contextlib.nullcontext()
         if self.model.training != bool(labels):
             self.model.train(bool(labels))
         if setting == "CUDA graphs":
             torch.compiler.cudagraph_mark_step_begin()
-        with torch.autocast(rows.device.type, torch.bfloat16, self.on_gpu, cache_enabled=bool(labels)), kernels:
+        with torch.autocast(rows.device.type, torch.bfloat16, rows.is_cuda, cache_enabled=bool(labels)), kernels:
             return call(input_ids=rows, attention_mask=mask, **labels)
 
     @torch.no_grad()
@@ -557,9 +559,7 @@ M12, MW6 and H12 are MaBERT with other patterns (T12 is pre-LN, so not BERT).
 
 
 def bench_efficiency(args):
-    on_gpu = torch.cuda.is_available()
-    args.device = args.device or ("cuda" if on_gpu else "cpu")
-    if args.device == "cuda" and not on_gpu:
+    if args.device == "cuda" and DEVICE == "cpu":
         raise SystemExit("--device cuda: PyTorch sees no GPU here; --device cpu has a smaller measurement")
     check_out(args.out)
     lengths, args.batch_size, args.rounds, seconds = PROTOCOL[args.device]
@@ -741,7 +741,7 @@ def compare(args, variants: dict[str, list[str]]) -> tuple[str, dict[str, dict]]
         rows.append([name, spread(losses), f"{size:.2f}", f"{1000 * time:.0f}", f"{flops:.3g}"])
         found[name] = dict(loss=statistics.mean(losses), steps=run["steps"], TFLOP=flops, seconds=run["steps"] * time)
         found[name]["folders"] = runs
-    text = f"""{header(None)}
+    text = f"""{header(DEVICE)}
 Masked language modelling: {args.steps} steps of {TOKENS // args.length} rows of {args.length} tokens, hidden size 64, a
 centred convolution, unless said otherwise; seeds: {args.seeds}. TFLOP: PyTorch's count, without the scan.
 
@@ -857,7 +857,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "needs no GPU")  # fmt: skip
     add("--all", action="store_true", help="the same of all kernels, and for float32 as well")
     add = subcommand(bench_efficiency, "Tables B5 to B7 and Figure 5: MaBERT and its peers")
-    add("--device", choices=["cuda", "cpu"], help="default: the GPU, if there is one; a CPU measures less")
+    add("--device", choices=["cuda", "cpu"], default=DEVICE, help="default: the GPU, if any; a CPU measures less")
     add("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}")
     add("--lengths", type=positive, nargs="+", help="tokens (default: the paper's and up to 16384; else fewer)")
     add("--seconds", type=number(float, 1e-3), help="for the runs of a measure at a length (default: 600; on a CPU 60)")
