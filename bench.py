@@ -694,9 +694,9 @@ def pretrain(args, name: str, flags: list[str], profile: bool = False) -> Path:
     return out
 
 
-def pretrain_all(args, variants: dict[str, list[str]]) -> tuple[dict[str, list[float]], dict[str, list[Path]]]:
-    """Of each named variant, which is flags of train_mlm.py: seconds a step, and folders, one for each seed. All share
-    a tokenizer, that of a run of one step, since two trainings of one differ."""
+def pretrain_all(args, variants: dict[str, list[str]]) -> dict[str, list[Path]]:
+    """Of each named variant, which is flags of train_mlm.py, the folders of its runs, one for each seed. All share a
+    tokenizer, that of a run of one step, since two trainings of one differ."""
     text = ["--data", *(str(Path(path).resolve()) for path in args.data)] if args.data else ["--demo"]
     rows = str(TOKENS // args.length)
     flags = [*SMALL, *text, "--length-schedule", f"{args.length}:1", "--batch-size", rows, "--micro-batch-size", rows]
@@ -708,15 +708,12 @@ def pretrain_all(args, variants: dict[str, list[str]]) -> tuple[dict[str, list[f
         folder = f"{re.sub('[, ]+', '-', name)}-seed{seed}"
         return pretrain(args, folder, [*flags, *variants[name], "--seed", str(seed)], profile)
 
-    seconds, folders = {name: [] for name in variants}, {name: [] for name in variants}
+    folders = {name: [] for name in variants}
     for seed, name in tqdm(runs, desc="step time", unit="run"):  # alone and in turns: a drifting clock hits all alike
-        printed = (run(seed, name, profile=True) / "profile.txt").read_text(encoding="utf-8")
-        seconds[name].append(float(re.search(r"tokens: ([\d.]+) s a step", printed)[1]))
+        folders[name].append(run(seed, name, profile=True))
     with ThreadPoolExecutor(args.jobs) as pool:
-        made = tqdm(pool.map(run, *zip(*runs)), desc="pretraining", unit="run", total=len(runs))
-        for (_, name), folder in zip(runs, made):
-            folders[name].append(folder)
-    return seconds, folders
+        list(tqdm(pool.map(run, *zip(*runs)), desc="pretraining", unit="run", total=len(runs)))
+    return folders
 
 
 def held_out_loss(folder: Path) -> float:
@@ -731,9 +728,11 @@ def spread(values: list[float]) -> str:
 
 def compare(args, variants: dict[str, list[str]]) -> tuple[str, dict[str, dict]]:
     """A table of the variants' held-out losses and what they cost, and its numbers."""
-    (seconds, folders), rows, found = pretrain_all(args, variants), [], {}
-    for name, runs in folders.items():
-        losses, time = list(map(held_out_loss, runs)), min(seconds[name])
+    rows, found = [], {}
+    for name, runs in pretrain_all(args, variants).items():
+        profiles = [(folder / "profile.txt").read_text(encoding="utf-8") for folder in runs]
+        time = min(float(re.search(r"tokens: ([\d.]+) s a step", text)[1]) for text in profiles)
+        losses = list(map(held_out_loss, runs))
         model = MaBERTForMaskedLM.from_pretrained(runs[0])
         run = json.loads((runs[0] / "args.json").read_text(encoding="utf-8"))
         flops = run["steps"] * TOKENS * train_mlm.flops_per_token(model.config, args.length, run["mask_rate"]) / 1e12
@@ -809,23 +808,21 @@ def bench_study(args):
     Path(args.out).mkdir(parents=True, exist_ok=True)
     check_out(name)
     text, found = compare(args, {variant: flags.split() for variant, flags in STUDIES[args.study].items()})
-    x_axes = dict(psm=["pads"], budgets=["steps", "seconds"], sizes=["TFLOP", "seconds"])[args.study]
-    rows, panels = [], collections.defaultdict(lambda: collections.defaultdict(dict))
-    if args.study == "psm":  # of all variants the held-out rows are the same
-        folder = next(iter(found.values()))["folders"][0]
+    panels = collections.defaultdict(lambda: collections.defaultdict(dict))
+    x_axes = dict(psm=[], budgets=["steps", "seconds"], sizes=["TFLOP", "seconds"])[args.study]
+    for x, (variant, run) in itertools.product(x_axes, found.items()):
+        panels[f"by {x}"][variant.split(", ")[0]][run[x]] = run["loss"]
+    if args.study == "psm":
+        x_axes, rows = ["pads"], []
+        folder = next(iter(found.values()))["folders"][0]  # of all variants the held-out rows are the same
         flags = train_mlm.parse_args(shlex.split((folder / "flags.txt").read_text(encoding="utf-8")))
         with contextlib.redirect_stdout(sys.stderr):
             held_out = train_mlm.prepare(flags, folder / "tokenizer.json").held_out
-    for variant, run in found.items():
-        first, second = variant.split(", ")
-        if args.study == "psm":
+        for variant, run in found.items():
             losses = list(zip(*(losses_by_padding(folder, held_out) for folder in tqdm(run["folders"], variant))))
             rows.append([variant, *map(spread, losses)])
-            panels[first][second] = dict(zip(PADDINGS, map(statistics.mean, losses)))
-        else:
-            for x in x_axes:
-                panels[f"by {x}"][first][run[x]] = run["loss"]
-    if rows:
+            pattern, form = variant.split(", ")
+            panels[pattern][form] = dict(zip(PADDINGS, map(statistics.mean, losses)))
         text += f"\n\nThe held-out loss with other pads:\n\n{table(['', *PADDINGS], rows)}"
     print(text)
     write_results(name, text + "\n", panels, f"{' / '.join(x_axes)}; y: held-out loss, nats", "linear")
