@@ -892,7 +892,7 @@ def main(argv: list[str]):
     except OSError as error:  # a full disk, a folder that may not be written
         raise SystemExit(f"cannot go on: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; patterns goes on when it is given again") from None
+        raise SystemExit("\ninterrupted; patterns and study go on when they are given again") from None
 
 
 if __name__ == "__main__":
