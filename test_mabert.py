@@ -382,7 +382,7 @@ SIZES = [  # b, l, d, n; rows of masks(l) or None; chunks of 16 to a segment, or
     (6, 17, 3, 1, slice(6), None),
     *((1, l, d, 2, None, 1) for l, d in ((16, 3), (17, 3), (50, 33), (150, 3))),  # 150: more segments than a tile's 8
     *((1, 70, 3, 2, None, 2), (2, 50, 3, 1, slice(3, 5), 1), (0, 20, 3, 2, None, None)),
-    *((*size, None, None) for size in ((1, 18, 32, 16), (2, 5, 33, 3), (1, 6, 3, 40))),  # 40: groups of 16, 16 and 8
+    *((*size, None, None) for size in ((2, 5, 33, 3), (1, 18, 32, 16), (1, 6, 3, 40))),  # 40: groups of 16, 16 and 8
 ]
 IN_HALF = [(*case, dtype) for dtype in HALF for case in ((1, 20, 5, 2, slice(3, 4), None), (1, 6, 5, 17, None, None))]
 KERNEL_CASES = [  # the small ones in both directions, the others, which take seconds in the interpreter, by turns
@@ -522,7 +522,7 @@ def test_kernels_on_a_gpu_in_a_cuda_graph():
 def test_gradients_over_nccl_on_a_gpu():
     inputs = dict.fromkeys(("input_ids", "labels"), torch.randint(1, 60, (2, 20), device=DEVICE))
     model, results = build(MaBERTForMaskedLM, tiny("MWHT"), torch.float32).to(DEVICE), []
-    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
         for call in (model, torch.nn.parallel.DistributedDataParallel(model)):
             with torch.autocast(DEVICE, dtype=torch.bfloat16):
@@ -1293,7 +1293,7 @@ def test_another_run_is_not_resumed():
     pretrain(f"{SHORT} --data moved.txt --resume")  # the same text
 
 
-def test_the_profile_covers_the_step_and_counts_operations_and_tokens(capsys):
+def test_the_profile_covers_the_step(capsys):
     pretrain("--profile 2")
     assert not Path("run").exists()
     sections = capsys.readouterr().out.split("\nrows of ")[1:]
@@ -1303,11 +1303,6 @@ def test_the_profile_covers_the_step_and_counts_operations_and_tokens(capsys):
         parts = dict(re.findall(r"^  (\S.*?)  .*?([\d.]+)%$", section, re.MULTILINE))
         assert section.split()[0] == length and parts.keys() == kinds | {"waiting for data", "optimizer"}
         assert sum(map(float, parts.values())) == pytest.approx(100, abs=0.5) and float(parts["forward, M layers"]) > 1
-    short, long = (train_mlm.flops_per_token(MaBERTConfig(), length, 0.15) for length in (128, 512))
-    h, mamba = 768, 8 * (768 * 2 * 1536 + 1536 * (48 + 32) + 48 * 1536 + 1536 * 768 + 2 * 768 * 3072)
-    transformer, convolution, head = 4 * (4 * h * h + 2 * h * 3072), 8 * 1536 * 4, 0.15 * h * (h + 30522)
-    assert short == pytest.approx(6 * (mamba + transformer + convolution + head + 4 * 2 * 128 * h), rel=0.01)
-    assert long - short == pytest.approx(6 * 4 * 2 * (512 - 128) * h, rel=0.01)
 
 
 # ---- Fine-tuning on GLUE ----
@@ -1691,13 +1686,15 @@ def test_the_baselines_have_the_parameters_of_the_papers_table():
     assert found == known
 
 
-def test_operations_of_the_layers():
+def test_operations_of_a_layer_and_of_a_step():
     """By hand: h 768, d 1536, r 48, n 16, k 4, feed-forward 3072."""
-    flops = bench.layer_flops
-    for length in (1, 128, 1000):
-        m = 768 * 3072 + 1536 * (48 + 32) + 48 * 1536 + 1536 * 768 + 2 * 768 * 3072 + 4 * 1536
-        assert flops("M", length) == length * (2 * m + 7 * 1536 * 16)
-        assert flops("T", length) == length * (2 * (4 * 768**2 + 2 * 768 * 3072) + 4 * length * 768)
+    m, head = 768 * 3072 + 1536 * (48 + 32) + 48 * 1536 + 1536 * 768 + 2 * 768 * 3072 + 4 * 1536, 768 * (768 + 30522)
+    for length in (1, 128, 512):
+        t = 4 * 768**2 + 2 * 768 * 3072 + 2 * length * 768
+        assert bench.layer_flops("M", length) == length * (2 * m + 7 * 1536 * 16)
+        assert bench.layer_flops("T", length) == length * 2 * t
+        step = train_mlm.flops_per_token(MaBERTConfig(), length, 0.15)
+        assert step == pytest.approx(3 * 2 * (8 * m + 4 * t + 0.15 * head))
 
 
 def test_headline_ratios_of_the_papers_own_figures():
@@ -1936,22 +1933,19 @@ def test_an_unreachable_hub_is_explained(monkeypatch):
 # ---- README's examples ----
 
 
-def readme(kind):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-
-
 def test_the_readmes_examples_work_and_its_flags_exist(capsys):
+    blocks = re.findall(r"(?ms)^```(python|sh)\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"))
+    python, shell = ([code for language, code in blocks if language == name] for name in ("python", "sh"))
     tokenizer = train_mlm.train_tokenizer(["return the function of a list of strings that opens"] * 3, 200)
     config = tiny("MT", hidden_size=128, vocab_size=train_mlm.vocab_size(tokenizer))
     build(MaBERTForMaskedLM, config, torch.float32).save_pretrained("out/demo")
     tokenizer.save("out/demo/tokenizer.json")
-    for code in readme("python"):
+    for code in python:
         exec(code, {})
         printed = capsys.readouterr().out
         assert printed.startswith("['") and printed.endswith("'] (2, 128)\n")
     parsed = 0
-    for line in "".join(readme("sh")).replace("\\\n", "").splitlines():
+    for line in "".join(shell).replace("\\\n", "").splitlines():
         if line.startswith("python mabert.py"):
             mabert.main(shlex.split(line)[2:])
             assert "[MASK]: " in capsys.readouterr().out
