@@ -49,10 +49,6 @@ if mabert.INTERPRETED:  # Triton's interpreter prepares its language anew in eac
         interpreter._LangPatchScope.restore = lambda scope: None
 
 
-def gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")(test))
-
-
 def tiny(pattern="MMT", **changes) -> MaBERTConfig:
     sizes = dict(vocab_size=60, hidden_size=16, num_heads=2, intermediate_size=32, d_state=4, max_position=32)
     return MaBERTConfig(pattern=pattern, dropout=0.0, **sizes | changes)
@@ -170,7 +166,9 @@ def given(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(given, tmp_path, monkeypatch):
+def in_a_folder_of_its_own(request, given, tmp_path, monkeypatch):
+    if DEVICE == "cpu" and request.node.get_closest_marker("gpu"):
+        pytest.skip("needs a CUDA device")
     shutil.copytree(given, tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
@@ -499,7 +497,7 @@ def test_machine_code_of_the_kernels():
         assert kernel == "_gradients" or float(shuffles) == 0
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("b, l", [(1, 3000), (4, 700)])
 def test_kernels_on_a_gpu_at_the_size_of_the_base_model(b, l):
     inputs, mask = scan_inputs(b, l, 1536, 16), (torch.rand(b, l) > 0.2).to(DEVICE)
@@ -508,7 +506,7 @@ def test_kernels_on_a_gpu_at_the_size_of_the_base_model(b, l):
     compare_with_the_reference(kernels, inputs, torch.bfloat16, 8e-3, mask=mask, reverse=True)
 
 
-@gpu
+@pytest.mark.gpu
 def test_kernels_on_a_gpu_in_a_cuda_graph():
     inputs, dy = each(torch.Tensor.float, scan_inputs(2, 24)), torch.ones(2, 24, 5, device="cuda")
     expected, graph = y_and_gradients(selective_scan, inputs, dy), torch.cuda.CUDAGraph()
@@ -518,7 +516,7 @@ def test_kernels_on_a_gpu_in_a_cuda_graph():
     assert all(torch.equal(captured[name], expected[name]) for name in expected)
 
 
-@gpu
+@pytest.mark.gpu
 def test_gradients_over_nccl_on_a_gpu():
     inputs = dict.fromkeys(("input_ids", "labels"), torch.randint(1, 60, (2, 20), device=DEVICE))
     model, results = build(MaBERTForMaskedLM, tiny("MWHT"), torch.float32).to(DEVICE), []
@@ -1172,10 +1170,11 @@ def test_a_full_disk_is_explained_and_leaves_what_was_whole(writer, monkeypatch)
 
 @pytest.fixture(scope="module")
 def longer(given):
-    """What comes of the run that is not stopped."""
+    """What comes of the run that is not stopped. Nothing of it stays in the folder that all tests start from."""
     pretrain(LONGER)
-    yield trained()
+    found = trained()
     shutil.rmtree("run")
+    return found
 
 
 def test_a_stopped_run_goes_on_bit_by_bit(longer, monkeypatch, capsys):
@@ -1730,8 +1729,6 @@ def efficiency(flags, models):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_bench_efficiency(device, small_peers, capsys):
-    if device == "cuda" and DEVICE == "cpu":
-        pytest.skip("no CUDA device")
     pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
     efficiency(f"--device {device} --lengths 16 128 --seconds 0.1 --out efficiency", bench.MODELS)
