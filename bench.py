@@ -287,6 +287,7 @@ STATIC_CASES = {  # kernel: constants
     "_outputs": dict(TILE=8),  # from start states, and keeping the chunks' states
     "_gradients": dict(TILE=4),
 }
+TARGETS = list(itertools.product(("sm_80", "sm_90"), ("bf16", "fp32")))
 
 
 def compile_kernel(name: str, arch: str, dtype: str) -> bytes:
@@ -330,8 +331,8 @@ def static_row(case: tuple) -> list:
 def bench_static(args):
     if not triton or mabert.INTERPRETED:
         raise SystemExit("--static needs the package triton (on Linux), and no TRITON_INTERPRET in the environment")
-    kernels, dtypes = (STATIC_CASES, ("bf16", "fp32")) if args.all else (("_outputs", "_gradients"), ("bf16",))
-    cases = list(itertools.product(kernels, ("sm_80", "sm_90"), dtypes))
+    kernels, targets = (STATIC_CASES, TARGETS) if args.all else (("_outputs", "_gradients"), TARGETS[::2])
+    cases = [(kernel, *target) for kernel in kernels for target in targets]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(tqdm(pool.map(static_row, cases), total=len(cases)))
     print(header())
