@@ -227,16 +227,19 @@ def scan_memory(name: str, size: tuple, device: str) -> int:
     return round(most_memory(lambda: run_scan(name, *inputs), device) / 1e6)
 
 
+PASSES = ("forward", "forward + backward")
+
+
 def scan_times(names: list[str], size: tuple, device: str) -> dict[tuple, float | str]:
-    """Medians of forward (False) and of forward and backward (True)."""
+    """Medians, by name and PASSES."""
     inputs = functools.cache(lambda name: scan_inputs(name, size, device))
     clock = functools.partial(triton.testing.do_bench_cudagraph, return_mode="median") if device == "cuda" else wall_ms
 
-    def ms(name: str, backward: bool) -> float:
+    def ms(name: str, passes: str) -> float:
         values, dy = inputs(name)
-        return clock(lambda: run_scan(name, values, dy if backward else None))
+        return clock(lambda: run_scan(name, values, dy if "backward" in passes else None))
 
-    keys = itertools.product(names, (False, True))
+    keys = itertools.product(names, PASSES)
     return in_turns({key: functools.partial(ms, *key) for key in keys}, rounds=7, seconds=60)
 
 
@@ -268,8 +271,8 @@ CPU and bf16 on a GPU, there of a CUDA graph's replays, without the gaps between
         times, rows = scan_times(names, size, device), []
         for name in names:
             rows.append([name, errors[name]])
-            for backward in (False, True):
-                found, first = times[name, backward], times[names[0], backward]
+            for passes in PASSES:
+                found, first = times[name, passes], times[names[0], passes]
                 ratio = f" ({found / first:.2f}×)" if isinstance(found, float) and isinstance(first, float) else ""
                 rows[-1].append(found if isinstance(found, str) else f"{found:.3g}{ratio}")
             rows[-1].append(alone(scan_memory, name, size, device))

@@ -602,8 +602,8 @@ def _empty_like(tensor):
 
 def _row_blocks(u, A, chunk):
     """Rows whose buffers fit the caches; on a GPU all at once, since launches cost there."""
-    b, size = len(u), LOOP_BLOCK * torch.get_num_threads() // (chunk * A.numel())
-    size = b if u.is_cuda else max(1, size)
+    b, fit = len(u), LOOP_BLOCK * torch.get_num_threads() // (chunk * A.numel())
+    size = max(1, b if u.is_cuda else fit)
     return [slice(i, min(i + size, b)) for i in range(0, b, size)]
 
 
@@ -649,9 +649,9 @@ def _scan_loop(
                 if keep and i > 0:
                     kept[rows, i - 1] = h
                 _, _, _, states = _states(buffers, u_, delta_, A, B_, bias, m, h, softplus, reverse)
-                part = (C_[:, :, None] @ states).squeeze(2).addcmul_(u_, D)  # (…, 1, n) @ (…, n, d)
-                part = part if z is None else part.mul_(F.silu(z_))
-                y_.copy_(part if mask is None else part.mul_(m[..., None]))
+                found = (C_[:, :, None] @ states).squeeze(2).addcmul_(u_, D)  # (…, 1, n) @ (…, n, d)
+                found = found if z is None else found.mul_(F.silu(z_))
+                y_.copy_(found if mask is None else found.mul_(m[..., None]))
                 h = states[0 if reverse else -1]
     return y, kept
 
@@ -695,12 +695,12 @@ def _scan_loop_backward(
                 dx = (B_[:, :, None] @ g).squeeze(2)
                 q, w = q.clone(), a.mul_(before)
                 dA += torch.mul(w, delta_[:, :, None], out=g).sum(dim=(0, 1))
-                dw = w.mul_(A_).sum(dim=2).addcmul_(u_, dx)
+                grad = w.mul_(A_).sum(dim=2).addcmul_(u_, dx)  # of Δ
                 if softplus:
-                    dw.mul_(torch.expm1(-delta_)).neg_()  # softplus' derivative is 1 − exp(−Δ), 0 at pads
+                    grad *= -torch.expm1(-delta_)  # softplus' derivative is 1 − exp(−Δ), 0 at pads
                 elif mask is not None:
-                    dw.mul_(m[..., None])
-                ddelta_.copy_(dw)
+                    grad *= m[..., None]
+                ddelta_.copy_(grad)
                 torch.addcmul(dx.mul_(delta_), s, D_, out=du_)
                 dD += (s * u_).sum(dim=(0, 1))
     dA, dD, dbias = dA.T.contiguous().to(A.dtype), dD.to(D.dtype), ddelta.sum((0, 1), dtype=kind).to(bias.dtype)
