@@ -636,18 +636,18 @@ def _scan_loop(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, bias: Tensor,
     mask: Tensor | None, softplus: bool, reverse: bool, chunk: int, keep: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y (b, l, d) of dtype; and if `keep`, the states at the start of chunks but the first, (b, chunks − 1, n, d)."""
+    """y (b, l, d) of dtype; and if `keep`, the states at the starts of chunks, (b, chunks, n, d)."""
     (b, l, d), n, kind = u.shape, A.shape[1], torch.promote_types(u.dtype, torch.float32)  # float64 stays
     A, D, bias = (A.T.to(kind) / math.log(2)).contiguous(), D.to(kind), bias.to(kind)
-    y, kept = u.new_empty(b, l, d, dtype=dtype), A.new_empty(b, (l - 1) // chunk if keep else 0, n, d)
+    y, kept = u.new_empty(b, l, d, dtype=dtype), A.new_empty(b, -(-l // chunk) if keep else 0, n, d)
     tensors = y, *(x if x is None else x.to(kind) for x in (u, delta, B, C, z, mask))
     with torch.autocast(u.device.type, enabled=False):  # else @ would be in half precision
         for rows in _row_blocks(u, A, chunk):
             buffers = A.new_empty(2, chunk + 1, rows.stop - rows.start, n, d)
             h = torch.zeros_like(buffers[0, 0])
             for i, (y_, u_, delta_, B_, C_, z_, m) in _chunks(rows, chunk, reverse, *tensors):
-                if keep and i > 0:
-                    kept[rows, i - 1] = h
+                if keep:
+                    kept[rows, i] = h
                 _, _, _, states = _states(buffers, u_, delta_, A, B_, bias, m, h, softplus, reverse)
                 found = (C_[:, :, None] @ states).squeeze(2).addcmul_(u_, D)  # (…, 1, n) @ (…, n, d)
                 found = found if z is None else found.mul_(F.silu(z_))
@@ -676,11 +676,11 @@ def _scan_loop_backward(
     with torch.autocast(u.device.type, enabled=False):
         for rows in _row_blocks(u, A, chunk):
             buffers = dA.new_empty(3, chunk + 1, rows.stop - rows.start, n, d)
-            q = zeros = torch.zeros_like(buffers[0, 0])  # q is a_{t+1} g_{t+1}
+            q = torch.zeros_like(buffers[0, 0])  # a_{t+1} g_{t+1}
             for i, views in _chunks(rows, chunk, reverse, *tensors)[::-1]:
                 s, u_, delta_, B_, C_, z_, m, du_, ddelta_, dB_, dC_, dz_ = views
-                h = kept[rows, i - 1] if i > 0 else zeros
-                delta_, a, before, after = _states(buffers, u_, delta_, A2, B_, bias_, m, h, softplus, reverse)
+                chunk_states = _states(buffers, u_, delta_, A2, B_, bias_, m, kept[rows, i], softplus, reverse)
+                delta_, a, before, after = chunk_states
                 s = s if mask is None else s * m[..., None]
                 if z is not None:
                     y = (C_[:, :, None] @ after).squeeze(2).addcmul_(u_, D_)
@@ -1188,9 +1188,10 @@ def _scan_triton_backward(
 # ---- Both as ops: for torch.compile, what they return, without computing it; for autograd, what to keep ----
 
 
-def _fake(u, delta, A, B, C, D, z, bias, mask, softplus, reverse, chunk, keep, dtype):
-    (b, l, d), n, kind = u.shape, A.shape[1], torch.promote_types(u.dtype, torch.float32)
-    return u.new_empty(b, l, d, dtype=dtype), u.new_empty(b, (l - 1) // chunk if keep else 0, n, d, dtype=kind)
+def _fake(chunks, u, delta, A, B, C, D, z, bias, mask, softplus, reverse, chunk, keep, dtype):
+    kind = torch.promote_types(u.dtype, torch.float32)
+    kept = u.new_empty(len(u), chunks(u.shape[1], chunk) if keep else 0, A.shape[1], u.shape[2], dtype=kind)
+    return u.new_empty(u.shape, dtype=dtype), kept
 
 
 def _fake_backward(dy, kept, u, *inputs):
@@ -1209,8 +1210,11 @@ def _backward(op, ctx, dy, _):
     return *(None if x is None else dx for x, dx in zip(saved[1:9], gradients)), *(None,) * 6
 
 
-for _op, _op_backward in ((_scan_loop, _scan_loop_backward), (_scan_triton, _scan_triton_backward)):
-    _op.register_fake(_fake)
+for _op, _op_backward, _chunks_kept in (
+    (_scan_loop, _scan_loop_backward, lambda l, chunk: -(-l // chunk)),
+    (_scan_triton, _scan_triton_backward, lambda l, chunk: (l - 1) // chunk),
+):
+    _op.register_fake(functools.partial(_fake, _chunks_kept))
     _op_backward.register_fake(_fake_backward)
     _op.register_autograd(functools.partial(_backward, _op_backward), setup_context=_keep)
 

@@ -353,13 +353,13 @@ def test_scan_equals_the_reference_in_any_precision(l, reverse, dtype, tolerance
             compare_with_the_reference(function, inputs, dtype, tolerance, mask=masks(l), reverse=reverse)
 
 
-@pytest.mark.parametrize("function", [loop, pytest.param(kernels, marks=interpreted, id="kernels_in")])
-def test_scan_keeps_inputs_and_chunk_states_for_backward(function):  # all states: 51 200 bytes
+@pytest.mark.parametrize("function, states", [(loop, 4), pytest.param(kernels, 3, marks=interpreted, id="kernels_in")])
+def test_scan_keeps_inputs_and_chunk_states_for_backward(function, states):  # all states: 51 200 bytes
     inputs, kept = each(lambda x: x.bfloat16().requires_grad_(), scan_inputs(1, 50, 16, 16)), {}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
         function(**inputs, delta_softplus=True)
     own = [x.data_ptr() for x in inputs.values()]
-    assert sum(x.nbytes for pointer, x in kept.items() if pointer not in own) <= 3 * 16 * 16 * 4
+    assert sum(x.nbytes for pointer, x in kept.items() if pointer not in own) <= states * 16 * 16 * 4
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or not mabert.triton, reason="there is a GPU for the kernels, or no triton")
