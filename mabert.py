@@ -593,7 +593,7 @@ def reference_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
 # replays a chunk from the state that was kept at its start.
 
 LOOP_CHUNK = 16  # steps. One state kept per chunk takes l / 16 · n · d numbers a row: with n = 16, as many as u
-LOOP_BLOCK = 2**19  # numbers in a buffer, for each thread: 2 MB
+LOOP_BLOCK = 2**19  # numbers in a buffer, for each thread: 2 MB, of which the backward pass has three
 
 
 def _empty_like(tensor):
@@ -615,9 +615,9 @@ def _chunks(rows, chunk, reverse, *tensors):
 
 
 def _states(buffers, u, delta, A, B, bias, mask, h, softplus, reverse):
-    """Of a chunk Δ (steps, b, d), the decays a_t = exp(Δ_t A), and the states before and after each step, all (steps,
-    b, n, d) in two buffers; from u, delta (steps, b, d), A / ln 2 (n, d), B (steps, b, n) and h (b, n, d), the first
-    state. On a CPU PyTorch's exp2 is faster than its exp."""
+    """Of a chunk Δ (steps, b, d); and in two buffers the decays a_t = exp(Δ_t A) and the states before and after each
+    step, each (steps, b, n, d). From u, delta (steps, b, d), A / ln 2 (n, d), B (steps, b, n), bias (d,), mask (steps,
+    b) and h (b, n, d), the first state. On a CPU PyTorch's exp2 is faster than its exp."""
     delta = delta + bias
     delta = F.softplus(delta) if softplus else delta
     delta = delta if mask is None else delta * mask[..., None]
@@ -671,7 +671,7 @@ def _scan_loop_backward(
     A_, D_, bias_ = A.T.to(kind).contiguous(), D.to(kind), bias.to(kind)  # A_ (n, d)
     A2 = A_ / math.log(2)
     du, ddelta, dB, dC, dz = outputs = [None if x is None else _empty_like(x) for x in (u, delta, B, C, z)]
-    dA, dD = torch.zeros_like(A_), torch.zeros_like(D_)
+    dA, dD, dbias = map(torch.zeros_like, (A_, D_, bias_))
     tensors = *(x if x is None else x.to(kind) for x in (dy, u, delta, B, C, z, mask)), *outputs
     with torch.autocast(u.device.type, enabled=False):
         for rows in _row_blocks(u, A, chunk):
@@ -703,7 +703,8 @@ def _scan_loop_backward(
                 ddelta_.copy_(grad)
                 torch.addcmul(dx.mul_(delta_), s, D_, out=du_)
                 dD += (s * u_).sum(dim=(0, 1))
-    dA, dD, dbias = dA.T.contiguous().to(A.dtype), dD.to(D.dtype), ddelta.sum((0, 1), dtype=kind).to(bias.dtype)
+                dbias += grad.sum(dim=(0, 1))
+    dA, dD, dbias = dA.T.contiguous().to(A.dtype), dD.to(D.dtype), dbias.to(bias.dtype)
     return du, ddelta, dA, dB, dC, dD, u.new_empty(0) if z is None else dz, dbias
 
 
@@ -1251,11 +1252,12 @@ def selective_scan(
         return _scan_loop(u, delta, A, B, C, D, z, bias, mask, delta_softplus, reverse, LOOP_CHUNK, keep, u.dtype)[0]
     # In groups of 16 states, since a thread has no registers for more. SiLU(z) gates a sum, so it may gate each part of
     # it; y is summed in float32, the gradients of u, delta and z in their dtypes.
-    chunk, dtype, parts = _chunk(*u.shape, A.shape[1]), u.dtype if A.shape[1] <= 16 else torch.float32, []
+    y, chunk, dtype = None, _chunk(*u.shape, A.shape[1]), u.dtype if A.shape[1] <= 16 else torch.float32
     for i in range(0, A.shape[1], 16):
         group = A[:, i : i + 16], B[..., i : i + 16], C[..., i : i + 16], zeros if i > 0 else D
-        parts += _scan_triton(u, delta, *group, z, bias, mask, delta_softplus, reverse, chunk, keep, dtype)[:1]
-    return sum(parts[1:], parts[0]).to(u.dtype)
+        part, _ = _scan_triton(u, delta, *group, z, bias, mask, delta_softplus, reverse, chunk, keep, dtype)
+        y = part if y is None else y + part
+    return y.to(u.dtype)
 
 
 # ---- The command: python mabert.py FOLDER "text with a [MASK]" ----

@@ -303,13 +303,16 @@ def masks(l):
 
 def y_and_gradients(function, inputs, dy=None, mask=None, **options) -> dict:
     inputs = each(lambda x: x.detach().requires_grad_(), inputs)
+    copies = each(torch.clone, inputs)
     y = function(**inputs, mask=mask, **dict(delta_softplus=True) | options)
     if dy is None:
         torch.manual_seed(1)
         dy = (2 * torch.randint(-8, 8, y.shape) + 1).to(y) / 16  # numbers of all dtypes
+    copies["dy"] = dy.clone()
     found = dict(y=y) | dict(zip(inputs, torch.autograd.grad(y, inputs.values(), dy)))
+    assert all(torch.equal(x, copies[name]) for name, x in (inputs | dict(dy=dy)).items())  # written to by nothing
     if mask is not None:
-        assert all(found[name][~mask].eq(0).all() for name in ("y", "u", "delta", "B", "C", "z"))
+        assert all(found[name][~mask].eq(0).all() for name in found.keys() & {"y", "u", "delta", "B", "C", "z"})
     return found
 
 
@@ -346,11 +349,26 @@ def test_scan_in_closed_form(without):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6), *HALF.items()])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("l", [1, 2, 15, 16, 17, 32, 40])  # about the edges of chunks of 16 steps
-def test_scan_equals_the_reference_in_any_precision(l, reverse, dtype, tolerance):
+def test_scan_equals_the_reference_in_any_precision(l, reverse, dtype, tolerance, monkeypatch):
+    rows = 4 if reverse else 1  # at a time, of six
+    monkeypatch.setattr(mabert, "LOOP_BLOCK", -(-rows * 16 * 5 * 3 // torch.get_num_threads()))
     inputs = each(strided, scan_inputs(6, l)) if reverse else scan_inputs(6, l)
     for function, autocast in ((loop, False), (loop, True), (reference_scan, True)):  # inside all is float32 at least
         with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
             compare_with_the_reference(function, inputs, dtype, tolerance, mask=masks(l), reverse=reverse)
+
+
+EACH_SCAN = pytest.mark.parametrize("function", [loop, pytest.param(kernels, marks=interpreted, id="kernels_in")])
+
+
+@EACH_SCAN
+def test_scan_of_half_precision_sums_the_gradients_of_float32_parameters_in_float32(function):
+    inputs = each(lambda x: x.bfloat16() if x.dim() == 3 else x.float(), scan_inputs(2, 20, 5, 2))
+    found, exact = (
+        y_and_gradients(*x) for x in ((function, inputs), (reference_scan, each(torch.Tensor.double, inputs)))
+    )
+    for name in ("A", "D", "delta_bias"):
+        assert relative(exact[name], found[name].double()) < 1e-5
 
 
 @pytest.mark.parametrize("function, states", [(loop, 4), pytest.param(kernels, 3, marks=interpreted, id="kernels_in")])
@@ -383,7 +401,7 @@ IN_HALF = [(*case, dtype) for dtype in HALF for case in ((1, 20, 5, 2, slice(3, 
 KERNEL_CASES = [  # the small ones in both directions, the others, which take seconds in the interpreter, by turns
     (*case, reverse)
     for i, case in enumerate([*((*size, torch.float32) for size in SIZES), *IN_HALF])
-    for reverse in ((False, True) if case[0] == case[3] == 1 else (i % 2 == 0,))
+    for reverse in ((False, True) if case[0] == case[3] == 1 or case[3] >= 16 else (i % 2 == 0,))
 ]
 
 
@@ -396,23 +414,28 @@ def test_kernels_in_all_cases_equal_the_reference(b, l, d, n, rows, chunks, dtyp
     compare_with_the_reference(kernels, scan_inputs(b, l, d, n), dtype, HALF.get(dtype, 1e-5), **options)
 
 
-@interpreted
-def test_kernels_in_calls_without_the_options():
-    inputs = scan_inputs(1, 9, 3, 2)
+@EACH_SCAN
+def test_scan_in_calls_without_the_options(function):
+    inputs, mask = scan_inputs(1, 9, 3, 2), masks(9)[4:5]
     inputs["delta"].abs_()
     for without in (["D", "z"], ["z", "delta_bias"], ["D", "delta_bias"], ["D", "z", "delta_bias", "delta_softplus"]):
         some = {name: x for name, x in inputs.items() if name not in without}
-        compare_with_the_reference(kernels, some, delta_softplus="delta_softplus" not in without)
-    refused(lambda: kernels(**inputs), said="u is float64", error=RuntimeError)
+        for mask_ in (None, mask):
+            options = dict(delta_softplus="delta_softplus" not in without, mask=mask_)
+            compare_with_the_reference(function, some, **options)
+    if function is kernels:
+        refused(lambda: kernels(**inputs), said="u is float64", error=RuntimeError)
 
 
-@interpreted
-def test_kernels_in_softplus_are_accurate_at_both_ends():
+@EACH_SCAN
+def test_scan_in_softplus_is_accurate_at_both_ends(function):
     one = torch.ones(1, 1, 1, device=DEVICE)
     for rho in (-80.0, -30.0, -12.0, -3.0, 0.0, 3.0, 30.0, 1e4):  # y = Δ, as h starts from zero
-        y = kernels(one, rho * one, -one[0], one, one, delta_softplus=True)
-        exact = F.softplus(torch.tensor(rho, dtype=torch.float64)).item()
-        assert y.item() == pytest.approx(exact, rel=1e-5, abs=0)
+        delta, exact = torch.full_like(one, rho).requires_grad_(), torch.tensor(rho, dtype=torch.float64)
+        y = function(one, delta, -one[0], one, one, delta_softplus=True)
+        y.backward()
+        assert y.item() == pytest.approx(F.softplus(exact).item(), rel=1e-5, abs=0)
+        assert delta.grad.item() == pytest.approx(exact.sigmoid().item(), rel=1e-5, abs=0)
 
 
 @interpreted
@@ -449,6 +472,8 @@ def test_scan_ops_are_registered_soundly(op):
     for tensors, mask_, flag in ((inputs, mask, True), (inputs | dict(z=None), None, False), (halves, mask, False)):
         arguments = (*tensors.values(), mask_, flag, flag, 16, True, torch.float32)
         torch.library.opcheck(op, arguments)
+    without_gradients = each(torch.Tensor.detach, halves).values()
+    torch.library.opcheck(op, (*without_gradients, mask, True, False, 16, False, torch.bfloat16))
 
 
 @pytest.mark.parametrize("b, l", [(1, 1), (1, 512), (1, 4096), (1, 16384), (3, 1000), (11, 4096), (32, 128)])
@@ -475,7 +500,11 @@ selective_scan(x, x, A, x, x, backend="triton")"""
     assert re.search(f"RuntimeError: {said}the package triton is not installed", result.stderr)
     monkeypatch.setattr(mabert, "INTERPRETED", False)
     inputs = each(lambda x: x.float().cpu(), scan_inputs())
-    refused(lambda: kernels(**inputs), said=said + "(it needs a GPU|the package)", error=RuntimeError)
+    refused(
+        lambda: kernels(**inputs),
+        said=said + ("it needs a GPU" if mabert.triton else "the package"),
+        error=RuntimeError,
+    )
 
 
 @pytest.mark.skipif(mabert.INTERPRETED or not mabert.triton, reason="needs Triton's compiler")

@@ -24,6 +24,7 @@ import datetime
 import errno
 import functools
 import glob
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -36,6 +37,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import warnings
 import zlib
 from collections.abc import Iterable
@@ -161,7 +163,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
     if args.batch_size % (args.micro_batch_size * PROCESSES):
         parser.error(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size} × "
-                     f"{PROCESSES} process(es): lower --micro-batch-size")  # fmt: skip
+                     f"{PROCESSES} process(es): change it, or lower --micro-batch-size")  # fmt: skip
     if not math.isclose(sum(share for _, share in args.length_schedule), 1):
         parser.error("--length-schedule: the shares must sum to 1, as in 128:0.9 512:0.1")
     try:
@@ -315,7 +317,7 @@ class Tokens(NamedTuple):
 
 
 def encode(corpus, tokenizer: Tokenizer):
-    """Yields (token ids, lengths of documents). `datasets` keeps every part that is done, for other runs too."""
+    """Yields (token ids, lengths of documents). Of files `datasets` keeps each finished part, for other runs too."""
     import datasets
     from datasets.fingerprint import Hasher
 
@@ -571,7 +573,8 @@ def prepare(args: argparse.Namespace, kept: Path) -> Data:
     seen, held = split_held_out(tokens)
     phases, first = [], 0.0
     for length, share in args.length_schedule:
-        phases.append((round(first), Rows(tokens, seen, length, vocabulary)))
+        begins = max(round(first), phases[-1][0] + 1) if phases else 0  # each length but the last gets a step at least
+        phases.append((begins, Rows(tokens, seen, length, vocabulary)))
         first += share * args.steps
     held_rows, fewest = Rows(tokens, held, args.length_schedule[0][0], vocabulary), min(len(rows) for _, rows in phases)
     if fewest < args.batch_size or not len(held_rows):
@@ -650,9 +653,9 @@ def write_whole(file: Path, text: str):
 def identity_of(args: argparse.Namespace, data: Data) -> dict:
     """What a run is a function of; a checkpoint of another cannot be resumed."""
     config = model_config(args, vocab_size(data.tokenizer), data.vocabulary.pad)
-    tokenizer = zlib.crc32(data.tokenizer.to_str().encode("utf-8", "replace"))
-    own = {name: getattr(args, name) for name in IDENTITY.split()}
-    return dataclasses.asdict(config) | own | dict(tokenizer=tokenizer, corpus=data.checksum)
+    tokenizer = hashlib.sha256(data.tokenizer.to_str().encode("utf-8", "replace")).hexdigest()[:16]
+    own = dict(tokenizer=tokenizer, corpus=data.checksum) | {name: getattr(args, name) for name in IDENTITY.split()}
+    return json.loads(json.dumps(dataclasses.asdict(config) | own))  # tuples become lists, as in older checkpoints
 
 
 def save_checkpoint(out: Path, keep: int, model: MaBERTForMaskedLM, tokenizer: Tokenizer, training: dict):
@@ -685,8 +688,10 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, dict | None]:
     for folder in sorted(out.glob(STEP_FOLDER), reverse=True):
         try:
             return folder, read_checkpoint(folder)[1]["identity"]
+        except MemoryError:
+            raise
         except Exception as error:
-            print(f"the checkpoint {folder} is damaged: {error!r}")
+            print(f"the checkpoint {folder} is damaged: {textwrap.shorten(repr(error), 300)}")
     if any(out.glob(STEP_FOLDER)):
         raise SystemExit(f"--resume: no checkpoint in {out} is whole; --overwrite starts the run anew")
     return None, None
