@@ -120,7 +120,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     one_of("--resume", action="store_true", help="go on after the newest checkpoint in --out, if there is one")
     one_of("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--seed", type=number(int, 0), default=0, help="of all that is random")
-    add("--save-every", type=positive, default=1_000, help="steps between checkpoints")
+    add("--save-every", type=positive, default=1_000, help="steps between checkpoints; the last step gets one too")
     add("--keep", type=positive, default=3, help="checkpoints to keep, the last ones")
     add("--eval-every", type=positive, default=1_000, help="steps between held-out losses")
     add("--log-every", type=positive, default=100, help="steps between lines of log.csv")
@@ -865,7 +865,7 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
                     progress.set_postfix(row)
                 totals[:4] = 0
                 start, before = perf_counter(), 0
-            if RANK == 0 and (step % args.save_every == 0 or stopped_by):
+            if RANK == 0 and (step % args.save_every == 0 or step == args.steps or stopped_by):
                 training = dict(step=step, identity=identity, log=log, totals=totals, optimizer=optimizer.state_dict())
                 save_checkpoint(out, args.keep, model, data.tokenizer, training)
             if stopped_by:
