@@ -409,7 +409,7 @@ KERNEL_CASES = [  # the small ones in both directions, the others, which take se
 @pytest.mark.parametrize("b, l, d, n, rows, chunks, dtype, reverse", KERNEL_CASES)
 def test_kernels_in_all_cases_equal_the_reference(b, l, d, n, rows, chunks, dtype, reverse, monkeypatch):
     if chunks:
-        monkeypatch.setattr(mabert, "_segment", lambda b, l, blocks, chunk, device: chunks * chunk)
+        monkeypatch.setattr(mabert, "_segment", lambda l, programs, enough, chunk, device: chunks * chunk)
     options = dict(mask=rows and masks(l)[rows], reverse=reverse)
     compare_with_the_reference(kernels, scan_inputs(b, l, d, n), dtype, HALF.get(dtype, 1e-5), **options)
 
@@ -478,14 +478,15 @@ def test_scan_ops_are_registered_soundly(op):
 
 @pytest.mark.parametrize("b, l", [(1, 1), (1, 512), (1, 4096), (1, 16384), (3, 1000), (11, 4096), (32, 128)])
 def test_segments_fill_a_gpu_and_are_whole_chunks(b, l, monkeypatch):
-    processors, blocks, chunk = 132, 48, mabert._chunk(b, l, 1536, 16)
+    processors, programs, chunk = 132, b * 48, mabert._chunk(16)
     properties = types.SimpleNamespace(multi_processor_count=processors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    segment = mabert._segment(b, l, blocks, chunk, torch.device("cuda"))
-    assert segment == l or (segment % chunk == 0 and b * blocks < 4 * processors)
-    assert segment in (l, chunk) or processors * 6 <= b * blocks * -(-l // segment) <= processors * 12
+    for enough in (4, 8):
+        segment = mabert._segment(l, programs, enough, chunk, torch.device("cuda"))
+        assert segment == l or (segment % chunk == 0 and programs < enough * processors)
+        assert segment in (l, chunk) or processors * 6 <= programs * -(-l // segment) <= processors * 12
     for d_state in (1, 16, 64, 128):  # bytes a channel: kept states take no more than u and delta in half precision
-        assert (l - 1) // mabert._chunk(b, l, 1536, d_state) * d_state * 4 <= 2 * 2 * l
+        assert (l - 1) // mabert._chunk(d_state) * d_state * 4 <= 2 * 2 * l
 
 
 def test_backends_that_cannot_run_are_refused(monkeypatch):
