@@ -514,13 +514,13 @@ def test_machine_code_of_the_kernels():
     code = "import bench; bench.TARGETS = bench.TARGETS[1:3]; bench.main('scan --static --all'.split())"
     printed = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| _")]
-    most = {"_pack": 0, "_segment_ends": 6.5, "_segment_ends (backward)": 7.5, "_segment_starts": 12}
+    most = {"_pack": 0, "_segment_ends": 6.5, "_segment_ends (backward)": 7.7, "_segment_starts": 12}
     most |= {"_outputs": 9.0, "_gradients": 36.0}
     assert [tuple(row[1:3]) for row in rows] == [("sm_80", "fp32"), ("sm_90", "bf16")] * len(most)
     for kernel, _, _, registers, stack, instructions, exponentials, shuffles in rows:
         assert float(instructions.split()[-1]) <= most[kernel]  # of _gradients the sum
         assert int(stack) == 0 and int(registers) <= 170
-        assert float(exponentials) <= (2.6 if kernel == "_gradients" else 1.3)
+        assert float(exponentials) <= (2.7 if kernel == "_gradients" else 1.3)
         assert kernel == "_gradients" or float(shuffles) == 0
 
 
