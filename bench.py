@@ -300,7 +300,7 @@ def compile_kernel(name: str, arch: str, dtype: str) -> bytes:
 
     kernel = getattr(mabert, name.split()[0])
     values = dict(d=1536, n=16, N=16, u_row=1536, v_row=1536, dy_row=1536, delta_row=1536, z_row=3072)
-    values |= dict(SOFTPLUS=True, SIGN=1, CHUNK=64, BACKWARD=False) | STATIC_CASES[name]
+    values |= dict(SOFTPLUS=True, SIGN=1, CHUNK=mabert._chunk(16), BACKWARD=False) | STATIC_CASES[name]
     constants = {name: values[name] for name in kernel.arg_names if name in values}
     half = "u_ptr v_ptr delta_ptr z_ptr y_ptr dy_ptr du_ptr ddelta_ptr dz_ptr B_ptr C_ptr".split()
     kinds = {name: f"*{dtype if name in half else 'fp32'}" if "_ptr" in name else "i32" for name in kernel.arg_names}

@@ -897,7 +897,7 @@ def _pack(
 def _touch(packed_ptr, t, l, n: constexpr, TILE: constexpr):
     """(8 TILE,): of the tile of packed at step t, if there is one, a number in each 32 bytes. So all of it comes into
     the L1 cache while the tile before is in work; without, the loads of B and C took half of the kernel's time."""
-    i, size = tl.arange(0, 8 * TILE) * 8, tl.where((t >= 0) & (t < l), TILE * (2 * n + 1), 0)
+    i, size = tl.arange(0, 8 * TILE) * 8, tl.where(t < l, TILE * (2 * n + 1), 0)
     return tl.load(packed_ptr + t // TILE * ((2 * n + 1) * TILE) + i, mask=i < size, other=0.0)
 
 
@@ -1041,7 +1041,7 @@ def _gradients(
     the right: replay it from the state kept at its start, writing the state before each tile to scratch; then, tile by
     tile from the right, all its states again, and g and q with them. q_ptr: the segments' first q, or None for 0."""
     b, row_segment, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
-    packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE)
+    packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
     dBC_ptr += tl.program_id(0).to(tl.int64) * tl.cdiv(l, TILE) * (n * 8) + tl.arange(0, 32) // 4
     kept_ptr += (b * ((l - 1) // CHUNK) - 1) * (n * d) + channel
     own = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -1062,7 +1062,7 @@ def _gradients(
             valid = exists[None, :] & (tl.arange(0, TILE) < last - t)[:, None]
             delta = _load(delta_ptr + channel, origin + t, valid, delta_row, TILE).to(tl.float32) + bias
             u = _load(u_ptr + channel, origin + t, valid, u_row, TILE).to(tl.float32)
-            packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
+            packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
             delta = (_softplus(delta) if SOFTPLUS else delta) * tl.load(packed + 2 * n * TILE)[:, None]
             x = delta * u
             new_h = ()
@@ -1078,7 +1078,7 @@ def _gradients(
             raw = _load(delta_ptr + channel, origin + t, valid, delta_row, TILE).to(tl.float32) + bias
             u = _load(u_ptr + channel, origin + t, valid, u_row, TILE).to(tl.float32)
             dy = _load(dy_ptr + channel, origin + t, valid, dy_row, TILE).to(tl.float32)
-            packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
+            packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
             real = tl.load(packed + 2 * n * TILE)[:, None]
             delta, dy = (_softplus(raw) if SOFTPLUS else raw) * real, dy * real
             dstate = dy  # of Σ C h + D u
@@ -1126,8 +1126,8 @@ def _chunk(n: int) -> int:
 
 
 def _segment(l: int, programs: int, enough: int, chunk: int, device: torch.device) -> int:
-    """The steps in a segment, where a segment of all rows takes so many programs: all l where they are `enough` warps
-    for a multiprocessor of the GPU, and on a CPU; else whole chunks, so that twelve warps come on one."""
+    """The steps in a segment, where one of each row takes so many programs, rows × blocks of channels: all l if these
+    are `enough` warps for a multiprocessor of the GPU, and on a CPU; else whole chunks, which give it 6 to 12 warps."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
     if programs >= enough * processors:
         return l
@@ -1179,7 +1179,7 @@ def _scan_triton(
     A, D, bias = _for_kernels(A, D, bias)
     y, states = u.new_empty(b, l, d, dtype=dtype), A.new_empty(b, (l - 1) // chunk if keep else 0, n, d)
     blocks = triton.cdiv(d, 32)
-    segment = _segment(l, b * blocks, 4, chunk, u.device)  # with segments twice the work, so they must be worth it
+    segment = _segment(l, b * blocks, 4, chunk, u.device)  # segments are nearly twice the work: they must be worth it
     options = dict(d=d, n=n, SOFTPLUS=softplus, SIGN=-1 if reverse else 1, TILE=8, num_warps=1, enable_fp_fusion=True)
     with torch.cuda.device_of(u):  # kernels go to the current device
         packed, starts = _prepare(u, delta, None, A, B, C, bias, mask, segment, BACKWARD=False, **options)
@@ -1199,7 +1199,7 @@ def _scan_triton_backward(
     (b, l, d), n = u.shape, A.shape[1]
     A_, D_, bias_ = _for_kernels(A, D, bias)
     blocks, tiles = triton.cdiv(d, 32), triton.cdiv(l, 4)
-    segment = _segment(l, b * blocks, 8, chunk, u.device)  # the first phase is a fifth of the work: 8
+    segment = _segment(l, b * blocks, 6, chunk, u.device)  # and here a fifth more
     segments = triton.cdiv(l, segment)
     du, ddelta, dz = _empty_like(u), _empty_like(delta), u.new_empty(0) if z is None else _empty_like(z)
     dBC, parts = A_.new_empty(b, blocks, tiles, n, 2, 4), A_.new_empty(b, segments, n + 2, d)
