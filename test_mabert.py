@@ -1443,7 +1443,7 @@ def test_a_learnable_task_is_learned_from_end_to_end(capsys):
     assert [run["settings"]["task"] for run in runs] == ["cola", "cola", "mrpc", "mrpc", "stsb", "stsb"]
     for run in runs:
         assert run["rows"] == dict(train=256, dev=64) and run["config"]["pattern"] == "WH" and run["seconds"] > 0
-        assert f"torch {torch.__version__}" in run["machine"]
+        assert "torch " + torch.__version__.split("+")[0] in run["machine"]  # without +cpu or +cu130
 
     lines = [line.split("\t") for line in (out / "submission/CoLA.tsv").read_text().splitlines()]
     sentences = [row.split() for (row,) in finetune_glue.read("cola", "test", "glue").inputs]
