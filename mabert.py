@@ -142,7 +142,7 @@ class MambaMixer(nn.Module):
         self.rho_B_C_sizes = (r, n, n)
         before, after = (k - 1, 0) if config.causal_conv else ((k - 1) // 2, k // 2)
         self.conv_padding = (after, before) if reverse else (before, after)  # (left, right)
-        self.scan_options = dict(delta_softplus=True, reverse=reverse, backend=config.scan_backend)
+        self.reverse, self.backend = reverse, config.scan_backend
         self.in_proj = linear(h, 2 * d, bias=False)
         self.conv1d = nn.Conv1d(d, d, k, groups=d)
         self.x_proj = linear(d, r + 2 * n, bias=False)
@@ -157,14 +157,15 @@ class MambaMixer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         # Eqs. 4–9, in their order
         u, z = self.in_proj(x).chunk(2, dim=-1)  # both (b, l, d)
-        u = F.pad(u, (0, 0, *self.conv_padding)).transpose(1, 2)[:, :, None]  # (b, d, 1, k - 1 + l)
-        u = F.conv2d(u, self.conv1d.weight[:, :, None], self.conv1d.bias, groups=len(self.conv1d.bias))
-        u = F.silu(u)[:, :, 0].transpose(1, 2)  # (b, l, d)
+        u = short_convolution(
+            u, self.conv1d.weight[:, 0], self.conv1d.bias, self.conv_padding, self.backend
+        )  # (b, l, d)
         rho, B, C = self.x_proj(u).split(self.rho_B_C_sizes, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
         delta = F.linear(rho, self.dt_proj.weight)  # (b, l, d); its bias and softplus join in the scan
         A = -torch.exp(self.A_log)  # (d, n)
         # the scan, + D u, · SiLU(z)
-        y = selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, mask=mask, **self.scan_options)  # (b, l, d)
+        how = dict(delta_softplus=True, mask=mask, reverse=self.reverse, backend=self.backend)
+        y = selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, **how)  # (b, l, d)
         return self.out_proj(y)
 
 
@@ -1119,6 +1120,39 @@ def _gradients(
     _store_vectors(parts_ptr + row_segment * ((n + 2) * d) + channel, dA, exists, d, n + 2)
 
 
+@jit
+def _convolution(
+    x_ptr, x_row, weight_ptr, bias_ptr, dy_ptr, dy_row, y_ptr, parts_ptr, l,
+    d: constexpr, k: constexpr, LEFT: constexpr, TILE: constexpr,
+):  # fmt: skip
+    """Of a tile of steps and 64 channels, y = Σ_j weight_j x[t + j − LEFT], with zeros beyond a row's ends; with a bias
+    SiLU(y + bias). With dy, instead, the gradient of y + bias, and the tile's parts of those of weight and bias."""
+    tiles, program = tl.cdiv(l, TILE), tl.program_id(0)
+    b, t = (program // tiles).to(tl.int64), program % tiles * TILE + tl.arange(0, TILE)
+    channel = tl.program_id(1) * 64 + tl.arange(0, 64)
+    exists = channel < d
+    valid = (t < l)[:, None] & exists
+    y, shifted = tl.zeros((TILE, 64), tl.float32), ()
+    for j in tl.static_range(k):
+        at = (t + j - LEFT)[:, None]
+        x = tl.load(x_ptr + (b * l + at) * x_row + channel, mask=valid & (at >= 0) & (at < l), other=0.0)
+        y += x * tl.load(weight_ptr + j * d + channel, mask=exists, other=0.0)
+        shifted += (x,)
+    rows = (b * l + t)[:, None]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + channel, mask=exists, other=0.0)
+        s = _sigmoid(y)
+        if dy_ptr is None:
+            y *= s
+        else:
+            y = tl.load(dy_ptr + rows * dy_row + channel, mask=valid, other=0.0) * s * (1.0 + y * (1.0 - s))
+            parts_ptr += program.to(tl.int64) * (k + 1) * d + channel
+            for j in tl.static_range(k):
+                tl.store(parts_ptr + j * d, tl.sum(shifted[j] * y, 0), mask=exists)
+            tl.store(parts_ptr + k * d, tl.sum(y, 0), mask=exists)
+    tl.store(y_ptr + rows * d + channel, y.to(y_ptr.dtype.element_ty), mask=valid)
+
+
 def _chunk(n: int) -> int:
     """The steps between the states that are kept for the backward pass: 16, or the power of 2 from n on, so that the
     states are no more numbers than u, in float32 no more bytes than u and delta in half precision."""
@@ -1255,7 +1289,64 @@ for _op, _op_backward, _chunks_kept in (
     _op.register_autograd(functools.partial(_backward, _op_backward), setup_context=_keep)
 
 
+def _convolve(x, weight, bias, left, dy=None, parts=None):
+    (b, l, d), k = x.shape, weight.shape[1]
+    y, weight, bias = x.new_empty(b, l, d), weight.float().T.contiguous(), None if bias is None else bias.float()
+    with torch.cuda.device_of(x):
+        _convolution[(b * triton.cdiv(l, 32), triton.cdiv(d, 64))](
+            **_strided(1, x=x, dy=dy), weight_ptr=weight, bias_ptr=bias, y_ptr=y, parts_ptr=parts, l=l,
+            d=d, k=k, LEFT=left, TILE=32,
+        )  # fmt: skip
+    return y
+
+
+@torch.library.custom_op("mabert::convolution", mutates_args=())
+def _conv_triton(u: Tensor, weight: Tensor, bias: Tensor, left: int) -> Tensor:
+    return _convolve(u, weight, bias, left)
+
+
+@torch.library.custom_op("mabert::convolution_backward", mutates_args=())
+def _conv_triton_backward(
+    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, left: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of u, weight and bias."""
+    (b, l, d), k = u.shape, weight.shape[1]
+    parts = u.new_empty(b * triton.cdiv(l, 32), k + 1, d, dtype=torch.float32)
+    ds = _convolve(u, weight, bias, left, dy, parts)
+    dweight, dbias = parts.sum(0).split((k, 1))
+    return _convolve(ds, weight.flip(1), None, k - 1 - left), dweight.T.contiguous().to(weight), dbias[0].to(bias)
+
+
+_conv_triton.register_fake(lambda u, weight, bias, left: u.new_empty(u.shape))
+_conv_triton_backward.register_fake(lambda dy, u, weight, bias, left: tuple(map(_empty_like, (u, weight, bias))))
+_conv_triton.register_autograd(
+    lambda ctx, dy: (*_conv_triton_backward(dy, *ctx.saved_tensors, ctx.left), None),
+    setup_context=lambda ctx, inputs, output: (ctx.save_for_backward(*inputs[:3]), setattr(ctx, "left", inputs[3])),
+)
+
+
 # ---- The pick ----
+
+
+def use_triton(u: Tensor, backend: str | None) -> bool:
+    """Whether the kernels are to run, for u, the scan's input or the convolution's."""
+    if backend not in SCAN_BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of {SCAN_BACKENDS}")
+    can_run = triton and (u.is_cuda or INTERPRETED) and u.dtype != torch.float64
+    if backend == "triton" and not can_run:
+        why = f"it needs a GPU (or TRITON_INTERPRET=1), and not float64; u is {str(u.dtype)[6:]} on {u.device}"
+        why = why if triton else "the package triton is not installed"
+        raise RuntimeError(f"backend='triton' cannot run here (backend='loop' or None can): {why}")
+    return backend == "triton" or (backend is None and u.is_cuda and can_run)
+
+
+def short_convolution(u: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int], backend=None) -> Tensor:
+    """SiLU of a depthwise convolution over time (Eq. 5): u (b, l, d), weight (d, k), bias (d,) -> (b, l, d), with so
+    many zeros before and after a row, k − 1 in all. On a GPU a kernel: PyTorch's takes several passes over memory."""
+    if use_triton(u, backend):
+        return _conv_triton(u, weight, bias, padding[0])
+    u = F.pad(u, (0, 0, *padding)).transpose(1, 2)[:, :, None]  # (b, d, 1, k - 1 + l)
+    return F.silu(F.conv2d(u, weight[:, None, None], bias, groups=len(bias)))[:, :, 0].transpose(1, 2)
 
 
 def selective_scan(
@@ -1273,17 +1364,10 @@ def selective_scan(
     backend that cannot run here. Gradients of gradients are not implemented.
     """
     mask = check_scan(u, delta, A, B, C, D, z, delta_bias, mask)
-    if backend not in SCAN_BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it must be one of {SCAN_BACKENDS}")
-    can_run = triton and (u.is_cuda or INTERPRETED) and u.dtype != torch.float64
-    if backend == "triton" and not can_run:
-        why = f"it needs a GPU (or TRITON_INTERPRET=1), and not float64; u is {str(u.dtype)[6:]} on {u.device}"
-        why = why if triton else "the package triton is not installed"
-        raise RuntimeError(f"backend='triton' cannot run here (backend='loop' or None can): {why}")
-    zeros, use_triton = A.new_zeros(A.shape[0]), backend == "triton" or (backend is None and u.is_cuda and can_run)
+    zeros, kernels = A.new_zeros(A.shape[0]), use_triton(u, backend)
     D, bias = zeros if D is None else D, zeros if delta_bias is None else delta_bias
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, bias))
-    if not use_triton:
+    if not kernels:
         return _scan_loop(u, delta, A, B, C, D, z, bias, mask, delta_softplus, reverse, LOOP_CHUNK, keep, u.dtype)[0]
     # In groups of 16 states, since a thread has no registers for more. SiLU(z) gates a sum, so it may gate each part of
     # it; y is summed in float32, the gradients of u, delta and z in their dtypes.

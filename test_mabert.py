@@ -415,6 +415,24 @@ def test_kernels_in_all_cases_equal_the_reference(b, l, d, n, rows, chunks, dtyp
     compare_with_the_reference(kernels, scan_inputs(b, l, d, n), dtype, HALF.get(dtype, 1e-5), **options)
 
 
+@interpreted
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), *HALF.items()])
+@pytest.mark.parametrize(
+    "b, l, d, padding", [(2, 37, 70, (1, 2)), (1, 1, 5, (3, 0)), (1, 64, 64, (0, 1)), (2, 33, 8, (2, 2))]
+)
+def test_kernels_in_the_convolution_equal_pytorch(b, l, d, padding, dtype, tolerance):
+    inputs = dict(u=torch.randn(b, l, 2 * d)[..., d:], weight=torch.randn(d, sum(padding) + 1), bias=torch.randn(d))
+    inputs = each(lambda x: x.to(DEVICE, dtype).requires_grad_(), inputs)  # u is strided
+    exact = each(lambda x: x.detach().double().requires_grad_(), inputs)
+    dy, found = torch.randn(b, l, d, device=DEVICE, dtype=dtype), []
+    for tensors, backend in ((inputs, "triton"), (exact, "loop")):
+        y = mabert.short_convolution(*tensors.values(), padding, backend)
+        found.append([x.double() for x in (y, *torch.autograd.grad(y, tensors.values(), dy.to(y)))])
+    for one, other in zip(*found):
+        assert relative(other, one) < 2 * tolerance
+    torch.library.opcheck(mabert._conv_triton, (*inputs.values(), padding[0]))
+
+
 @EACH_SCAN
 def test_scan_in_calls_without_the_options(function):
     inputs, mask = scan_inputs(1, 9, 3, 2), masks(9)[4:5]
@@ -974,6 +992,13 @@ def test_batches_are_functions_of_seed_and_step(monkeypatch):
             assert batch.labelled == (labels != train_mlm.IGNORED).sum() and batch.real == real.sum() < batch.padded
             assert np.array_equal(own[0][:, : inputs.shape[1]], inputs) and not own[1][:, inputs.shape[1] :].any()
             assert (inputs.shape[1] > 16) == (step >= 30)
+
+    for size, micro, processes, rows_ in ((256, 64, 1, 256), (256, 32, 8, 32), (192, 32, 1, 96), (128, 8, 2, 32)):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_mlm, "PROCESSES", processes)
+            schedule = dict(length_schedule=[(128, 0.9), (512, 0.1)], batch_size=size, micro_batch_size=micro)
+            at_once = [train_mlm.rows_at_once(argparse.Namespace(**schedule), length) for length in (128, 512)]
+        assert at_once == [rows_, micro]
 
     def seeded(seed):
         return train_mlm.Batches(data.phases, argparse.Namespace(**vars(args) | dict(seed=seed)))

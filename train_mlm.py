@@ -146,7 +146,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--length-schedule", nargs="+", type=length_share, default=[(128, 0.9), (512, 0.1)], metavar="TOKENS:SHARE",
         help="row lengths and the share of the steps each gets, in order")
     add("--batch-size", type=positive, default=256, help="rows per optimizer step")
-    add("--micro-batch-size", type=positive, default=64, help="rows that go through the model at once")
+    add("--micro-batch-size", type=positive, default=64, help="rows of the longest length that go through the "
+        "model at once; of shorter ones more, about as many tokens")
     add("--lr", type=number(float, 1e-30), default=1e-4, help="peak learning rate")
     add("--warmup-steps", type=number(int, 0), default=10_000, help="linear warm-up, never over a tenth of the run")
     add("--weight-decay", type=number(float, 0), default=0.01, help="on matrices; none on biases, norms, A_log and D")
@@ -490,6 +491,9 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, phases: list[tuple[int, Rows]], args: argparse.Namespace):
         self.phases, self.args, self.epoch, self.order = phases, args, None, []
 
+    def phase(self, step: int) -> tuple[int, Rows]:
+        return [phase for phase in self.phases if phase[0] <= step][-1]
+
     def numbers(self, step: int, first: int, rows: Rows) -> np.ndarray:
         """The rows of a step in a phase that began with step `first`. Those of an epoch that fill no batch stay out."""
         size = self.args.batch_size
@@ -502,17 +506,24 @@ class Batches(torch.utils.data.Dataset):
 
     def whole(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(input ids, real, labels), each (batch, length)."""
-        first, rows = [phase for phase in self.phases if phase[0] <= step][-1]
+        first, rows = self.phase(step)
         ids, real = rows.batch(self.numbers(step, first, rows))
         rng = np.random.default_rng((self.args.seed, 1, step))
         inputs, labels = mask_tokens(ids, rows.vocabulary, self.args.mask_rate, rng)
         return inputs, real, labels
 
     def __getitem__(self, step: int) -> Batch:
-        batch = self.whole(step)
-        parts, real, labelled = micro_batches(batch, self.args.micro_batch_size), batch[1].sum(), batch[2] != IGNORED
+        batch, size = self.whole(step), rows_at_once(self.args, self.phase(step)[1].length)
+        parts, real, labelled = micro_batches(batch, size), batch[1].sum(), batch[2] != IGNORED
         padded = sum(part[0].numel() for part in parts)
         return Batch(parts[RANK::PROCESSES], max(1, int(labelled.sum())), int(real), padded)
+
+
+def rows_at_once(args: argparse.Namespace, length: int) -> int:
+    """The rows of a micro-batch: --micro-batch-size of the longest, of shorter ones a multiple with no more tokens, as
+    a GPU would wait for the launches of smaller ones. Every process has the same share of the batch."""
+    longest, size = max(length for length, _ in args.length_schedule), args.micro_batch_size
+    return max(size * n for n in range(1, longest // length + 1) if args.batch_size % (size * n * PROCESSES) == 0)
 
 
 def micro_batches(batch: tuple[np.ndarray, ...], size: int) -> list[tuple[torch.Tensor, ...]]:
