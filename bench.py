@@ -6,9 +6,10 @@
     python bench.py drift            # what padding does to real tokens, for each form of padding-safe masking
     python bench.py patterns         # does interleaving help? A short pretraining of Table 1's patterns, and others
     python bench.py study psm        # what padding-safe masking is worth in pretraining; also: budgets, sizes
+    python bench.py recall           # which layers find the value of a key, among how many and how far away
 
 Keep a table with a redirection, python bench.py scan > results/scan.md; efficiency and drift write their tables, JSON
-and a figure with --out NAME, study into its folder.
+and a figure with --out NAME, study and recall into their folder.
 """
 
 import argparse
@@ -833,6 +834,104 @@ def bench_study(args):
 positive = number(int, 1, 2**31)
 
 
+# ---- recall: what attention brings that a state of fixed size does not, and the reverse ----
+
+RECALL = ("TTT", "MMM", "MWM", "MMT", "HHH")
+PAIRS, MOST_PAIRS = (1, 2, 4, 8, 12, 16), 12  # of a row: where accuracy is measured, and at most in training
+LENGTHS = (64, 128, 256)  # tokens of a row; the first is trained
+MASK, KEYS, VALUES, FILLERS = 1, range(2, 34), range(34, 66), range(66, 82)  # token ids
+
+
+def recall_rows(count: int, length: int, pairs: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and labels, (count, length) each. Pairs, a key and its value, and fillers, the same token twice, in
+    random order; then the keys in another, each with a [MASK] that stands for its value. A quarter of the fillers have
+    their first token hidden, a quarter the second, half behind [MASK] and half behind any token: as in text, what is
+    hidden follows from its neighbour, and this is what a model learns first."""
+
+    def shuffled(size: int) -> torch.Tensor:
+        return torch.rand(count, size, generator=rng).argsort(1)
+
+    def any_of(ids: range, *shape: int) -> torch.Tensor:
+        return torch.randint(ids.start, ids.stop, (count, *shape), generator=rng)
+
+    fillers = length // 2 - 2 * pairs
+    keys, values = KEYS.start + shuffled(len(KEYS))[:, :pairs], any_of(VALUES, pairs)
+    items = torch.cat([torch.stack([keys, values], 2), any_of(FILLERS, fillers, 1).expand(-1, -1, 2)], 1)
+    hidden = F.one_hot(any_of(range(4), fillers), 4)[..., :2].bool()
+    hidden = F.pad(hidden, (0, 0, pairs, 0))  # no pair's
+    other = any_of(range(KEYS.start, FILLERS.stop), *items.shape[1:])
+    other = torch.where(torch.rand(items.shape, generator=rng) < 0.5, MASK, other)
+    order, asked = shuffled(len(items[0]))[..., None].expand(-1, -1, 2), shuffled(pairs)
+    ids = torch.where(hidden, other, items).gather(1, order)
+    labels = torch.where(hidden, items, train_mlm.IGNORED).gather(1, order)
+    asked_keys, answers = keys.gather(1, asked), values.gather(1, asked)
+    queries = torch.stack([asked_keys, torch.full_like(asked, MASK)], 2)
+    answers = torch.stack([torch.full_like(asked, train_mlm.IGNORED), answers], 2)
+    return torch.cat([ids, queries], 1).flatten(1), torch.cat([labels, answers], 1).flatten(1)
+
+
+def train_recall(pattern: str, seed: int, steps: int, out: str, threads: int) -> dict[str, dict]:
+    """{length: {pairs: accuracy}} after training on LENGTHS[0] tokens with 1 to MOST_PAIRS pairs; kept in --out."""
+    kept = Path(out, f"{pattern}-{steps}-steps-seed{seed}.json")
+    if kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=64, num_heads=2, intermediate_size=256, d_state=8, dropout=0.0)
+    model = MaBERTForMaskedLM(MaBERTConfig(FILLERS.stop, pattern=pattern, max_position=LENGTHS[0], **sizes))
+    for layer in model.modules():  # so small a model learns nothing for long from BERT's 0.02 and random positions
+        if isinstance(layer, torch.nn.Linear) and layer.in_features >= 64:
+            torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    angles = torch.arange(LENGTHS[0])[:, None] * (2 * LENGTHS[0]) ** -torch.linspace(0, 1, 32)
+    model.encoder.position_embeddings.weight.data = 0.03 * torch.cat([angles.sin(), angles.cos()], 1)
+    optimizer, rng = torch.optim.AdamW(model.parameters(), weight_decay=0.01), torch.Generator().manual_seed(seed)
+    for step in tqdm(range(steps), f"{pattern}, seed {seed}", unit="step", mininterval=10):
+        optimizer.param_groups[0]["lr"] = train_mlm.learning_rate(step, steps, 2e-3, min(200, steps // 10))
+        pairs = int(torch.randint(1, MOST_PAIRS + 1, (), generator=rng))
+        ids, labels = recall_rows(64, LENGTHS[0], pairs, rng)
+        model(ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    found, positions = {}, model.encoder.position_embeddings
+    for length, pairs in itertools.product(LENGTHS, PAIRS):
+        model.encoder.position_embeddings = positions
+        model.encoder.resize_positions(length)
+        ids, labels = recall_rows(512, length, pairs, torch.Generator().manual_seed(2**31))
+        labels[:, : -2 * pairs] = train_mlm.IGNORED
+        with torch.no_grad():
+            right = model(ids, labels=labels).logits.argmax(1) == labels[labels != train_mlm.IGNORED]
+        found.setdefault(str(length), {})[str(pairs)] = right.double().mean().item()
+    write_whole(kept, json.dumps(found) + "\n")
+    return found
+
+
+def bench_recall(args):
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    name = str(Path(args.out, "recall"))
+    check_out(name)
+    runs = list(itertools.product(args.patterns, range(args.seeds)))
+    how = args.steps, args.out, max(1, os.cpu_count() // args.jobs)
+    with ProcessPoolExecutor(args.jobs, torch.multiprocessing.get_context("spawn")) as pool:
+        found = dict(zip(runs, pool.map(train_recall, *zip(*runs), *map(itertools.repeat, how))))
+    panels = collections.defaultdict(dict)
+    text = f"""{header()}
+Accuracy of the value of a key, of {len(VALUES)} values, after {args.steps} steps of 64 rows of {LENGTHS[0]} tokens with
+1 to {MOST_PAIRS} pairs. Hidden size 64; weights begin with deviation 1/√inputs, positions as sinusoids. Seeds:
+{args.seeds}. Longer rows have more fillers and stretched positions.
+"""
+    for length in map(str, LENGTHS):
+        cells = {
+            p: {n: [found[p, seed][length][str(n)] for seed in range(args.seeds)] for n in PAIRS} for p in args.patterns
+        }
+        rows = [[pattern, *map(spread, values.values())] for pattern, values in cells.items()]
+        text += f"\n{length} tokens:\n\n{table(['pattern', *(f'{n} pairs' for n in PAIRS)], rows)}\n"
+        for pattern, values in cells.items():
+            panels[f"{length} tokens, by pairs"][pattern] = {n: statistics.mean(v) for n, v in values.items()}
+    print(text)
+    write_results(name, text, panels, "pairs; y: accuracy", "linear")
+
+
 def scan_size(text: str) -> tuple[int, ...]:
     size = tuple(positive(part) for part in text.split(","))
     if len(size) != 4:
@@ -873,10 +972,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         f"{', '.join(CAUSAL_TOO)} also with a causal convolution")  # fmt: skip
     add("--length", type=number(int, 8, TOKENS + 1), default=64, help="tokens of a row (%(default)s)")
     add("--steps", type=positive, default=STEPS, help="of each run (%(default)s)")
+    ask = subcommand(bench_recall, "which layers find the value of a key, among how many and how far away")
+    ask("--patterns", nargs="+", default=RECALL, help="default: %(default)s")
+    ask("--steps", type=positive, default=4000, help="of each run (%(default)s)")
     more = subcommand(bench_study, "what padding-safe masking, a longer and a larger pretraining are worth")
     more("study", choices=STUDIES, help="which")
-    for both, seeds, out in ((add, 2, "out/patterns"), (more, 1, "out/study")):
-        both("--data", nargs="+", metavar="PATH", help="text, as train_mlm.py takes it; without, its demo's")
+    for both, seeds, out in ((add, 2, "out/patterns"), (more, 1, "out/study"), (ask, 1, "out/recall")):
+        if both != ask:
+            both("--data", nargs="+", metavar="PATH", help="text, as train_mlm.py takes it; without, its demo's")
         both("--seeds", type=positive, default=seeds, help="runs of each variant (%(default)s)")
         both("--jobs", type=positive, default=1, help="at the same time, each on its share of the cores (%(default)s)")
         both("--out", default=out, help="a folder, where finished runs of the same flags are kept (%(default)s)")
