@@ -927,7 +927,7 @@ Accuracy of the value of a key, of {len(VALUES)} values, after {args.steps} step
         rows = [[pattern, *map(spread, values.values())] for pattern, values in cells.items()]
         text += f"\n{length} tokens:\n\n{table(['pattern', *(f'{n} pairs' for n in PAIRS)], rows)}\n"
         for pattern, values in cells.items():
-            panels[f"{length} tokens, by pairs"][pattern] = {n: statistics.mean(v) for n, v in values.items()}
+            panels[f"{length} tokens"][pattern] = {n: statistics.mean(v) for n, v in values.items()}
     print(text)
     write_results(name, text, panels, "pairs; y: accuracy", "linear")
 
@@ -995,7 +995,7 @@ def main(argv: list[str]):
     except OSError as error:  # a full disk, a folder that may not be written
         raise SystemExit(f"cannot go on: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; patterns and study go on when they are given again") from None
+        raise SystemExit("\ninterrupted; patterns, study and recall go on when they are given again") from None
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import cache, partial
@@ -1727,6 +1728,34 @@ def test_bench_study(small_pretrainings, capsys, monkeypatch):
     bench.main("study sizes --data text.txt --out runs".split())
     found = json.loads(Path("runs/sizes.json").read_text())
     assert len(found["by TFLOP"]["M"]) == len(found["by seconds"]["M"]) == 2
+
+
+def test_bench_recall(capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for pairs in (1, 12, 16):
+        ids, labels = bench.recall_rows(50, 64, pairs, torch.Generator().manual_seed(0))
+        items, asked, known = ids[:, : -2 * pairs].unflatten(1, (-1, 2)), ids[:, -2 * pairs :], labels[:, -2 * pairs :]
+        pair = (items[..., 0] < bench.VALUES.start) & (items[..., 1] < bench.FILLERS.start)
+        assert asked[:, 1::2].eq(bench.MASK).all() and known[:, ::2].eq(train_mlm.IGNORED).all()
+        for row in range(50):  # a hidden filler may look like a pair
+            values = items[row][pair[row] & labels[row, : -2 * pairs].eq(train_mlm.IGNORED).view(-1, 2).all(1)].tolist()
+            assert (
+                dict(values) == dict(zip(asked[row, ::2].tolist(), known[row, 1::2].tolist())) and len(values) == pairs
+            )
+    for name, value in dict(PAIRS=(1, 3), MOST_PAIRS=3, LENGTHS=(16, 32)).items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
+    threads = torch.get_num_threads()
+    bench.main("recall --patterns T MT --steps 4 --seeds 2 --out runs".split())
+    torch.set_num_threads(threads)
+    found, printed = json.loads(Path("runs/recall.json").read_text()), capsys.readouterr().out
+    assert list(found) == ["made", "16 tokens", "32 tokens"] and 0 <= found["16 tokens"]["MT"]["3"] <= 1
+    assert (
+        len(re.findall(r"^\| M?T \| \d\.\d{3} ± .*", printed, re.MULTILINE)) == 4 and Path("runs/recall.png").exists()
+    )
+    monkeypatch.setattr(bench.torch, "manual_seed", None)  # finished runs are only read
+    bench.main("recall --patterns T MT --steps 4 --seeds 2 --out runs".split())
+    assert capsys.readouterr().out == printed
 
 
 def test_the_baselines_have_the_parameters_of_the_papers_table():
