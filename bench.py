@@ -951,8 +951,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     add = subcommand(bench_scan, "time and memory of the selective scan: on the GPU, or on one CPU thread")
     add("--sizes", type=scan_size, nargs="+", metavar="B,L,D,N", help="default: the base model's, at several lengths")
-    add("--static", action="store_true", help="instead: what the machine code of the two main kernels costs on an H100, "
-        "for bf16; needs no GPU")  # fmt: skip
+    add("--static", action="store_true", help="instead: what the machine code of the two main kernels costs "
+        "on an H100, for bf16; needs no GPU")  # fmt: skip
     add("--all", action="store_true", help="the same of all kernels, on an A100 and for float32 as well")
     add = subcommand(bench_efficiency, "Tables B5 to B7 and Figure 5: MaBERT and its peers")
     add("--device", choices=["cuda", "cpu"], default=DEVICE, help="default: the GPU, if any; a CPU measures less")
