@@ -855,19 +855,16 @@ def recall_rows(count: int, length: int, pairs: int, rng: torch.Generator) -> tu
         return torch.randint(ids.start, ids.stop, (count, *shape), generator=rng)
 
     fillers = length // 2 - 2 * pairs
-    keys, values = KEYS.start + shuffled(len(KEYS))[:, :pairs], any_of(VALUES, pairs)
-    items = torch.cat([torch.stack([keys, values], 2), any_of(FILLERS, fillers, 1).expand(-1, -1, 2)], 1)
-    hidden = F.one_hot(any_of(range(4), fillers), 4)[..., :2].bool()
-    hidden = F.pad(hidden, (0, 0, pairs, 0))  # no pair's
-    other = any_of(range(KEYS.start, FILLERS.stop), *items.shape[1:])
-    other = torch.where(torch.rand(items.shape, generator=rng) < 0.5, MASK, other)
-    order, asked = shuffled(len(items[0]))[..., None].expand(-1, -1, 2), shuffled(pairs)
-    ids = torch.where(hidden, other, items).gather(1, order)
-    labels = torch.where(hidden, items, train_mlm.IGNORED).gather(1, order)
-    asked_keys, answers = keys.gather(1, asked), values.gather(1, asked)
-    queries = torch.stack([asked_keys, torch.full_like(asked, MASK)], 2)
-    answers = torch.stack([torch.full_like(asked, train_mlm.IGNORED), answers], 2)
-    return torch.cat([ids, queries], 1).flatten(1), torch.cat([labels, answers], 1).flatten(1)
+    known = torch.stack([KEYS.start + shuffled(len(KEYS))[:, :pairs], any_of(VALUES, pairs)], 2)  # (count, pairs, 2)
+    items = torch.cat([known, any_of(FILLERS, fillers, 1).expand(-1, -1, 2)], 1)
+    hidden = F.pad(F.one_hot(any_of(range(4), fillers), 4)[..., :2].bool(), (0, 0, pairs, 0))
+    cover = any_of(range(KEYS.start, FILLERS.stop), *items.shape[1:])
+    cover = torch.where(torch.rand(items.shape, generator=rng) < 0.5, MASK, cover)
+    row, order, asked = torch.arange(count)[:, None], shuffled(len(items[0])), shuffled(pairs)
+    whole = torch.cat([items[row, order], known[row, asked]], 1)
+    hidden = torch.cat([hidden[row, order], torch.tensor([False, True]).expand(count, pairs, 2)], 1)
+    cover = F.pad(cover[row, order], (0, 0, 0, pairs), value=MASK)
+    return tuple(torch.where(hidden, *x).flatten(1) for x in ((cover, whole), (whole, train_mlm.IGNORED)))
 
 
 def train_recall(pattern: str, seed: int, steps: int, out: str, threads: int) -> dict[str, dict]:
