@@ -335,7 +335,7 @@ def static_row(case: tuple) -> list:
 def bench_static(args):
     if not triton or mabert.INTERPRETED:
         raise SystemExit("--static needs the package triton (on Linux), and no TRITON_INTERPRET in the environment")
-    kernels, targets = (STATIC_CASES, TARGETS) if args.all else (("_outputs", "_gradients"), TARGETS[2:3])
+    kernels, targets = (STATIC_CASES, TARGETS) if args.all else (("_outputs", "_gradients"), [("sm_90", "bf16")])
     cases = [(kernel, *target) for kernel in kernels for target in targets]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(tqdm(pool.map(static_row, cases), total=len(cases)))
@@ -753,10 +753,7 @@ centred convolution, unless said otherwise; seeds: {args.seeds}. TFLOP: PyTorch'
 
 
 def bench_patterns(args):
-    try:
-        variants = {MaBERTConfig(pattern=p).pattern: ["--pattern", p, "--no-causal-conv"] for p in args.patterns}
-    except ValueError as error:
-        raise SystemExit(f"--patterns: {error}") from error
+    variants = {p: ["--pattern", p, "--no-causal-conv"] for p in args.patterns}
     variants |= {f"{p}, causal": ["--pattern", p, "--causal-conv"] for p in CAUSAL_TOO if p in variants}
     print(compare(args, variants)[0])
 
@@ -936,6 +933,13 @@ def scan_size(text: str) -> tuple[int, ...]:
     return size
 
 
+def pattern(text: str) -> str:
+    try:
+        return MaBERTConfig(pattern=text).pattern
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from error
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -950,7 +954,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--sizes", type=scan_size, nargs="+", metavar="B,L,D,N", help="default: the base model's, at several lengths")
     add("--static", action="store_true", help="instead: what the machine code of the two main kernels costs "
         "on an H100, for bf16; needs no GPU")  # fmt: skip
-    add("--all", action="store_true", help="the same of all kernels, on an A100 and for float32 as well")
+    add("--all", action="store_true", help="the same of all the scan's kernels, on an A100 and for float32 as well")
     add = subcommand(bench_efficiency, "Tables B5 to B7 and Figure 5: MaBERT and its peers")
     add("--device", choices=["cuda", "cpu"], default=DEVICE, help="default: the GPU, if any; a CPU measures less")
     add("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}")
@@ -965,18 +969,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--sentences", metavar="FILE", help=f"{ROWS} rows of CoLA's dev.tsv or of a text file, instead of random ones")
     add("--out", **out)
     add = subcommand(bench_patterns, "a short pretraining of each pattern of the paper's Table 1, and of others")
-    add("--patterns", nargs="+", default=PATTERNS, help="default: the paper's eight, of 12 layers, and others; "
-        f"{', '.join(CAUSAL_TOO)} also with a causal convolution")  # fmt: skip
+    add("--patterns", type=pattern, nargs="+", default=PATTERNS, help="default: the paper's eight, of 12 layers, and "
+        f"others; {', '.join(CAUSAL_TOO)} also with a causal convolution")  # fmt: skip
     add("--length", type=number(int, 8, TOKENS + 1), default=64, help="tokens of a row (%(default)s)")
     add("--steps", type=positive, default=STEPS, help="of each run (%(default)s)")
     ask = subcommand(bench_recall, "which layers find the value of a key, among how many and how far away")
-    ask("--patterns", nargs="+", default=RECALL, help="default: %(default)s")
+    ask("--patterns", type=pattern, nargs="+", default=RECALL, help="default: %(default)s")
     ask("--steps", type=positive, default=4000, help="of each run (%(default)s)")
     more = subcommand(bench_study, "what padding-safe masking, a longer and a larger pretraining are worth")
     more("study", choices=STUDIES, help="which")
+    for both in (add, more):
+        both("--data", nargs="+", metavar="PATH", help="text, as train_mlm.py takes it; without, its demo's")
     for both, seeds, out in ((add, 2, "out/patterns"), (more, 1, "out/study"), (ask, 1, "out/recall")):
-        if both != ask:
-            both("--data", nargs="+", metavar="PATH", help="text, as train_mlm.py takes it; without, its demo's")
         both("--seeds", type=positive, default=seeds, help="runs of each variant (%(default)s)")
         both("--jobs", type=positive, default=1, help="at the same time, each on its share of the cores (%(default)s)")
         both("--out", default=out, help="a folder, where finished runs of the same flags are kept (%(default)s)")

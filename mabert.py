@@ -25,7 +25,8 @@ Map of the file:
                           saving, loading · MaBERT · Pooling · MaBERTForMaskedLM, MaBERTForSequenceClassification ·
                           checks of arguments
     Part II, the scan     reference_scan, the masked selective scan as its formula; the same as a faster loop, and as
-                          Triton kernels for a GPU, each with a backward pass; selective_scan, which picks
+                          Triton kernels for a GPU, with a kernel for the short convolution, each with a backward pass;
+                          short_convolution and selective_scan, which pick
     The command           python mabert.py FOLDER "text with a [MASK]"
 """
 
@@ -86,7 +87,7 @@ class MaBERTConfig:
     psm: tuple[str, ...] = PSM_STAGES  # padding-safe masking; the paper has "pre" and "post", "scan" makes them exact
     pooling: str = "map"  # what the classifier reads: "map", "attn", "cls" or "mean" (see `Pooling`)
     num_labels: int = 2  # classes of the classifier; 1 means regression
-    scan_backend: str | None = None  # passed to `selective_scan`
+    scan_backend: str | None = None  # passed to `selective_scan` and `short_convolution`
 
     def __post_init__(self):
         def positive(x):
@@ -140,8 +141,8 @@ class MambaMixer(nn.Module):
         h, n, k = config.hidden_size, config.d_state, config.d_conv
         d, r = config.expand * h, config.dt_rank or math.ceil(h / 16)
         self.rho_B_C_sizes = (r, n, n)
-        before, after = (k - 1, 0) if config.causal_conv else ((k - 1) // 2, k // 2)
-        self.conv_padding = (after, before) if reverse else (before, after)  # (left, right)
+        left = k - 1 if config.causal_conv else (k - 1) // 2
+        self.conv_left = k - 1 - left if reverse else left  # so many tokens on the left the convolution sees
         self.reverse, self.backend = reverse, config.scan_backend
         self.in_proj = linear(h, 2 * d, bias=False)
         self.conv1d = nn.Conv1d(d, d, k, groups=d)
@@ -157,9 +158,7 @@ class MambaMixer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         # Eqs. 4–9, in their order
         u, z = self.in_proj(x).chunk(2, dim=-1)  # both (b, l, d)
-        u = short_convolution(
-            u, self.conv1d.weight[:, 0], self.conv1d.bias, self.conv_padding, self.backend
-        )  # (b, l, d)
+        u = short_convolution(u, self.conv1d.weight[:, 0], self.conv1d.bias, self.conv_left, self.backend)
         rho, B, C = self.x_proj(u).split(self.rho_B_C_sizes, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
         delta = F.linear(rho, self.dt_proj.weight)  # (b, l, d); its bias and softplus join in the scan
         A = -torch.exp(self.A_log)  # (d, n)
@@ -711,9 +710,10 @@ def _scan_loop_backward(
 
 # ---- The same in Triton ----
 #
-# A program is one warp on one block of 32 channels, one to a lane. It goes through time in tiles of TILE steps with all
-# states of its channels in registers; there are enough of these for tiles of 8 steps forward and 4 backward. Mask,
-# softplus, D and z are part of the kernels. (`bench.py scan --static` checks what is said below of machine code.)
+# A program of the scan is one warp on one block of 32 channels, one to a lane. It goes through time in tiles of TILE
+# steps with all states of its channels in registers; there are enough of these for tiles of 8 steps forward and 4
+# backward. Mask, softplus, D and z are part of the kernels. (`bench.py scan --static` checks what is said below of
+# machine code.)
 #
 # Three phases let the segments of a row run in parallel, here three of them. In the figure subscripts number segments;
 # a = exp(A Σ Δ) is a segment's decay, and backward q_t = a_t g_t (formulas at _scan_loop_backward) is what a step hands
@@ -1120,6 +1120,9 @@ def _gradients(
     _store_vectors(parts_ptr + row_segment * ((n + 2) * d) + channel, dA, exists, d, n + 2)
 
 
+# The short convolution, by itself: four warps on a tile of steps and 64 channels, as in an ordinary Triton kernel.
+
+
 @jit
 def _convolution(
     x_ptr, x_row, weight_ptr, bias_ptr, dy_ptr, dy_row, y_ptr, parts_ptr, l,
@@ -1136,7 +1139,7 @@ def _convolution(
     for j in tl.static_range(k):
         at = (t + j - LEFT)[:, None]
         x = tl.load(x_ptr + (b * l + at) * x_row + channel, mask=valid & (at >= 0) & (at < l), other=0.0)
-        y += x * tl.load(weight_ptr + j * d + channel, mask=exists, other=0.0)
+        y += x * tl.load(weight_ptr + channel * k + j, mask=exists, other=0.0)
         shifted += (x,)
     rows = (b * l + t)[:, None]
     if bias_ptr is not None:
@@ -1290,12 +1293,13 @@ for _op, _op_backward, _chunks_kept in (
 
 
 def _convolve(x, weight, bias, left, dy=None, parts=None):
+    """What `_convolution` says, for all of x (b, l, d); weight (d, k)."""
     (b, l, d), k = x.shape, weight.shape[1]
-    y, weight, bias = x.new_empty(b, l, d), weight.float().T.contiguous(), None if bias is None else bias.float()
+    y, weight, bias = x.new_empty(b, l, d), weight.float().contiguous(), bias if bias is None else bias.float()
     with torch.cuda.device_of(x):
         _convolution[(b * triton.cdiv(l, 32), triton.cdiv(d, 64))](
-            **_strided(1, x=x, dy=dy), weight_ptr=weight, bias_ptr=bias, y_ptr=y, parts_ptr=parts, l=l,
-            d=d, k=k, LEFT=left, TILE=32,
+            **_strided(1, x=x, dy=dy), weight_ptr=weight, bias_ptr=bias if bias is None else bias.contiguous(),
+            y_ptr=y, parts_ptr=parts, l=l, d=d, k=k, LEFT=left, TILE=32,
         )  # fmt: skip
     return y
 
@@ -1312,16 +1316,21 @@ def _conv_triton_backward(
     """The gradients of u, weight and bias."""
     (b, l, d), k = u.shape, weight.shape[1]
     parts = u.new_empty(b * triton.cdiv(l, 32), k + 1, d, dtype=torch.float32)
-    ds = _convolve(u, weight, bias, left, dy, parts)
+    ds = _convolve(u, weight, bias, left, dy, parts)  # of the sum, before SiLU
     dweight, dbias = parts.sum(0).split((k, 1))
-    return _convolve(ds, weight.flip(1), None, k - 1 - left), dweight.T.contiguous().to(weight), dbias[0].to(bias)
+    dweight, dbias = _empty_like(weight).copy_(dweight.T), _empty_like(bias).copy_(dbias[0])
+    return _convolve(ds, weight.flip(1), None, k - 1 - left), dweight, dbias
+
+
+def _keep_inputs(ctx, inputs, output):
+    *tensors, ctx.left = inputs
+    ctx.save_for_backward(*tensors)
 
 
 _conv_triton.register_fake(lambda u, weight, bias, left: u.new_empty(u.shape))
-_conv_triton_backward.register_fake(lambda dy, u, weight, bias, left: tuple(map(_empty_like, (u, weight, bias))))
+_conv_triton_backward.register_fake(lambda dy, *inputs: tuple(map(_empty_like, inputs[:3])))
 _conv_triton.register_autograd(
-    lambda ctx, dy: (*_conv_triton_backward(dy, *ctx.saved_tensors, ctx.left), None),
-    setup_context=lambda ctx, inputs, output: (ctx.save_for_backward(*inputs[:3]), setattr(ctx, "left", inputs[3])),
+    lambda ctx, dy: (*_conv_triton_backward(dy, *ctx.saved_tensors, ctx.left), None), setup_context=_keep_inputs
 )
 
 
@@ -1340,12 +1349,13 @@ def use_triton(u: Tensor, backend: str | None) -> bool:
     return backend == "triton" or (backend is None and u.is_cuda and can_run)
 
 
-def short_convolution(u: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int], backend=None) -> Tensor:
-    """SiLU of a depthwise convolution over time (Eq. 5): u (b, l, d), weight (d, k), bias (d,) -> (b, l, d), with so
-    many zeros before and after a row, k − 1 in all. On a GPU a kernel: PyTorch's takes several passes over memory."""
+def short_convolution(u: Tensor, weight: Tensor, bias: Tensor, left: int, backend: str | None = None) -> Tensor:
+    """SiLU of a depthwise convolution over time, u (b, l, d), weight (d, k), bias (d,) -> (b, l, d). It sees `left`
+    steps before and k − 1 − left after, zeros beyond the ends of a row. On a GPU it is a kernel, since
+    PyTorch's goes through memory several times, to pad, transpose and copy. `backend`: as in `selective_scan`."""
     if use_triton(u, backend):
-        return _conv_triton(u, weight, bias, padding[0])
-    u = F.pad(u, (0, 0, *padding)).transpose(1, 2)[:, :, None]  # (b, d, 1, k - 1 + l)
+        return _conv_triton(u, weight, bias, left)
+    u = F.pad(u, (0, 0, left, weight.shape[1] - 1 - left)).transpose(1, 2)[:, :, None]  # (b, d, 1, k - 1 + l)
     return F.silu(F.conv2d(u, weight[:, None, None], bias, groups=len(bias)))[:, :, 0].transpose(1, 2)
 
 

@@ -11,7 +11,8 @@ In order: arguments · text · tokens · rows and masking · what training reads
 of a run · where the time goes.
 
 Everything random is a function of the seed, the step and the micro-batch: which rows a step reads, where they are
-masked, dropout. So there is no random state to keep, and neither resuming nor the number of processes changes a run.
+masked, dropout. So there is no random state to keep, and resuming changes nothing. The number of processes changes at
+most dropout, where it changes how many of the shorter rows go at once (rows_at_once).
 The run's folder (--out) ends with config.json, model.pt and tokenizer.json, which `from_pretrained(out)` reads, beside
 log.csv, args.json and a folder for each of the last checkpoints (step-0050000/), which `from_pretrained` reads too.
 """
@@ -147,7 +148,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="row lengths and the share of the steps each gets, in order")
     add("--batch-size", type=positive, default=256, help="rows per optimizer step")
     add("--micro-batch-size", type=positive, default=64, help="rows of the longest length that go through the "
-        "model at once; of shorter ones more, about as many tokens")
+        "model at once; of shorter ones more, at most as many tokens")
     add("--lr", type=number(float, 1e-30), default=1e-4, help="peak learning rate")
     add("--warmup-steps", type=number(int, 0), default=10_000, help="linear warm-up, never over a tenth of the run")
     add("--weight-decay", type=number(float, 0), default=0.01, help="on matrices; none on biases, norms, A_log and D")
