@@ -1139,7 +1139,7 @@ def _convolution(
     for j in tl.static_range(k):
         at = (t + j - LEFT)[:, None]
         x = tl.load(x_ptr + (b * l + at) * x_row + channel, mask=valid & (at >= 0) & (at < l), other=0.0)
-        y += x * tl.load(weight_ptr + channel * k + j, mask=exists, other=0.0)
+        y += x * tl.load(weight_ptr + j * d + channel, mask=exists, other=0.0)
         shifted += (x,)
     rows = (b * l + t)[:, None]
     if bias_ptr is not None:
@@ -1295,11 +1295,12 @@ for _op, _op_backward, _chunks_kept in (
 def _convolve(x, weight, bias, left, dy=None, parts=None):
     """What `_convolution` says, for all of x (b, l, d); weight (d, k)."""
     (b, l, d), k = x.shape, weight.shape[1]
-    y, weight, bias = x.new_empty(b, l, d), weight.float().contiguous(), bias if bias is None else bias.float()
+    y, weight = x.new_empty(b, l, d), weight.float().T.contiguous()  # (k, d): 16 bytes of a tap at once
+    bias = bias if bias is None else bias.float().contiguous()
     with torch.cuda.device_of(x):
         _convolution[(b * triton.cdiv(l, 32), triton.cdiv(d, 64))](
-            **_strided(1, x=x, dy=dy), weight_ptr=weight, bias_ptr=bias if bias is None else bias.contiguous(),
-            y_ptr=y, parts_ptr=parts, l=l, d=d, k=k, LEFT=left, TILE=32,
+            **_strided(1, x=x, dy=dy), weight_ptr=weight, bias_ptr=bias, y_ptr=y, parts_ptr=parts, l=l,
+            d=d, k=k, LEFT=left, TILE=32,
         )  # fmt: skip
     return y
 
