@@ -919,7 +919,7 @@ Accuracy of the value of a key, of {len(VALUES)} values, after {args.steps} step
             p: {n: [found[p, seed][length][str(n)] for seed in range(args.seeds)] for n in PAIRS} for p in args.patterns
         }
         rows = [[pattern, *map(spread, values.values())] for pattern, values in cells.items()]
-        text += f"\n{length} tokens:\n\n{table(['pattern', *(f'{n} pairs' for n in PAIRS)], rows)}\n"
+        text += f"\n{length} tokens:\n\n{table(['pairs', *PAIRS], rows)}\n"
         for pattern, values in cells.items():
             panels[f"{length} tokens"][pattern] = {n: statistics.mean(v) for n, v in values.items()}
     print(text)
