@@ -869,7 +869,8 @@ def train_recall(pattern: str, seed: int, steps: int, out: str, threads: int) ->
     kept = Path(out, f"{pattern}-{steps}-steps-seed{seed}.json")
     if kept.exists():
         return json.loads(kept.read_text(encoding="utf-8"))
-    torch.set_num_threads(threads)
+    if threads:
+        torch.set_num_threads(threads)
     torch.manual_seed(seed)
     sizes = dict(hidden_size=64, num_heads=2, intermediate_size=256, d_state=8, dropout=0.0)
     model = MaBERTForMaskedLM(MaBERTConfig(FILLERS.stop, pattern=pattern, max_position=LENGTHS[0], **sizes))
@@ -905,7 +906,7 @@ def bench_recall(args):
     name = str(Path(args.out, "recall"))
     check_out(name)
     runs = list(itertools.product(args.patterns, range(args.seeds)))
-    how = args.steps, args.out, max(1, os.cpu_count() // args.jobs)
+    how = args.steps, args.out, args.jobs > 1 and max(1, os.cpu_count() // args.jobs)
     with ProcessPoolExecutor(args.jobs, torch.multiprocessing.get_context("spawn")) as pool:
         found = dict(zip(runs, pool.map(train_recall, *zip(*runs), *map(itertools.repeat, how))))
     panels = collections.defaultdict(dict)
@@ -974,7 +975,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--length", type=number(int, 8, TOKENS + 1), default=64, help="tokens of a row (%(default)s)")
     add("--steps", type=positive, default=STEPS, help="of each run (%(default)s)")
     ask = subcommand(bench_recall, "which layers find the value of a key, among how many and how far away")
-    ask("--patterns", type=pattern, nargs="+", default=RECALL, help="default: %(default)s")
+    ask("--patterns", type=pattern, nargs="+", default=RECALL, help=f"default: {' '.join(RECALL)}")
     ask("--steps", type=positive, default=4000, help="of each run (%(default)s)")
     more = subcommand(bench_study, "what padding-safe masking, a longer and a larger pretraining are worth")
     more("study", choices=STUDIES, help="which")
