@@ -828,9 +828,6 @@ def bench_study(args):
     write_results(name, text + "\n", panels, f"{' / '.join(x_axes)}; y: held-out loss, nats", "linear")
 
 
-positive = number(int, 1, 2**31)
-
-
 # ---- recall: what attention brings that a state of fixed size does not, and the reverse ----
 
 RECALL = ("TTT", "MMM", "MWM", "MMT", "HHH")
@@ -925,6 +922,9 @@ Accuracy of the value of a key, of {len(VALUES)} values, after {args.steps} step
             panels[f"{length} tokens"][pattern] = {n: statistics.mean(v) for n, v in values.items()}
     print(text)
     write_results(name, text, panels, "pairs; y: accuracy", "linear")
+
+
+positive = number(int, 1, 2**31)
 
 
 def scan_size(text: str) -> tuple[int, ...]:

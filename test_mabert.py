@@ -1745,9 +1745,7 @@ def test_bench_recall(capsys, monkeypatch):
     for name, value in dict(PAIRS=(1, 3), MOST_PAIRS=3, LENGTHS=(16, 32)).items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
-    threads = torch.get_num_threads()
     bench.main("recall --patterns T MT --steps 4 --seeds 2 --out runs".split())
-    torch.set_num_threads(threads)
     found, printed = json.loads(Path("runs/recall.json").read_text()), capsys.readouterr().out
     assert list(found) == ["made", "16 tokens", "32 tokens"] and 0 <= found["16 tokens"]["MT"]["3"] <= 1
     assert (
