@@ -35,7 +35,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import train_mlm  # before torch, which reads OpenMP's settings when it loads
-from train_mlm import load_tokenizer, machine, number, write_whole
+from train_mlm import bounded, describe_machine, load_tokenizer, write_atomically
 
 # isort: split
 import torch
@@ -52,11 +52,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def header(device: str = "cpu") -> str:
-    return f"`{shlex.join(['python', 'bench.py', *sys.argv[1:]])}` on {machine(device)}\n"
+    return f"`{shlex.join(['python', 'bench.py', *sys.argv[1:]])}` on {describe_machine(device)}\n"
 
 
 def table(head: list, rows: list[list]) -> str:
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in [head, ["---"] * len(head), *rows])
+    return "\n".join(
+        f"| {' | '.join(map(str, cells))} |" for cells in [head, ["---"] * len(head), *rows]
+    )
 
 
 def check_out(name: str | None):
@@ -72,17 +74,23 @@ def check_out(name: str | None):
             raise SystemExit(f"--out: cannot write {name}.md: {error.strerror}") from error
 
 
-def write_results(name: str, text: str, panels: dict[str, dict[str, dict]], x_label: str, y_scale="log"):
+def write_results(
+    name: str, text: str, panels: dict[str, dict[str, dict]], x_label: str, y_scale="log"
+):
     """NAME.md; NAME.json, {title: {label: {x: y}}}; and NAME.png, a panel for each title, without text and zeros. Where
     y is linear, numbers on the x axis are logarithmic; else values of x stand side by side."""
     from matplotlib.figure import Figure
 
-    write_whole(Path(f"{name}.md"), text)
-    write_whole(Path(f"{name}.json"), json.dumps(dict(made=text.split("\n")[0]) | panels, indent=1) + "\n")
+    write_atomically(Path(f"{name}.md"), text)
+    write_atomically(
+        Path(f"{name}.json"), json.dumps(dict(made=text.split("\n")[0]) | panels, indent=1) + "\n"
+    )
     columns = min(4, len(panels))
     rows = len(panels) // columns
     figure = Figure(figsize=(1 + 3 * columns, 2 + 2.4 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharey="row" if rows > 1 or y_scale == "linear" else "none")
+    grid = figure.subplots(
+        rows, columns, squeeze=False, sharey="row" if rows > 1 or y_scale == "linear" else "none"
+    )
     for axes, (title, lines) in zip(grid.flat, panels.items()):
         for i, (label, points) in enumerate(lines.items()):
             y = [math.nan if isinstance(x, str) else x or math.nan for x in points.values()]
@@ -108,7 +116,9 @@ def attempt(function, *args):
         return function(*args)
     except Exception as error:
         kind, text = type(error).__name__, str(error).strip()
-        no_memory = re.search("MemoryError|BrokenProcessPool|out of memory|allocate memory", f"{kind} {text}")
+        no_memory = re.search(
+            "MemoryError|BrokenProcessPool|out of memory|allocate memory", f"{kind} {text}"
+        )
         return "out of memory" if no_memory else (text or kind).split("\n")[0]
 
 
@@ -140,7 +150,9 @@ def in_turns(calls: dict, rounds: int, seconds: float) -> dict[tuple, float | st
         if done >= 5 and timer() > end:
             break
     count = max(2, done // 6)
-    return {key: x if isinstance(x, str) else statistics.median(x[count:]) for key, x in times.items()}
+    return {
+        key: x if isinstance(x, str) else statistics.median(x[count:]) for key, x in times.items()
+    }
 
 
 def most_memory(call, device: str) -> int:
@@ -152,7 +164,9 @@ def most_memory(call, device: str) -> int:
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
     release()
-    torch.cuda.reset_peak_memory_stats() if device == "cuda" else Path("/proc/self/clear_refs").write_text("5")
+    torch.cuda.reset_peak_memory_stats() if device == "cuda" else Path(
+        "/proc/self/clear_refs"
+    ).write_text("5")
     before = peak()  # what there is now
     call()
     return peak() - before
@@ -234,14 +248,22 @@ PASSES = ("forward", "forward + backward")
 def scan_times(names: list[str], size: tuple, device: str) -> dict[tuple, float | str]:
     """Medians, by name and PASSES."""
     inputs = functools.cache(lambda name: scan_inputs(name, size, device))
-    clock = functools.partial(triton.testing.do_bench_cudagraph, return_mode="median") if device == "cuda" else wall_ms
+    clock = (
+        functools.partial(triton.testing.do_bench_cudagraph, return_mode="median")
+        if device == "cuda"
+        else wall_ms
+    )
 
     def ms(name: str, passes: str) -> float:
         values, dy = inputs(name)
         return clock(lambda: run_scan(name, values, dy if "backward" in passes else None))
 
     keys = itertools.product(names, PASSES)
-    return in_turns({key: functools.partial(ms, *key) for key in keys}, rounds=7, seconds=5 if device == "cuda" else 60)
+    return in_turns(
+        {key: functools.partial(ms, *key) for key in keys},
+        rounds=7,
+        seconds=5 if device == "cuda" else 60,
+    )
 
 
 def bounds(b: int, l: int, d: int, n: int) -> list[list]:
@@ -249,9 +271,14 @@ def bounds(b: int, l: int, d: int, n: int) -> list[list]:
     and multiprocessor; and for the memory traffic alone, in bf16: u, delta, z and y, backward also dy, the first three
     again and their gradients."""
     gpu = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
-    update = b * l * d * n / (16 * gpu["multiprocessor_count"] * gpu["sm_clock_rate"])  # ms, since the clock is in kHz
+    update = (
+        b * l * d * n / (16 * gpu["multiprocessor_count"] * gpu["sm_clock_rate"])
+    )  # ms, since the clock is in kHz
     tensor = 2 * b * l * d / (triton.testing.get_dram_gbps() * 1e6)
-    rows = ("exponentials alone", update, 3 * update), ("memory traffic alone", 4 * tensor, 11 * tensor)
+    rows = (
+        ("exponentials alone", update, 3 * update),
+        ("memory traffic alone", 4 * tensor, 11 * tensor),
+    )
     return [[name, "", f"{forward:.3g}", f"{both:.3g}", ""] for name, forward, both in rows]
 
 
@@ -274,11 +301,23 @@ CPU and bf16 on a GPU, there of a CUDA graph's replays, without the gaps between
             rows.append([name, errors[name]])
             for passes in PASSES:
                 found, first = times[name, passes], times[names[0], passes]
-                ratio = f" ({found / first:.2f}×)" if isinstance(found, float) and isinstance(first, float) else ""
+                ratio = (
+                    f" ({found / first:.2f}×)"
+                    if isinstance(found, float) and isinstance(first, float)
+                    else ""
+                )
                 rows[-1].append(found if isinstance(found, str) else f"{found:.3g}{ratio}")
             rows[-1].append(alone(scan_memory, name, size, device))
-        head = [f"(b, l, d, n) = {size}", "error", "forward, ms", "forward + backward, ms", "peak memory, MB"]
-        tqdm.write("\n" + table(head, rows + (bounds(*size) if device == "cuda" else [])), sys.stdout)
+        head = [
+            f"(b, l, d, n) = {size}",
+            "error",
+            "forward, ms",
+            "forward + backward, ms",
+            "peak memory, MB",
+        ]
+        tqdm.write(
+            "\n" + table(head, rows + (bounds(*size) if device == "cuda" else [])), sys.stdout
+        )
 
 
 # ---- without a GPU: what the compiler makes of the kernels, read from the machine code ----
@@ -300,15 +339,31 @@ def compile_kernel(name: str, arch: str, dtype: str) -> bytes:
     from triton.compiler import ASTSource
 
     kernel = getattr(mabert, name.split()[0])
-    values = dict(d=1536, n=16, N=16, u_row=1536, v_row=1536, dy_row=1536, delta_row=1536, z_row=3072)
-    values |= dict(SOFTPLUS=True, SIGN=1, CHUNK=mabert._chunk(16), BACKWARD=False) | STATIC_CASES[name]
+    values = dict(
+        d=1536, n=16, N=16, u_row=1536, v_row=1536, dy_row=1536, delta_row=1536, z_row=3072
+    )
+    values |= (
+        dict(SOFTPLUS=True, SIGN=1, CHUNK=mabert._chunk(16), BACKWARD=False) | STATIC_CASES[name]
+    )
     constants = {name: values[name] for name in kernel.arg_names if name in values}
     half = "u_ptr v_ptr delta_ptr z_ptr y_ptr dy_ptr du_ptr ddelta_ptr dz_ptr B_ptr C_ptr".split()
-    kinds = {name: f"*{dtype if name in half else 'fp32'}" if "_ptr" in name else "i32" for name in kernel.arg_names}
+    kinds = {
+        name: f"*{dtype if name in half else 'fp32'}" if "_ptr" in name else "i32"
+        for name in kernel.arg_names
+    }
     signature = kinds | dict.fromkeys(constants, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
-    source, options = ASTSource(kernel, signature, constants, aligned), {"num_warps": 1, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32), options=options).asm["cubin"]
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(signature.values())
+        if kind[0] == "*"
+    }
+    source, options = (
+        ASTSource(kernel, signature, constants, aligned),
+        {"num_warps": 1, "enable_fp_fusion": True},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32), options=options).asm[
+        "cubin"
+    ]
 
 
 def static_row(case: tuple) -> list:
@@ -316,33 +371,57 @@ def static_row(case: tuple) -> list:
     exponentials and the like, and shuffles, per state update and lane."""
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(compile_kernel(*case))
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
+        command = [
+            triton.knobs.nvidia.cuobjdump.path,
+            "--dump-resource-usage",
+            "--dump-sass",
+            file.name,
+        ]
         listing = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
     line = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);"
     code = [(int(address, 16), op, rest) for address, op, rest in re.findall(line, listing)]
-    jumps = [(int(re.search(r"0x([0-9a-f]+)", rest)[1], 16), at) for at, op, rest in code if op == "BRA"]
+    jumps = [
+        (int(re.search(r"0x([0-9a-f]+)", rest)[1], 16), at) for at, op, rest in code if op == "BRA"
+    ]
     loops = [(start, end) for start, end in jumps if start < end]
-    inner = [(start, end) for start, end in loops if not any(start < other < end for _, other in loops)]
-    updates = STATIC_CASES[case[0]]["TILE"] * (1 if case[0] == "_segment_starts" else 16)  # of an iteration, in a lane
+    inner = [
+        (start, end) for start, end in loops if not any(start < other < end for _, other in loops)
+    ]
+    updates = STATIC_CASES[case[0]]["TILE"] * (
+        1 if case[0] == "_segment_starts" else 16
+    )  # of an iteration, in a lane
     row = [*case, *(re.search(rf"{key}:(\d+)", listing)[1] for key in ("REG", "STACK"))]
     for kind in ("", "MUFU", "SHFL"):
-        counts = [sum(s <= at <= e and op.startswith(kind) for at, op, _ in code) / updates for s, e in inner]
-        each = " + ".join(f"{count:.2f}" for count in counts) + " = " if len(counts) > 1 and not kind else ""
+        counts = [
+            sum(s <= at <= e and op.startswith(kind) for at, op, _ in code) / updates
+            for s, e in inner
+        ]
+        each = (
+            " + ".join(f"{count:.2f}" for count in counts) + " = "
+            if len(counts) > 1 and not kind
+            else ""
+        )
         row.append(f"{each}{sum(counts):.2f}")
     return row
 
 
 def bench_static(args):
     if not triton or mabert.INTERPRETED:
-        raise SystemExit("--static needs the package triton (on Linux), and no TRITON_INTERPRET in the environment")
-    kernels, targets = (STATIC_CASES, TARGETS) if args.all else (("_outputs", "_gradients"), [("sm_90", "bf16")])
+        raise SystemExit(
+            "--static needs the package triton (on Linux), and no TRITON_INTERPRET in the environment"
+        )
+    kernels, targets = (
+        (STATIC_CASES, TARGETS) if args.all else (("_outputs", "_gradients"), [("sm_90", "bf16")])
+    )
     cases = [(kernel, *target) for kernel in kernels for target in targets]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(tqdm(pool.map(static_row, cases), total=len(cases)))
     print(header())
     print("Compiled, not run: d 1536, n 16, softplus, D, z. Instructions of the time loops per state update and lane; "
           "_outputs keeps states for the backward pass, _gradients has two loops, replay and reverse.\n")  # fmt: skip
-    head = "kernel, architecture, inputs, registers, stack bytes, instructions, exponential pipe, shuffles".split(", ")
+    head = "kernel, architecture, inputs, registers, stack bytes, instructions, exponential pipe, shuffles".split(
+        ", "
+    )
     print(table(head, rows))
 
 
@@ -378,12 +457,19 @@ PAPER = {  # on an A100
 # The models. Those of transformers: its name for the class, and what of the published config differs from its defaults.
 BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
 DEBERTA = dict(vocab_size=128100, type_vocab_size=0, relative_attention=True, position_buckets=256)
-DEBERTA |= dict(norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], layer_norm_eps=1e-7)
-DEBERTA |= dict(position_biased_input=False, pooler_dropout=0, pooler_hidden_act="gelu", pooler_hidden_size=768)
+DEBERTA |= dict(
+    norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], layer_norm_eps=1e-7
+)
+DEBERTA |= dict(
+    position_biased_input=False, pooler_dropout=0, pooler_hidden_act="gelu", pooler_hidden_size=768
+)
 TRANSFORMERS = {
     "BERT": ("Bert", {}),
     "ALBERT": ("Albert", BASE),
-    "Longformer": ("Longformer", dict(vocab_size=50265, max_position_embeddings=4098, type_vocab_size=1)),
+    "Longformer": (
+        "Longformer",
+        dict(vocab_size=50265, max_position_embeddings=4098, type_vocab_size=1),
+    ),
     "BigBird": ("BigBird", {}),
     "DeBERTa-v3": ("DebertaV2", BASE | DEBERTA),
     "ModernBERT": ("ModernBert", dict(reference_compile=False, attn_implementation="sdpa")),
@@ -391,14 +477,20 @@ TRANSFORMERS = {
 BASELINES = list(TRANSFORMERS)[:5]  # the paper's
 OURS = {
     "MaBERT": {},
-    "MaBERT-211M": dict(expand=8),  # the paper's has 205.3 M parameters, the additional ones for "SSM capacity"
+    "MaBERT-211M": dict(
+        expand=8
+    ),  # the paper's has 205.3 M parameters, the additional ones for "SSM capacity"
     "T12": dict(pattern="T" * 12),  # the pattern alone: pre-LN, so not BERT
     "M12": dict(pattern="M" * 12),
     "MW6": dict(pattern="MW" * 6),
     "H12": dict(pattern="H" * 12),
 }
 MODELS = [*TRANSFORMERS, *OURS]
-SETTINGS = {"plain": None, "compiled": "default", "CUDA graphs": "reduce-overhead"}  # modes of torch.compile
+SETTINGS = {
+    "plain": None,
+    "compiled": "default",
+    "CUDA graphs": "reduce-overhead",
+}  # modes of torch.compile
 PAPER_ATTENTION = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
 PROTOCOL = {  # lengths, rows of an optimizer step, rounds (100 after a warm-up of 20, as in the paper), seconds
     "cuda": ([*PAPER_LENGTHS, 8192, 16384], 32, 120, 600),
@@ -409,15 +501,24 @@ PROTOCOL = {  # lengths, rows of an optimizer step, rounds (100 after a warm-up 
 def build(name: str, length: int, device: str = "cpu") -> torch.nn.Module:
     """A two-label classifier with random weights for rows of up to length tokens."""
     if name in OURS:
-        config, model_class, positions = MaBERTConfig(**OURS[name]), MaBERTForSequenceClassification, "max_position"
+        config, model_class, positions = (
+            MaBERTConfig(**OURS[name]),
+            MaBERTForSequenceClassification,
+            "max_position",
+        )
     else:
         import transformers
 
         transformers.logging.set_verbosity_error()  # no notes on how it pads
         family, changes = TRANSFORMERS[name]
         config = getattr(transformers, f"{family}Config")(**changes)
-        model_class, positions = getattr(transformers, f"{family}ForSequenceClassification"), "max_position_embeddings"
-        length += -length % 64 + 2 * (name == "Longformer")  # BigBird: whole blocks of 64; Longformer: from 2 on
+        model_class, positions = (
+            getattr(transformers, f"{family}ForSequenceClassification"),
+            "max_position_embeddings",
+        )
+        length += -length % 64 + 2 * (
+            name == "Longformer"
+        )  # BigBird: whole blocks of 64; Longformer: from 2 on
     setattr(config, positions, max(getattr(config, positions), length))
     with torch.device(device):
         return model_class(config)
@@ -426,24 +527,39 @@ def build(name: str, length: int, device: str = "cpu") -> torch.nn.Module:
 class Contender:
     """A model and its optimizer, with the two runs that are timed, under a setting."""
 
-    def __init__(self, name: str, length: int, device: str, batch_size=1, settings=("plain",), flash=False):
+    def __init__(
+        self, name: str, length: int, device: str, batch_size=1, settings=("plain",), flash=False
+    ):
         self.model, self.flash = build(name, length, device), flash
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         compiled = functools.partial(torch.compile, self.model, dynamic=False)
-        self.calls = {key: compiled(mode=SETTINGS[key]) if SETTINGS[key] else self.model for key in settings}
-        self.rows = torch.randint(5, self.model.config.vocab_size, (batch_size, length), device=device)
+        self.calls = {
+            key: compiled(mode=SETTINGS[key]) if SETTINGS[key] else self.model for key in settings
+        }
+        self.rows = torch.randint(
+            5, self.model.config.vocab_size, (batch_size, length), device=device
+        )
         self.at_once = dict.fromkeys(settings, batch_size)
 
     def run(self, setting: str, rows: torch.Tensor, **labels):
         """bf16 autocast on a GPU, float32 weights; their copies in bf16 are kept only where training needs them twice.
         The mask of ones is what a tokenizer gives; FlashAttention knows no mask. Without it, the paper's kernels."""
         call, mask = self.calls[setting], None if self.flash else torch.ones_like(rows)
-        kernels = sdpa_kernel(PAPER_ATTENTION) if rows.is_cuda and not self.flash else contextlib.nullcontext()
+        kernels = (
+            sdpa_kernel(PAPER_ATTENTION)
+            if rows.is_cuda and not self.flash
+            else contextlib.nullcontext()
+        )
         if self.model.training != bool(labels):
             self.model.train(bool(labels))
         if setting == "CUDA graphs":
             torch.compiler.cudagraph_mark_step_begin()
-        with torch.autocast(rows.device.type, torch.bfloat16, rows.is_cuda, cache_enabled=bool(labels)), kernels:
+        with (
+            torch.autocast(
+                rows.device.type, torch.bfloat16, rows.is_cuda, cache_enabled=bool(labels)
+            ),
+            kernels,
+        ):
             return call(input_ids=rows, attention_mask=mask, **labels)
 
     @torch.no_grad()
@@ -455,7 +571,9 @@ class Contender:
         try:
             for rows in self.rows.split(self.at_once[setting]):
                 labels, share = rows.new_zeros(len(rows)), len(rows) / len(self.rows)
-                (self.run(setting, rows, labels=labels).loss * share).backward()  # without a name, so it is freed
+                (
+                    self.run(setting, rows, labels=labels).loss * share
+                ).backward()  # without a name, so it is freed
             return self.optimizer.step()
         except torch.OutOfMemoryError:
             self.optimizer.state.clear()  # which may be half made
@@ -473,7 +591,9 @@ def forward_memory(name: str, length: int, device: str) -> float:
     build(name, length, "meta")  # imports what it needs
     tiny = MaBERTConfig(hidden_size=16, num_heads=2, intermediate_size=16, pattern="MT")
     with torch.device(device):
-        MaBERTForSequenceClassification(tiny)(torch.zeros(1, 1, dtype=torch.long))  # takes what first calls take
+        MaBERTForSequenceClassification(tiny)(
+            torch.zeros(1, 1, dtype=torch.long)
+        )  # takes what first calls take
     return most_memory(lambda: Contender(name, length, device).latency("plain"), device) / 2**20
 
 
@@ -486,19 +606,38 @@ def measure(length: int, args, cells: dict, notes: dict):
         for name in args.models:
             cells["memory"][name][length] = alone(forward_memory, name, length, args.device)
         names = [name for name in names if cells["memory"][name][length] != "out of memory"]
-    how = length, args.device, args.batch_size, args.settings, args.fastest and args.device == "cuda"
+    how = (
+        length,
+        args.device,
+        args.batch_size,
+        args.settings,
+        args.fastest and args.device == "cuda",
+    )
     contender = functools.cache(lambda name: Contender(name, *how))  # made when it is first called
     for what in ("latency", "training"):
         keys = itertools.product(names, args.settings)
-        calls = {key: lambda key=key, what=what: wall_ms(getattr(contender(key[0]), what), key[1]) for key in keys}
+        calls = {
+            key: lambda key=key, what=what: wall_ms(getattr(contender(key[0]), what), key[1])
+            for key in keys
+        }
         times = in_turns(calls, args.rounds, args.seconds)
         for name in args.models:
-            own = {setting: times.get((name, setting), "out of memory") for setting in args.settings}
-            best = min(own, key=lambda setting: own[setting] if isinstance(own[setting], float) else math.inf)
+            own = {
+                setting: times.get((name, setting), "out of memory") for setting in args.settings
+            }
+            best = min(
+                own,
+                key=lambda setting: own[setting] if isinstance(own[setting], float) else math.inf,
+            )
             cells[what][name][length] = own[best]
             notes[what, name, length] += [best] * args.fastest
-            if isinstance(own[best], float) and (rows := contender(name).at_once[best]) < args.batch_size:
-                notes[what, name, length].append(f"{math.ceil(args.batch_size / rows)} × {rows} rows")
+            if (
+                isinstance(own[best], float)
+                and (rows := contender(name).at_once[best]) < args.batch_size
+            ):
+                notes[what, name, length].append(
+                    f"{math.ceil(args.batch_size / rows)} × {rows} rows"
+                )
     torch.compiler.reset()
 
 
@@ -520,21 +659,38 @@ def ratios(values: dict[str, float | str | None], over: str) -> dict[str, float]
     """What a model takes over what MaBERT takes; and the mean of the paper's baselines: the headline of the paper."""
     values = {name: value for name, value in values.items() if isinstance(value, float)}
     found = {name: value / values[over] for name, value in values.items() if over in values}
-    means = {"mean of the paper's baselines": BASELINES, "the same without DeBERTa-v3": BASELINES[:-1]}
+    means = {
+        "mean of the paper's baselines": BASELINES,
+        "the same without DeBERTa-v3": BASELINES[:-1],
+    }
     means = {what: names for what, names in means.items() if found.keys() >= {*names}}
-    return found | {what: statistics.mean(found[name] for name in names) for what, names in means.items()}
+    return found | {
+        what: statistics.mean(found[name] for name in names) for what, names in means.items()
+    }
 
 
 def shown(value: float | str, *notes: float | str | None) -> str:
     """A value of a table or a dash; in brackets why there is none, and notes."""
     value, *notes = ("–", value, *notes) if isinstance(value, str) else (value, *notes)
-    value, *notes = (x if isinstance(x, str) else f"{x:.0f}" if x >= 100 else f"{x:.2f}" for x in (value, *notes) if x)
+    value, *notes = (
+        x if isinstance(x, str) else f"{x:.0f}" if x >= 100 else f"{x:.2f}"
+        for x in (value, *notes)
+        if x
+    )
     return f"{value} ({'; '.join(notes)})" if notes else value
 
 
 def efficiency_text(cells: dict, notes: dict, parameters: dict[str, int], args) -> str:
-    how = "bf16 autocast, float32 weights" if args.device == "cuda" else "float32 on a CPU, PyTorch's fused attention"
-    setting = "each model's fastest setting" if args.fastest else "neither torch.compile nor, on a GPU, FlashAttention"
+    how = (
+        "bf16 autocast, float32 weights"
+        if args.device == "cuda"
+        else "float32 on a CPU, PyTorch's fused attention"
+    )
+    setting = (
+        "each model's fastest setting"
+        if args.fastest
+        else "neither torch.compile nor, on a GPU, FlashAttention"
+    )
     text = f"""{header(args.device)}
 {how}; {setting}.
 Medians of {args.rounds - max(2, args.rounds // 6)} runs in turns, or at least 3, if those took over {args.seconds:g} s.
@@ -545,32 +701,50 @@ M12, MW6 and H12 are MaBERT with other patterns (T12 is pre-LN, so not BERT).
     for measure, models in cells.items():
         rows = []
         for name, values in models.items():
-            own = (shown(x, paper_value(name, measure, l), *notes[measure, name, l]) for l, x in values.items())
+            own = (
+                shown(x, paper_value(name, measure, l), *notes[measure, name, l])
+                for l, x in values.items()
+            )
             rows.append([name, f"{parameters[name] / 1e6:.1f}", *own])
-        title = MEASURES[measure].replace("optimizer step", f"optimizer step, batch {args.batch_size}")
+        title = MEASURES[measure].replace(
+            "optimizer step", f"optimizer step, batch {args.batch_size}"
+        )
         text += f"\n{title}:\n\n{table(['model', 'parameters, M', *values], rows)}\n"
         length = 4096 if 4096 in values else max(values)
         paper = ratios({name: paper_value(name, measure, length) for name in MODELS}, "MaBERT")
         for over in (name for name in models if name.startswith("MaBERT")):
             own = ratios({name: values[length] for name, values in models.items()}, over)
-            columns[f"{measure} ÷ {over}"] = {name: shown(value, paper.get(name)) for name, value in own.items()}
+            columns[f"{measure} ÷ {over}"] = {
+                name: shown(value, paper.get(name)) for name, value in own.items()
+            }
     names = dict.fromkeys(itertools.chain(*columns.values()))
     rows = [[name, *(column.get(name, "–") for column in columns.values())] for name in names]
     if rows:
         text += f"\nRatios at {length} tokens; above 1, MaBERT takes less:\n\n{table(['model', *columns], rows)}\n"
-    more = bisect.bisect(range(1, 2**16), False, key=lambda l: layer_flops("T", l) > layer_flops("M", l)) + 1
+    more = (
+        bisect.bisect(
+            range(1, 2**16), False, key=lambda l: layer_flops("T", l) > layer_flops("M", l)
+        )
+        + 1
+    )
     return f"{text}\nFrom {more} tokens on, a T layer of the base model takes more operations than an M layer.\n"
 
 
 def bench_efficiency(args):
     if args.device == "cuda" and DEVICE == "cpu":
-        raise SystemExit("--device cuda: PyTorch sees no GPU here; --device cpu has a smaller measurement")
+        raise SystemExit(
+            "--device cuda: PyTorch sees no GPU here; --device cpu has a smaller measurement"
+        )
     check_out(args.out)
     lengths, args.batch_size, args.rounds, seconds = PROTOCOL[args.device]
-    args.lengths = args.lengths or [length for length in lengths if not args.fastest or length in (512, 4096)]
+    args.lengths = args.lengths or [
+        length for length in lengths if not args.fastest or length in (512, 4096)
+    ]
     args.seconds = args.seconds or seconds
     args.settings = list(SETTINGS)[: (3 if args.device == "cuda" else 2) if args.fastest else 1]
-    parameters = {name: sum(p.numel() for p in build(name, 512, "meta").parameters()) for name in args.models}
+    parameters = {
+        name: sum(p.numel() for p in build(name, 512, "meta").parameters()) for name in args.models
+    }
     cells = {what: {name: {} for name in args.models} for what in list(MEASURES)[args.fastest :]}
     notes = collections.defaultdict(list)
     for length in tqdm(sorted(args.lengths), unit="length"):
@@ -609,11 +783,16 @@ def sentences(args, config: MaBERTConfig) -> list[torch.Tensor]:
         tokenizer = load_tokenizer(str(Path(args.checkpoint, "tokenizer.json")))
         rows = [tokenizer.encode(text).ids for text in texts]
     else:  # without a tokenizer, words are told apart, no more
-        rows = [[5 + zlib.crc32(word.encode()) % (config.vocab_size - 5) for word in text.split()] for text in texts]
+        rows = [
+            [5 + zlib.crc32(word.encode()) % (config.vocab_size - 5) for word in text.split()]
+            for text in texts
+        ]
     return [torch.tensor(row[: config.max_position]) for row in sorted(rows, key=len)]
 
 
-def distances(model: MaBERT, rows: list[torch.Tensor], unpadded: list[torch.Tensor], pads: int, side: str) -> list:
+def distances(
+    model: MaBERT, rows: list[torch.Tensor], unpadded: list[torch.Tensor], pads: int, side: str
+) -> list:
     """How far the real tokens' states are from those without pads, in the order of DRIFTS, as means over the rows; all
     rows are one batch, in which the longest has so many pads. Cosine distances are without cancellation."""
     lengths, found = [len(row) for row in rows], []
@@ -621,7 +800,9 @@ def distances(model: MaBERT, rows: list[torch.Tensor], unpadded: list[torch.Tens
     mask = mask if side == "right" else mask.flip(1)
     ids = torch.full(mask.shape, model.config.pad_token_id).masked_scatter(mask, torch.cat(rows))
     for x, y in zip(unpadded, model(ids, mask)[mask].split(lengths)):  # (l, h)
-        vectors = [F.normalize(torch.stack(pair), dim=1) for pair in ((x[0], y[0]), (x.mean(0), y.mean(0)))]
+        vectors = [
+            F.normalize(torch.stack(pair), dim=1) for pair in ((x[0], y[0]), (x.mean(0), y.mean(0)))
+        ]
         found.append([(y - x).norm() / x.norm(), *((a - b).square().sum() / 2 for a, b in vectors)])
     return torch.tensor(found).mean(0).tolist()
 
@@ -633,30 +814,51 @@ def bench_drift(args):
     torch.manual_seed(0)
     sizes = dict(vocab_size=1000, hidden_size=64, num_heads=4, intermediate_size=256)
     try:
-        base = MaBERT.from_pretrained(args.checkpoint) if args.checkpoint else MaBERT(MaBERTConfig(**sizes))
+        base = (
+            MaBERT.from_pretrained(args.checkpoint)
+            if args.checkpoint
+            else MaBERT(MaBERTConfig(**sizes))
+        )
     except (OSError, ValueError) as error:
         raise SystemExit(f"--checkpoint: {error}") from error
     rows = sentences(args, base.config)
     cases = ["causal, pads right", "causal, pads left", "centred, pads right", "centred, pads left"]
-    found = {f"{measure}, {case}": {form: {} for form in PSM_FORMS} for measure in DRIFTS for case in cases}
+    found = {
+        f"{measure}, {case}": {form: {} for form in PSM_FORMS}
+        for measure in DRIFTS
+        for case in cases
+    }
     for form, conv in tqdm(list(itertools.product(PSM_FORMS, ("causal", "centred"))), unit="model"):
-        config = dataclasses.replace(base.config, psm=train_mlm.psm(form), causal_conv=conv == "causal")
+        config = dataclasses.replace(
+            base.config, psm=train_mlm.psm_stages(form), causal_conv=conv == "causal"
+        )
         model = MaBERT(config).double().eval()
         model.load_state_dict(base.state_dict())
-        unpadded = [x for _, alike in itertools.groupby(rows, len) for x in model(torch.stack(list(alike)))]
+        unpadded = [
+            x for _, alike in itertools.groupby(rows, len) for x in model(torch.stack(list(alike)))
+        ]
         for side, pads in itertools.product(("right", "left"), args.pads):
             for measure, value in zip(DRIFTS, distances(model, rows, unpadded, pads, side)):
                 found[f"{measure}, {conv}, pads {side}"][form][pads] = value
     weights = "random weights (MMT four times, hidden size 64)"
     if args.checkpoint:
-        conv, psm = "causal" if base.config.causal_conv else "centred", "+".join(base.config.psm) or "none"
+        conv, psm = (
+            "causal" if base.config.causal_conv else "centred",
+            "+".join(base.config.psm) or "none",
+        )
         weights = f"{args.checkpoint}, {base.config.pattern} pretrained with PSM {psm} and a {conv} convolution"
     source = f"sentences of {args.sentences}" if args.sentences else "random rows of 24 tokens"
     pads = " / ".join(map(str, args.pads))
     text = f"{header()}\nWith {pads} pads in the longest row, float64; {weights}, {len(rows)} {source}.\n"
     for measure, title in DRIFTS.items():
-        forms = {form: [found[f"{measure}, {case}"][form].values() for case in cases] for form in PSM_FORMS}
-        cells = [[form, *(" / ".join(f"{x:.0e}" for x in values) for values in row)] for form, row in forms.items()]
+        forms = {
+            form: [found[f"{measure}, {case}"][form].values() for case in cases]
+            for form in PSM_FORMS
+        }
+        cells = [
+            [form, *(" / ".join(f"{x:.0e}" for x in values) for values in row)]
+            for form, row in forms.items()
+        ]
         text += f"\n{title}:\n\n{table(['PSM stages', *cases], cells)}\n"
     print(text)
     if args.out:
@@ -665,7 +867,9 @@ def bench_drift(args):
 
 # ---- patterns: the paper's Table 1 in small ----
 
-PATTERNS = [unit * (12 // len(unit)) for unit in "M T MTT TM MT TMM TTM MMMTMM W H MMT MWT MW".split()]
+PATTERNS = [
+    unit * (12 // len(unit)) for unit in "M T MTT TM MT TMM TTM MMMTMM W H MMT MWT MW".split()
+]
 CAUSAL_TOO = PATTERNS[-3:]  # the others with a centred convolution only
 VOCAB_SIZE = "4096"
 STEPS = 1200
@@ -681,30 +885,56 @@ def pretrain(args, name: str, flags: list[str], profile: bool = False) -> Path:
     made, kept = out / "flags.txt", out / ("profile.txt" if profile else "model.pt")
     if kept.exists():
         if not made.exists() or made.read_text(encoding="utf-8") != shlex.join(flags):
-            raise SystemExit(f"{out} was made with other flags than these, its flags.txt has them: give another --out")
+            raise SystemExit(
+                f"{out} was made with other flags than these, its flags.txt has them: give another --out"
+            )
         return out
     goal = ["--profile", "10"] if profile else ["--resume"]
-    threads = {} if args.jobs == 1 or profile else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
+    threads = (
+        {}
+        if args.jobs == 1 or profile
+        else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
+    )
     command = [sys.executable, train_mlm.__file__, *flags, *goal, "--out", str(out)]
     ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
     if ran.returncode:
         why = ran.stderr.strip() or f"ended with {ran.returncode}"
         raise SystemExit(f"{out}: train_mlm.py: {' '.join(why.splitlines()[-2:])}")
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(made, shlex.join(flags))
+    write_atomically(made, shlex.join(flags))
     if profile:
-        write_whole(kept, ran.stdout)
+        write_atomically(kept, ran.stdout)
     return out
 
 
 def pretrain_all(args, variants: dict[str, list[str]]) -> dict[str, list[Path]]:
     """Of each named variant, which is flags of train_mlm.py, the folders of its runs, one for each seed. All share a
     tokenizer, that of a run of one step, since two trainings of one differ."""
-    text = ["--data", *(str(Path(path).resolve()) for path in args.data)] if args.data else ["--demo"]
+    text = (
+        ["--data", *(str(Path(path).resolve()) for path in args.data)] if args.data else ["--demo"]
+    )
     rows = str(TOKENS // args.length)
-    flags = [*SMALL, *text, "--length-schedule", f"{args.length}:1", "--batch-size", rows, "--micro-batch-size", rows]
-    first = pretrain(args, "tokenizer", [*flags, "--vocab-size", VOCAB_SIZE, "--pattern", "T", "--steps", "1"])
-    flags += ["--tokenizer", str(first / "tokenizer.json"), "--steps", str(args.steps), "--eval-every", str(args.steps)]
+    flags = [
+        *SMALL,
+        *text,
+        "--length-schedule",
+        f"{args.length}:1",
+        "--batch-size",
+        rows,
+        "--micro-batch-size",
+        rows,
+    ]
+    first = pretrain(
+        args, "tokenizer", [*flags, "--vocab-size", VOCAB_SIZE, "--pattern", "T", "--steps", "1"]
+    )
+    flags += [
+        "--tokenizer",
+        str(first / "tokenizer.json"),
+        "--steps",
+        str(args.steps),
+        "--eval-every",
+        str(args.steps),
+    ]
     runs = list(itertools.product(range(args.seeds), variants))
 
     def run(seed: int, name: str, profile: bool = False) -> Path:
@@ -712,7 +942,9 @@ def pretrain_all(args, variants: dict[str, list[str]]) -> dict[str, list[Path]]:
         return pretrain(args, folder, [*flags, *variants[name], "--seed", str(seed)], profile)
 
     folders = {name: [] for name in variants}
-    for seed, name in tqdm(runs, desc="step time", unit="run"):  # alone and in turns: a drifting clock hits all alike
+    for seed, name in tqdm(
+        runs, desc="step time", unit="run"
+    ):  # alone and in turns: a drifting clock hits all alike
         folders[name].append(run(seed, name, profile=True))
     with ThreadPoolExecutor(args.jobs) as pool:
         list(tqdm(pool.map(run, *zip(*runs)), desc="pretraining", unit="run", total=len(runs)))
@@ -726,7 +958,9 @@ def held_out_loss(folder: Path) -> float:
 
 
 def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.3f}" + (
+        f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    )
 
 
 def compare(args, variants: dict[str, list[str]]) -> tuple[str, dict[str, dict]]:
@@ -738,23 +972,41 @@ def compare(args, variants: dict[str, list[str]]) -> tuple[str, dict[str, dict]]
         losses = list(map(held_out_loss, runs))
         model = MaBERTForMaskedLM.from_pretrained(runs[0])
         run = json.loads((runs[0] / "args.json").read_text(encoding="utf-8"))
-        flops = run["steps"] * TOKENS * train_mlm.flops_per_token(model.config, args.length, run["mask_rate"]) / 1e12
+        flops = (
+            run["steps"]
+            * TOKENS
+            * train_mlm.flops_per_token(model.config, args.length, run["mask_rate"])
+            / 1e12
+        )
         size = sum(weight.numel() for weight in model.parameters()) / 1e6
         rows.append([name, spread(losses), f"{size:.2f}", f"{1000 * time:.0f}", f"{flops:.3g}"])
-        found[name] = dict(loss=statistics.mean(losses), steps=run["steps"], TFLOP=flops, seconds=run["steps"] * time)
+        found[name] = dict(
+            loss=statistics.mean(losses),
+            steps=run["steps"],
+            TFLOP=flops,
+            seconds=run["steps"] * time,
+        )
         found[name]["folders"] = runs
     text = f"""{header(DEVICE)}
 Masked language modelling: {args.steps} steps of {TOKENS // args.length} rows of {args.length} tokens, hidden size 64, a
 centred convolution, unless said otherwise; seeds: {args.seeds}. TFLOP: PyTorch's count, without the scan.
 
 """
-    head = ["", "held-out loss, nats", "parameters, M", f"ms a step, best of {args.seeds}", "TFLOP of the run"]
+    head = [
+        "",
+        "held-out loss, nats",
+        "parameters, M",
+        f"ms a step, best of {args.seeds}",
+        "TFLOP of the run",
+    ]
     return text + table(head, rows), found
 
 
 def bench_patterns(args):
     variants = {p: ["--pattern", p, "--no-causal-conv"] for p in args.patterns}
-    variants |= {f"{p}, causal": ["--pattern", p, "--causal-conv"] for p in CAUSAL_TOO if p in variants}
+    variants |= {
+        f"{p}, causal": ["--pattern", p, "--causal-conv"] for p in CAUSAL_TOO if p in variants
+    }
     print(compare(args, variants)[0])
 
 
@@ -797,7 +1049,10 @@ def losses_by_padding(folder: Path, held_out: tuple) -> list[float]:
             fill = (model.config.pad_token_id, False, train_mlm.IGNORED)
             part = [F.pad(x, (0, more), value=value) for x, value in zip(part, fill)]
             if side == "left":
-                part = [torch.stack([row.roll(len(row) - n) for row, n in zip(x, lengths.tolist())]) for x in part]
+                part = [
+                    torch.stack([row.roll(len(row) - n) for row, n in zip(x, lengths.tolist())])
+                    for x in part
+                ]
             losses[-1] += model(*part[:2], labels=part[2], reduction="sum").loss.item()
         losses[-1] /= (held_out[2] != train_mlm.IGNORED).sum()
     return losses
@@ -807,36 +1062,56 @@ def bench_study(args):
     name, args.length, args.steps = str(Path(args.out, args.study)), 64, STEPS
     Path(args.out).mkdir(parents=True, exist_ok=True)
     check_out(name)
-    text, found = compare(args, {variant: flags.split() for variant, flags in STUDIES[args.study].items()})
+    text, found = compare(
+        args, {variant: flags.split() for variant, flags in STUDIES[args.study].items()}
+    )
     panels = collections.defaultdict(lambda: collections.defaultdict(dict))
     x_axes = dict(psm=[], budgets=["steps", "seconds"], sizes=["TFLOP", "seconds"])[args.study]
     for x, (variant, run) in itertools.product(x_axes, found.items()):
         panels[f"by {x}"][variant.split(", ")[0]][run[x]] = run["loss"]
     if args.study == "psm":
         x_axes, rows = ["pads"], []
-        folder = next(iter(found.values()))["folders"][0]  # of all variants the held-out rows are the same
-        flags = train_mlm.parse_args(shlex.split((folder / "flags.txt").read_text(encoding="utf-8")))
+        folder = next(iter(found.values()))["folders"][
+            0
+        ]  # of all variants the held-out rows are the same
+        flags = train_mlm.parse_args(
+            shlex.split((folder / "flags.txt").read_text(encoding="utf-8"))
+        )
         with contextlib.redirect_stdout(sys.stderr):
             held_out = train_mlm.prepare(flags, folder / "tokenizer.json").held_out
         for variant, run in found.items():
-            losses = list(zip(*(losses_by_padding(folder, held_out) for folder in tqdm(run["folders"], variant))))
+            losses = list(
+                zip(
+                    *(
+                        losses_by_padding(folder, held_out)
+                        for folder in tqdm(run["folders"], variant)
+                    )
+                )
+            )
             rows.append([variant, *map(spread, losses)])
             pattern, form = variant.split(", ")
             panels[pattern][form] = dict(zip(PADDINGS, map(statistics.mean, losses)))
         text += f"\n\nThe held-out loss with other pads:\n\n{table(['', *PADDINGS], rows)}"
     print(text)
-    write_results(name, text + "\n", panels, f"{' / '.join(x_axes)}; y: held-out loss, nats", "linear")
+    write_results(
+        name, text + "\n", panels, f"{' / '.join(x_axes)}; y: held-out loss, nats", "linear"
+    )
 
 
 # ---- recall: what attention brings that a state of fixed size does not, and the reverse ----
 
 RECALL = ("TTT", "MMM", "MWM", "MMT", "HHH")
-PAIRS, MOST_PAIRS = (1, 2, 4, 8, 12, 16), 12  # of a row: where accuracy is measured, and at most in training
+PAIRS, MOST_PAIRS = (
+    (1, 2, 4, 8, 12, 16),
+    12,
+)  # of a row: where accuracy is measured, and at most in training
 LENGTHS = (64, 128, 256)  # tokens of a row; the first is trained
 MASK, KEYS, VALUES, FILLERS = 1, range(2, 34), range(34, 66), range(66, 82)  # token ids
 
 
-def recall_rows(count: int, length: int, pairs: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def recall_rows(
+    count: int, length: int, pairs: int, rng: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Input ids and labels, (count, length) each. Pairs, a key and its value, and fillers, the same token twice, in
     random order; then the keys in another, each with a [MASK] that stands for its value. A quarter of the fillers have
     their first token hidden, a quarter the second, half behind [MASK] and half behind any token: as in text, what is
@@ -849,7 +1124,9 @@ def recall_rows(count: int, length: int, pairs: int, rng: torch.Generator) -> tu
         return torch.randint(ids.start, ids.stop, (count, *shape), generator=rng)
 
     fillers = length // 2 - 2 * pairs
-    known = torch.stack([KEYS.start + shuffled(len(KEYS))[:, :pairs], any_of(VALUES, pairs)], 2)  # (count, pairs, 2)
+    known = torch.stack(
+        [KEYS.start + shuffled(len(KEYS))[:, :pairs], any_of(VALUES, pairs)], 2
+    )  # (count, pairs, 2)
     items = torch.cat([known, any_of(FILLERS, fillers, 1).expand(-1, -1, 2)], 1)
     hidden = F.pad(F.one_hot(any_of(range(4), fillers), 4)[..., :2].bool(), (0, 0, pairs, 0))
     cover = any_of(range(KEYS.start, FILLERS.stop), *items.shape[1:])
@@ -858,7 +1135,9 @@ def recall_rows(count: int, length: int, pairs: int, rng: torch.Generator) -> tu
     whole = torch.cat([items[row, order], known[row, asked]], 1)
     hidden = torch.cat([hidden[row, order], torch.tensor([False, True]).expand(count, pairs, 2)], 1)
     cover = F.pad(cover[row, order], (0, 0, 0, pairs), value=MASK)
-    return tuple(torch.where(hidden, *x).flatten(1) for x in ((cover, whole), (whole, train_mlm.IGNORED)))
+    return tuple(
+        torch.where(hidden, *x).flatten(1) for x in ((cover, whole), (whole, train_mlm.IGNORED))
+    )
 
 
 def train_recall(pattern: str, seed: int, steps: int, out: str, threads: int) -> dict[str, dict]:
@@ -870,15 +1149,26 @@ def train_recall(pattern: str, seed: int, steps: int, out: str, threads: int) ->
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     sizes = dict(hidden_size=64, num_heads=2, intermediate_size=256, d_state=8, dropout=0.0)
-    model = MaBERTForMaskedLM(MaBERTConfig(FILLERS.stop, pattern=pattern, max_position=LENGTHS[0], **sizes))
-    for layer in model.modules():  # so small a model learns nothing for long from BERT's 0.02 and random positions
+    model = MaBERTForMaskedLM(
+        MaBERTConfig(FILLERS.stop, pattern=pattern, max_position=LENGTHS[0], **sizes)
+    )
+    for layer in (
+        model.modules()
+    ):  # so small a model learns nothing for long from BERT's 0.02 and random positions
         if isinstance(layer, torch.nn.Linear) and layer.in_features >= 64:
             torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
     angles = torch.arange(LENGTHS[0])[:, None] * (2 * LENGTHS[0]) ** -torch.linspace(0, 1, 32)
-    model.encoder.position_embeddings.weight.data = 0.03 * torch.cat([angles.sin(), angles.cos()], 1)
-    optimizer, rng = torch.optim.AdamW(model.parameters(), weight_decay=0.01), torch.Generator().manual_seed(seed)
+    model.encoder.position_embeddings.weight.data = 0.03 * torch.cat(
+        [angles.sin(), angles.cos()], 1
+    )
+    optimizer, rng = (
+        torch.optim.AdamW(model.parameters(), weight_decay=0.01),
+        torch.Generator().manual_seed(seed),
+    )
     for step in tqdm(range(steps), f"{pattern}, seed {seed}", unit="step", mininterval=10):
-        optimizer.param_groups[0]["lr"] = train_mlm.learning_rate(step, steps, 2e-3, min(200, steps // 10))
+        optimizer.param_groups[0]["lr"] = train_mlm.learning_rate(
+            step, steps, 2e-3, min(200, steps // 10)
+        )
         pairs = int(torch.randint(1, MOST_PAIRS + 1, (), generator=rng))
         ids, labels = recall_rows(64, LENGTHS[0], pairs, rng)
         model(ids, labels=labels).loss.backward()
@@ -892,9 +1182,11 @@ def train_recall(pattern: str, seed: int, steps: int, out: str, threads: int) ->
         ids, labels = recall_rows(512, length, pairs, torch.Generator().manual_seed(2**31))
         labels[:, : -2 * pairs] = train_mlm.IGNORED
         with torch.no_grad():
-            right = model(ids, labels=labels).logits.argmax(1) == labels[labels != train_mlm.IGNORED]
+            right = (
+                model(ids, labels=labels).logits.argmax(1) == labels[labels != train_mlm.IGNORED]
+            )
         found.setdefault(str(length), {})[str(pairs)] = right.double().mean().item()
-    write_whole(kept, json.dumps(found) + "\n")
+    write_atomically(kept, json.dumps(found) + "\n")
     return found
 
 
@@ -914,7 +1206,8 @@ Accuracy of the value of a key, of {len(VALUES)} values, after {args.steps} step
 """
     for length in map(str, LENGTHS):
         cells = {
-            p: {n: [found[p, seed][length][str(n)] for seed in range(args.seeds)] for n in PAIRS} for p in args.patterns
+            p: {n: [found[p, seed][length][str(n)] for seed in range(args.seeds)] for n in PAIRS}
+            for p in args.patterns
         }
         rows = [[pattern, *map(spread, values.values())] for pattern, values in cells.items()]
         text += f"\n{length} tokens:\n\n{table(['pairs', *PAIRS], rows)}\n"
@@ -924,7 +1217,7 @@ Accuracy of the value of a key, of {len(VALUES)} values, after {args.steps} step
     write_results(name, text, panels, "pairs; y: accuracy", "linear")
 
 
-positive = number(int, 1, 2**31)
+positive = bounded(int, 1, 2**31)
 
 
 def scan_size(text: str) -> tuple[int, ...]:
@@ -942,7 +1235,9 @@ def pattern(text: str) -> str:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True)
     out = dict(metavar="NAME", help="write NAME.md, NAME.json and NAME.png (needs matplotlib)")
 
@@ -951,40 +1246,114 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         command.set_defaults(bench=bench)
         return command.add_argument
 
-    add = subcommand(bench_scan, "time and memory of the selective scan: on the GPU, or on one CPU thread")
-    add("--sizes", type=scan_size, nargs="+", metavar="B,L,D,N", help="default: the base model's, at several lengths")
+    add = subcommand(
+        bench_scan, "time and memory of the selective scan: on the GPU, or on one CPU thread"
+    )
+    add(
+        "--sizes",
+        type=scan_size,
+        nargs="+",
+        metavar="B,L,D,N",
+        help="default: the base model's, at several lengths",
+    )
     add("--static", action="store_true", help="instead: what the machine code of the two main kernels costs "
         "on an H100, for bf16; needs no GPU")  # fmt: skip
-    add("--all", action="store_true", help="the same of all the scan's kernels, on an A100 and for float32 as well")
+    add(
+        "--all",
+        action="store_true",
+        help="the same of all the scan's kernels, on an A100 and for float32 as well",
+    )
     add = subcommand(bench_efficiency, "Tables B5 to B7 and Figure 5: MaBERT and its peers")
-    add("--device", choices=["cuda", "cpu"], default=DEVICE, help="default: the GPU, if any; a CPU measures less")
-    add("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}")
-    add("--lengths", type=positive, nargs="+", help="tokens (default: the paper's and up to 16384; else fewer)")
-    add("--seconds", type=number(float, 1e-3), help="for the runs of a measure at a length (default: 600; on a CPU 60)")
-    add("--fastest", action="store_true", help="best of torch.compile, CUDA graphs and neither, with FlashAttention")
+    add(
+        "--device",
+        choices=["cuda", "cpu"],
+        default=DEVICE,
+        help="default: the GPU, if any; a CPU measures less",
+    )
+    add(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=MODELS,
+        metavar="MODEL",
+        help=f"of {', '.join(MODELS)}",
+    )
+    add(
+        "--lengths",
+        type=positive,
+        nargs="+",
+        help="tokens (default: the paper's and up to 16384; else fewer)",
+    )
+    add(
+        "--seconds",
+        type=bounded(float, 1e-3),
+        help="for the runs of a measure at a length (default: 600; on a CPU 60)",
+    )
+    add(
+        "--fastest",
+        action="store_true",
+        help="best of torch.compile, CUDA graphs and neither, with FlashAttention",
+    )
     add("--out", **out)
     add = subcommand(bench_drift, "what padding does to real tokens, for each form of PSM")
-    pads = dict(type=number(int, 0, 2**16), nargs="+", default=[0, 1, 8, 64, 512])
-    add("--pads", **pads, help="of the longest row; shorter ones are padded to its length (%(default)s)")
+    pads = dict(type=bounded(int, 0, 2**16), nargs="+", default=[0, 1, 8, 64, 512])
+    add(
+        "--pads",
+        **pads,
+        help="of the longest row; shorter ones are padded to its length (%(default)s)",
+    )
     add("--checkpoint", help="a folder with a trained model, instead of random weights")
-    add("--sentences", metavar="FILE", help=f"{ROWS} rows of CoLA's dev.tsv or of a text file, instead of random ones")
+    add(
+        "--sentences",
+        metavar="FILE",
+        help=f"{ROWS} rows of CoLA's dev.tsv or of a text file, instead of random ones",
+    )
     add("--out", **out)
-    add = subcommand(bench_patterns, "a short pretraining of each pattern of the paper's Table 1, and of others")
+    add = subcommand(
+        bench_patterns, "a short pretraining of each pattern of the paper's Table 1, and of others"
+    )
     add("--patterns", type=pattern, nargs="+", default=PATTERNS, help="default: the paper's eight, of 12 layers, and "
         f"others; {', '.join(CAUSAL_TOO)} also with a causal convolution")  # fmt: skip
-    add("--length", type=number(int, 8, TOKENS + 1), default=64, help="tokens of a row (%(default)s)")
+    add(
+        "--length",
+        type=bounded(int, 8, TOKENS + 1),
+        default=64,
+        help="tokens of a row (%(default)s)",
+    )
     add("--steps", type=positive, default=STEPS, help="of each run (%(default)s)")
-    ask = subcommand(bench_recall, "which layers find the value of a key, among how many and how far away")
+    ask = subcommand(
+        bench_recall, "which layers find the value of a key, among how many and how far away"
+    )
     ask("--patterns", type=pattern, nargs="+", default=RECALL, help=f"default: {' '.join(RECALL)}")
     ask("--steps", type=positive, default=4000, help="of each run (%(default)s)")
-    more = subcommand(bench_study, "what padding-safe masking, a longer and a larger pretraining are worth")
+    more = subcommand(
+        bench_study, "what padding-safe masking, a longer and a larger pretraining are worth"
+    )
     more("study", choices=STUDIES, help="which")
     for both in (add, more):
-        both("--data", nargs="+", metavar="PATH", help="text, as train_mlm.py takes it; without, its demo's")
-    for both, seeds, out in ((add, 2, "out/patterns"), (more, 1, "out/study"), (ask, 1, "out/recall")):
+        both(
+            "--data",
+            nargs="+",
+            metavar="PATH",
+            help="text, as train_mlm.py takes it; without, its demo's",
+        )
+    for both, seeds, out in (
+        (add, 2, "out/patterns"),
+        (more, 1, "out/study"),
+        (ask, 1, "out/recall"),
+    ):
         both("--seeds", type=positive, default=seeds, help="runs of each variant (%(default)s)")
-        both("--jobs", type=positive, default=1, help="at the same time, each on its share of the cores (%(default)s)")
-        both("--out", default=out, help="a folder, where finished runs of the same flags are kept (%(default)s)")
+        both(
+            "--jobs",
+            type=positive,
+            default=1,
+            help="at the same time, each on its share of the cores (%(default)s)",
+        )
+        both(
+            "--out",
+            default=out,
+            help="a folder, where finished runs of the same flags are kept (%(default)s)",
+        )
     return parser.parse_args(argv)
 
 
@@ -993,11 +1362,15 @@ def main(argv: list[str]):
     try:
         args.bench(args)
     except ModuleNotFoundError as error:
-        raise SystemExit(f'this needs the package {error.name}: pip install -e ".[bench]"') from error
+        raise SystemExit(
+            f'this needs the package {error.name}: pip install -e ".[bench]"'
+        ) from error
     except OSError as error:  # a full disk, a folder that may not be written
         raise SystemExit(f"cannot go on: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; patterns, study and recall go on when they are given again") from None
+        raise SystemExit(
+            "\ninterrupted; patterns, study and recall go on when they are given again"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -78,14 +78,22 @@ class MaBERTConfig:
     d_conv: int = 4
     expand: int = 2
     dt_rank: int | None = None  # rank of Δ; None means ⌈hidden_size / 16⌉
-    causal_conv: bool = False  # the core's convolution looks back only, as Mamba's does; else to both sides
-    max_position: int = 512  # the most real tokens that a row may have (`MaBERT.resize_positions` changes it)
+    causal_conv: bool = (
+        False  # the core's convolution looks back only, as Mamba's does; else to both sides
+    )
+    max_position: int = (
+        512  # the most real tokens that a row may have (`MaBERT.resize_positions` changes it)
+    )
     type_vocab_size: int = 2
     dropout: float = 0.1
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
-    psm: tuple[str, ...] = PSM_STAGES  # padding-safe masking; the paper has "pre" and "post", "scan" makes them exact
-    pooling: str = "map"  # what the classifier reads: "map", "attn", "cls" or "mean" (see `Pooling`)
+    psm: tuple[str, ...] = (
+        PSM_STAGES  # padding-safe masking; the paper has "pre" and "post", "scan" makes them exact
+    )
+    pooling: str = (
+        "map"  # what the classifier reads: "map", "attn", "cls" or "mean" (see `Pooling`)
+    )
     num_labels: int = 2  # classes of the classifier; 1 means regression
     scan_backend: str | None = None  # passed to `selective_scan` and `short_convolution`
 
@@ -94,24 +102,54 @@ class MaBERTConfig:
             return type(x) is int and x > 0
 
         sizes = "vocab_size hidden_size num_heads intermediate_size d_state d_conv expand max_position type_vocab_size"
-        rules = [(field, positive, "a positive integer") for field in (*sizes.split(), "num_labels")]
+        rules = [
+            (field, positive, "a positive integer") for field in (*sizes.split(), "num_labels")
+        ]
         rules += [
-            ("hidden_size", lambda x: x % self.num_heads == 0, f"a multiple of num_heads ({self.num_heads})"),
-            ("pattern", lambda x: isinstance(x, str) and x and {*x} <= {*LAYERS}, f"letters of {', '.join(LAYERS)}"),
-            ("num_heads", lambda x: x % 2 == 0 or "H" not in self.pattern, "even, since a layer H takes half of them"),
+            (
+                "hidden_size",
+                lambda x: x % self.num_heads == 0,
+                f"a multiple of num_heads ({self.num_heads})",
+            ),
+            (
+                "pattern",
+                lambda x: isinstance(x, str) and x and {*x} <= {*LAYERS},
+                f"letters of {', '.join(LAYERS)}",
+            ),
+            (
+                "num_heads",
+                lambda x: x % 2 == 0 or "H" not in self.pattern,
+                "even, since a layer H takes half of them",
+            ),
             ("dt_rank", lambda x: x is None or positive(x), "a positive integer or None"),
             ("causal_conv", lambda x: isinstance(x, bool), "True or False"),
             ("dropout", lambda x: isinstance(x, (int, float)) and 0 <= x < 1, "in [0, 1)"),
-            ("layer_norm_eps", lambda x: isinstance(x, float) and 0 < x < math.inf, "a positive, finite float"),
-            ("pad_token_id", lambda x: type(x) is int and 0 <= x < self.vocab_size, "an id below vocab_size"),
-            ("psm", lambda x: isinstance(x, (tuple, list)) and all(y in PSM_STAGES for y in x), f"any of {PSM_STAGES}"),
+            (
+                "layer_norm_eps",
+                lambda x: isinstance(x, float) and 0 < x < math.inf,
+                "a positive, finite float",
+            ),
+            (
+                "pad_token_id",
+                lambda x: type(x) is int and 0 <= x < self.vocab_size,
+                "an id below vocab_size",
+            ),
+            (
+                "psm",
+                lambda x: isinstance(x, (tuple, list)) and all(y in PSM_STAGES for y in x),
+                f"any of {PSM_STAGES}",
+            ),
             ("pooling", lambda x: x in POOLINGS, f"one of {POOLINGS}"),
             ("scan_backend", lambda x: x in SCAN_BACKENDS, f"one of {SCAN_BACKENDS}"),
         ]
         for field, fits, allowed in rules:
             if not fits(getattr(self, field)):
-                raise ValueError(f"MaBERTConfig.{field} is {getattr(self, field)!r}; it must be {allowed}")
-        self.psm = tuple(stage for stage in PSM_STAGES if stage in self.psm)  # in order, each once; JSON brings a list
+                raise ValueError(
+                    f"MaBERTConfig.{field} is {getattr(self, field)!r}; it must be {allowed}"
+                )
+        self.psm = tuple(
+            stage for stage in PSM_STAGES if stage in self.psm
+        )  # in order, each once; JSON brings a list
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
@@ -142,25 +180,37 @@ class MambaMixer(nn.Module):
         d, r = config.expand * h, config.dt_rank or math.ceil(h / 16)
         self.rho_B_C_sizes = (r, n, n)
         left = k - 1 if config.causal_conv else (k - 1) // 2
-        self.conv_left = k - 1 - left if reverse else left  # so many tokens on the left the convolution sees
+        self.conv_left = (
+            k - 1 - left if reverse else left
+        )  # so many tokens on the left the convolution sees
         self.reverse, self.backend = reverse, config.scan_backend
         self.in_proj = linear(h, 2 * d, bias=False)
         self.conv1d = nn.Conv1d(d, d, k, groups=d)
         self.x_proj = linear(d, r + 2 * n, bias=False)
         self.out_proj = linear(d, h, bias=False)
         # Mamba's own initialisation of Δ, A and D
-        self.dt_proj = nn.Linear(r, d)  # PyTorch's weights, uniform ±1/√r, are Mamba's too; never called as a layer
+        self.dt_proj = nn.Linear(
+            r, d
+        )  # PyTorch's weights, uniform ±1/√r, are Mamba's too; never called as a layer
         delta = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(0.1)))
-        self.dt_proj.bias = nn.Parameter(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
+        self.dt_proj.bias = nn.Parameter(
+            delta + torch.log(-torch.expm1(-delta))
+        )  # the inverse of softplus
         self.A_log = nn.Parameter(torch.arange(1, n + 1).log().repeat(d, 1))
         self.D = nn.Parameter(torch.ones(d))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         # Eqs. 4–9, in their order
         u, z = self.in_proj(x).chunk(2, dim=-1)  # both (b, l, d)
-        u = short_convolution(u, self.conv1d.weight[:, 0], self.conv1d.bias, self.conv_left, self.backend)
-        rho, B, C = self.x_proj(u).split(self.rho_B_C_sizes, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
-        delta = F.linear(rho, self.dt_proj.weight)  # (b, l, d); its bias and softplus join in the scan
+        u = short_convolution(
+            u, self.conv1d.weight[:, 0], self.conv1d.bias, self.conv_left, self.backend
+        )
+        rho, B, C = self.x_proj(u).split(
+            self.rho_B_C_sizes, dim=-1
+        )  # (b, l, r), (b, l, n), (b, l, n)
+        delta = F.linear(
+            rho, self.dt_proj.weight
+        )  # (b, l, d); its bias and softplus join in the scan
         A = -torch.exp(self.A_log)  # (d, n)
         # the scan, + D u, · SiLU(z)
         how = dict(delta_softplus=True, mask=mask, reverse=self.reverse, backend=self.backend)
@@ -218,9 +268,13 @@ class SelfAttention(nn.Module):
         self.out_proj = linear(inner, config.hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (b, heads, l, width)
+        q, k, v = (
+            self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # each (b, heads, l, width)
         if mask is not None:
-            mask = mask | ~mask.any(dim=-1, keepdim=True)  # a row of pads sees its pads: softmax over nothing is NaN
+            mask = mask | ~mask.any(
+                dim=-1, keepdim=True
+            )  # a row of pads sees its pads: softmax over nothing is NaN
             mask = mask[:, None, None]  # (b, 1, 1, l)
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
@@ -252,7 +306,9 @@ class HybridLayer(MambaLayer):
     def __init__(self, config: MaBERTConfig):
         super().__init__(dataclasses.replace(config, expand=1))
         self.attention = SelfAttention(config, heads=config.num_heads // 2)
-        self.norms = nn.ModuleList(LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(2))
+        self.norms = nn.ModuleList(
+            LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(2)
+        )
         for norm in self.norms:
             nn.init.constant_(norm.weight, 0.1)
 
@@ -278,7 +334,9 @@ def torch_load(file: Path) -> dict:
             raise ValueError(f"the checksum of {part} is wrong")
         return dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # a truncated or foreign file fails in any of a dozen ways
-        raise ValueError(f"{file} is damaged or not ours: {textwrap.shorten(str(error), 300)}") from error
+        raise ValueError(
+            f"{file} is damaged or not ours: {textwrap.shorten(str(error), 300)}"
+        ) from error
 
 
 class PretrainedModel(nn.Module):
@@ -290,7 +348,9 @@ class PretrainedModel(nn.Module):
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as partial:
             torch.save(self.state_dict(), Path(partial, "model.pt"))
-            Path(partial, "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+            Path(partial, "config.json").write_text(
+                json.dumps(dataclasses.asdict(self.config), indent=2) + "\n"
+            )
             for file in Path(partial).iterdir():
                 file.replace(Path(folder, file.name))
 
@@ -306,28 +366,49 @@ class PretrainedModel(nn.Module):
         config_file, weights_file = Path(folder, "config.json"), Path(folder, "model.pt")
         for file in (config_file, weights_file):
             if not file.is_file():
-                raise FileNotFoundError(f"{file} is missing: give a folder that save_pretrained wrote")
+                raise FileNotFoundError(
+                    f"{file} is missing: give a folder that save_pretrained wrote"
+                )
         try:
             config = MaBERTConfig(**json.loads(config_file.read_text(encoding="utf-8")) | overrides)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{config_file} with the overrides {overrides} is no valid config: {error}") from error
+            raise ValueError(
+                f"{config_file} with the overrides {overrides} is no valid config: {error}"
+            ) from error
         saved = torch_load(weights_file)
-        if not all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in saved.values()):
-            raise ValueError(f"{weights_file} is damaged or not written by save_pretrained: not all of it are weights")
+        if not all(
+            isinstance(weight, Tensor) and weight.is_floating_point() for weight in saved.values()
+        ):
+            raise ValueError(
+                f"{weights_file} is damaged or not written by save_pretrained: not all of it are weights"
+            )
         if not any(name.startswith("encoder.") for name in saved):  # a bare encoder's
             saved = {f"encoder.{name}": weight for name, weight in saved.items()}
         if cls is PretrainedModel:
-            classes = {"classifier.weight": MaBERTForSequenceClassification, "decoder_bias": MaBERTForMaskedLM}
+            classes = {
+                "classifier.weight": MaBERTForSequenceClassification,
+                "decoder_bias": MaBERTForMaskedLM,
+            }
             cls = next((classes[name] for name in classes if name in saved), MaBERT)
         model = cls(config)
         whole = nn.ModuleDict({"encoder": model}) if isinstance(model, MaBERT) else model
-        head = {name: weight for name, weight in whole.state_dict().items() if not name.startswith("encoder.")}
+        head = {
+            name: weight
+            for name, weight in whole.state_dict().items()
+            if not name.startswith("encoder.")
+        }
         fits = [name for name in head if name in saved and saved[name].shape == head[name].shape]
-        used = {name: weight for name, weight in saved.items() if name.startswith("encoder.") or name in fits}
+        used = {
+            name: weight
+            for name, weight in saved.items()
+            if name.startswith("encoder.") or name in fits
+        }
         try:
             whole.load_state_dict(head | used)
         except RuntimeError as error:  # it names all that does not fit
-            raise ValueError(f"{weights_file} does not fit its config: {textwrap.shorten(str(error), 300)}") from None
+            raise ValueError(
+                f"{weights_file} does not fit its config: {textwrap.shorten(str(error), 300)}"
+            ) from None
         new, unused = (", ".join(sorted(names.keys() - used.keys())) for names in (head, saved))
         if new or unused:
             said = f"new and untrained: {new or 'nothing'}; in the file but not used: {unused or 'nothing'}"
@@ -350,8 +431,12 @@ class MaBERT(PretrainedModel):
     def __init__(self, config: MaBERTConfig):
         super().__init__()
         if not isinstance(config, MaBERTConfig):
-            raise ValueError(f"config is {textwrap.shorten(repr(config), 100)}; it must be a MaBERTConfig")
-        self.config = config = dataclasses.replace(config)  # our own copy: resize_positions changes it
+            raise ValueError(
+                f"config is {textwrap.shorten(repr(config), 100)}; it must be a MaBERTConfig"
+            )
+        self.config = config = dataclasses.replace(
+            config
+        )  # our own copy: resize_positions changes it
         h = config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, h, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position, h)
@@ -373,7 +458,9 @@ class MaBERT(PretrainedModel):
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         x = self.word_embeddings(input_ids) + self.position_embeddings(positions)
-        x = self.dropout(self.embedding_norm(x + self.token_type_embeddings(token_type_ids)))  # (b, l, h)
+        x = self.dropout(
+            self.embedding_norm(x + self.token_type_embeddings(token_type_ids))
+        )  # (b, l, h)
         for layer in self.layers:
             x = layer(x, mask)
         return self.final_norm(x)
@@ -382,15 +469,27 @@ class MaBERT(PretrainedModel):
         """The mask as bool, after looking at all three."""
         check("input_ids", input_ids, "int64 or int32", ("batch", "length"), self.config.vocab_size)
         if token_type_ids is not None:
-            check("token_type_ids", token_type_ids, "int64 or int32", input_ids.shape, self.config.type_vocab_size)
+            check(
+                "token_type_ids",
+                token_type_ids,
+                "int64 or int32",
+                input_ids.shape,
+                self.config.type_vocab_size,
+            )
         mask = check_mask("attention_mask", attention_mask, input_ids.shape)
         if input_ids.numel() == 0:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; there is nothing in it")
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}; there is nothing in it"
+            )
         length, limit = input_ids.shape[1], self.config.max_position
-        if length > limit and mask is not None:  # to count costs a GPU a synchronisation, and breaks a compiled graph
+        if (
+            length > limit and mask is not None
+        ):  # to count costs a GPU a synchronisation, and breaks a compiled graph
             length = 0 if torch.compiler.is_compiling() else int(mask.sum(dim=-1).max())
         if length > limit:
-            raise ValueError(f"a row has {length} real tokens; max_position is {limit} (see MaBERT.resize_positions)")
+            raise ValueError(
+                f"a row has {length} real tokens; max_position is {limit} (see MaBERT.resize_positions)"
+            )
         return mask
 
     @torch.no_grad()
@@ -399,8 +498,12 @@ class MaBERT(PretrainedModel):
         The table is a new parameter: make an optimizer afterwards. ValueError if it is not a positive integer."""
         config = dataclasses.replace(self.config, max_position=max_position)  # checks the value
         table = self.position_embeddings.weight  # (old, h)
-        new = F.interpolate(table.T[None], size=max_position, mode="linear", align_corners=True)  # (1, h, new)
-        self.position_embeddings = nn.Embedding.from_pretrained(new[0].T.contiguous(), freeze=not table.requires_grad)
+        new = F.interpolate(
+            table.T[None], size=max_position, mode="linear", align_corners=True
+        )  # (1, h, new)
+        self.position_embeddings = nn.Embedding.from_pretrained(
+            new[0].T.contiguous(), freeze=not table.requires_grad
+        )
         self.config.max_position = config.max_position
 
 
@@ -418,7 +521,9 @@ class Pooling(nn.Module):
         super().__init__()
         self.kind = config.pooling
         if self.kind in ("map", "attn"):
-            self.score = linear(config.hidden_size, 1, bias=False)  # Eq. 11's bias would cancel in the softmax
+            self.score = linear(
+                config.hidden_size, 1, bias=False
+            )  # Eq. 11's bias would cancel in the softmax
 
     def weights(self, x: Tensor, mask: Tensor) -> Tensor:
         """The weight of each token, (b, l)."""
@@ -428,7 +533,9 @@ class Pooling(nn.Module):
             return mask / mask.sum(dim=-1, keepdim=True).clamp(min=1).to(x.dtype)
         scores = self.score(x).squeeze(-1)  # Eq. 11
         if self.kind == "map":
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # Eq. 12; −∞ would make a row of pads NaN
+            scores = scores.masked_fill(
+                ~mask, torch.finfo(scores.dtype).min
+            )  # Eq. 12; −∞ would make a row of pads NaN
         return scores.softmax(dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -436,7 +543,9 @@ class Pooling(nn.Module):
         mask = check_mask("mask", mask, x.shape[:2])
         if mask is None:
             mask = x.new_ones(x.shape[:2], dtype=torch.bool)
-        weights = self.weights(x, mask) * mask.any(dim=-1, keepdim=True)  # (b, l), zero in a row of pads
+        weights = self.weights(x, mask) * mask.any(
+            dim=-1, keepdim=True
+        )  # (b, l), zero in a row of pads
         return (weights[..., None] * x).sum(dim=1)  # Eq. 13
 
 
@@ -461,22 +570,32 @@ class MaBERTForMaskedLM(PretrainedModel):
         self.encoder = MaBERT(config)
         self.config = self.encoder.config
         h = config.hidden_size
-        self.transform = nn.Sequential(linear(h, h), nn.GELU(), LayerNorm(h, eps=config.layer_norm_eps))
+        self.transform = nn.Sequential(
+            linear(h, h), nn.GELU(), LayerNorm(h, eps=config.layer_norm_eps)
+        )
         self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None, reduction="mean") -> Output:
+    def forward(
+        self, input_ids, attention_mask=None, token_type_ids=None, labels=None, reduction="mean"
+    ) -> Output:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'")
         x = self.encoder(input_ids, attention_mask, token_type_ids)  # (b, l, h)
         if labels is not None:
-            check("labels", labels, "int64 or int32", x.shape[:2], self.config.vocab_size, also=-100)
+            check(
+                "labels", labels, "int64 or int32", x.shape[:2], self.config.vocab_size, also=-100
+            )
             places = (labels.flatten() != -100).nonzero().squeeze(1)  # (number labelled,)
             labels = labels.flatten()[places].long().to(x.device, non_blocking=True)
-            x = x.flatten(0, 1).index_select(0, places.to(x.device, non_blocking=True))  # (number labelled, h)
+            x = x.flatten(0, 1).index_select(
+                0, places.to(x.device, non_blocking=True)
+            )  # (number labelled, h)
         logits = F.linear(self.transform(x), self.encoder.word_embeddings.weight, self.decoder_bias)
         if labels is None:
             return Output(None, logits)
-        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
+        loss = F.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum"
+        )
         return Output(loss / max(1, labels.numel()) if reduction == "mean" else loss, logits)
 
 
@@ -506,7 +625,9 @@ class MaBERTForSequenceClassification(PretrainedModel):
             check("labels", labels, "not complex", x.shape[:1])
             return Output(F.mse_loss(predicted.squeeze(-1), labels.to(predicted.dtype)), logits)
         check("labels", labels, "int64 or int32", x.shape[:1], self.config.num_labels, also=-100)
-        loss = F.cross_entropy(predicted, labels.long(), reduction="sum")  # "mean" would be NaN where no row counts
+        loss = F.cross_entropy(
+            predicted, labels.long(), reduction="sum"
+        )  # "mean" would be NaN where no row counts
         return Output(loss / (labels != -100).sum().clamp(min=1), logits)
 
 
@@ -526,12 +647,18 @@ def check(name: str, x, kind: str, shape: tuple, size: int | None = None, also: 
     found = None
     fits = isinstance(x, Tensor) and KINDS[kind](x) and x.dim() == len(shape)
     if not fits or any(n != m for n, m in zip(shape, x.shape) if not isinstance(n, str)):
-        found = f"is {x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is of type {type(x).__name__}"
+        found = (
+            f"is {x.dtype} of shape {tuple(x.shape)}"
+            if isinstance(x, Tensor)
+            else f"is of type {type(x).__name__}"
+        )
     elif size and x.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = x[(x != also) & ((x < 0) | (x >= size) | (x != x.long()))]
         found = f"has the value {wrong[0].item()}" if len(wrong) else None
     if found:
-        values = f", of whole numbers from 0 to {size - 1}" + f" or {also}" * (also != 0) if size else ""
+        values = (
+            f", of whole numbers from 0 to {size - 1}" + f" or {also}" * (also != 0) if size else ""
+        )
         allowed = f"a tensor of shape {tuple(shape)}, {kind}{values}".replace("'", "")
         raise ValueError(f"{name} {found}; it must be {allowed}")
 
@@ -553,7 +680,9 @@ def check_scan(u, delta, A, B, C, D, z, delta_bias, mask) -> Tensor | None:
         if tensor is not None or name in ("delta", "B", "C"):
             check(name, tensor, "floating-point", shape)
     if 0 in (l, d, n):
-        raise ValueError(f"u has shape {(b, l, d)} and A {(d, n)}; length, d and n must be at least 1")
+        raise ValueError(
+            f"u has shape {(b, l, d)} and A {(d, n)}; length, d and n must be at least 1"
+        )
     return check_mask("mask", mask, (b, l))
 
 
@@ -570,11 +699,26 @@ def check_scan(u, delta, A, B, C, D, z, delta_bias, mask) -> Tensor | None:
 # the kernels on a GPU. `selective_scan`, after them, picks.
 
 
-def reference_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, mask=None, reverse=False):
+def reference_scan(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    mask=None,
+    reverse=False,
+):
     """The formula, a step at a time, in plain PyTorch: on any device, in any dtype, with autograd. Slow. Arguments,
     result and errors are those of `selective_scan`."""
     mask = check_scan(u, delta, A, B, C, D, z, delta_bias, mask)
-    dtype, m = torch.promote_types(u.dtype, torch.float32), 1 if mask is None else mask[..., None]  # (b, l, 1)
+    dtype, m = (
+        torch.promote_types(u.dtype, torch.float32),
+        1 if mask is None else mask[..., None],
+    )  # (b, l, 1)
     u_, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
     delta = delta if delta_bias is None else delta + delta_bias.to(dtype)
     delta = m * (F.softplus(delta) if delta_softplus else delta)  # (b, l, d)
@@ -593,7 +737,9 @@ def reference_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
 # replays a chunk from the state that was kept at its start.
 
 LOOP_CHUNK = 16  # steps. One state kept per chunk takes l / 16 · n · d numbers a row: with n = 16, as many as u
-LOOP_BLOCK = 2**19  # numbers in a buffer, for each thread: 2 MB, of which the backward pass has three
+LOOP_BLOCK = (
+    2**19
+)  # numbers in a buffer, for each thread: 2 MB, of which the backward pass has three
 
 
 def _empty_like(tensor):
@@ -610,7 +756,10 @@ def _row_blocks(u, A, chunk):
 def _chunks(rows, chunk, reverse, *tensors):
     """The chunks of these rows of each tensor (b, l, ...), numbered in the order of the scan. They are views with time
     first, (steps, rows, ...): with channels last, a step then is one multiply-add over contiguous memory."""
-    parts = (itertools.repeat(None) if x is None else x[rows].transpose(0, 1).split(chunk) for x in tensors)
+    parts = (
+        itertools.repeat(None) if x is None else x[rows].transpose(0, 1).split(chunk)
+        for x in tensors
+    )
     return list(enumerate(list(zip(*parts))[:: -1 if reverse else 1]))
 
 
@@ -637,7 +786,11 @@ def _scan_loop(
     mask: Tensor | None, softplus: bool, reverse: bool, chunk: int, keep: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (b, l, d) of dtype; and if `keep`, the states at the starts of chunks, (b, chunks, n, d)."""
-    (b, l, d), n, kind = u.shape, A.shape[1], torch.promote_types(u.dtype, torch.float32)  # float64 stays
+    (b, l, d), n, kind = (
+        u.shape,
+        A.shape[1],
+        torch.promote_types(u.dtype, torch.float32),
+    )  # float64 stays
     A, D, bias = (A.T.to(kind) / math.log(2)).contiguous(), D.to(kind), bias.to(kind)
     y, kept = u.new_empty(b, l, d, dtype=dtype), A.new_empty(b, -(-l // chunk) if keep else 0, n, d)
     tensors = y, *(x if x is None else x.to(kind) for x in (u, delta, B, C, z, mask))
@@ -649,7 +802,9 @@ def _scan_loop(
                 if keep:
                     kept[rows, i] = h
                 _, _, _, states = _states(buffers, u_, delta_, A, B_, bias, m, h, softplus, reverse)
-                found = (C_[:, :, None] @ states).squeeze(2).addcmul_(u_, D)  # (…, 1, n) @ (…, n, d)
+                found = (
+                    (C_[:, :, None] @ states).squeeze(2).addcmul_(u_, D)
+                )  # (…, 1, n) @ (…, n, d)
                 found = found if z is None else found.mul_(F.silu(z_))
                 y_.copy_(found if mask is None else found.mul_(m[..., None]))
                 h = states[0 if reverse else -1]
@@ -670,7 +825,9 @@ def _scan_loop_backward(
     (_, _, d), n, kind = u.shape, A.shape[1], torch.promote_types(u.dtype, torch.float32)
     A_, D_, bias_ = A.T.to(kind).contiguous(), D.to(kind), bias.to(kind)  # A_ (n, d)
     A2 = A_ / math.log(2)
-    du, ddelta, dB, dC, dz = outputs = [None if x is None else _empty_like(x) for x in (u, delta, B, C, z)]
+    du, ddelta, dB, dC, dz = outputs = [
+        None if x is None else _empty_like(x) for x in (u, delta, B, C, z)
+    ]
     dA, dD, dbias = map(torch.zeros_like, (A_, D_, bias_))
     tensors = *(x if x is None else x.to(kind) for x in (dy, u, delta, B, C, z, mask)), *outputs
     with torch.autocast(u.device.type, enabled=False):
@@ -679,7 +836,9 @@ def _scan_loop_backward(
             q = torch.zeros_like(buffers[0, 0])  # a_{t+1} g_{t+1}
             for i, views in _chunks(rows, chunk, reverse, *tensors)[::-1]:
                 s, u_, delta_, B_, C_, z_, m, du_, ddelta_, dB_, dC_, dz_ = views
-                chunk_states = _states(buffers, u_, delta_, A2, B_, bias_, m, kept[rows, i], softplus, reverse)
+                chunk_states = _states(
+                    buffers, u_, delta_, A2, B_, bias_, m, kept[rows, i], softplus, reverse
+                )
                 delta_, a, before, after = chunk_states
                 s = s if mask is None else s * m[..., None]
                 if z is not None:
@@ -688,7 +847,9 @@ def _scan_loop_backward(
                     s = s * F.silu(z_)
                 dC_.copy_((s[:, :, None] @ after.mT).squeeze(2))  # (…, 1, d) @ (…, d, n)
                 g = buffers[2, : len(s)]  # (steps, b, n, d)
-                for a_t, g_t, C_t, s_t in list(zip(a, g, C_[..., None], s[:, :, None]))[:: 1 if reverse else -1]:
+                for a_t, g_t, C_t, s_t in list(zip(a, g, C_[..., None], s[:, :, None]))[
+                    :: 1 if reverse else -1
+                ]:
                     torch.addcmul(q, C_t, s_t, out=g_t)
                     q = a_t.mul_(g_t)
                 dB_.copy_(((delta_ * u_)[:, :, None] @ g.mT).squeeze(2))
@@ -745,7 +906,9 @@ def _scan_loop_backward(
 #     parts       (b, segments, n + 2, d)       _gradients        gradients of A, D and delta_bias, by segment
 #     dBC         (b, blocks, tiles, n, 2, 4)   _gradients        gradients of B and C, by block of channels
 
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on CPU tensors, for tests
+INTERPRETED = (
+    triton is not None and triton.knobs.runtime.interpret
+)  # TRITON_INTERPRET=1: on CPU tensors, for tests
 constexpr = tl.constexpr
 LOG2E = constexpr(1 / math.log(2))
 LN2 = constexpr(math.log(2))
@@ -753,7 +916,9 @@ LN2 = constexpr(math.log(2))
 
 def jit(function):
     """triton.jit, where there is Triton; one compilation serves all lengths."""
-    return triton.jit(function, do_not_specialize=["l", "segment", "segments"]) if triton else function
+    return (
+        triton.jit(function, do_not_specialize=["l", "segment", "segments"]) if triton else function
+    )
 
 
 @jit
@@ -771,19 +936,32 @@ def _softplus(x):
     r = tl.rsqrt(2.0 + e)
     s = e * (r * r)
     q = s * s
-    return tl.maximum(x, 0.0) + s * (2.0 + q * (2 / 3 + q * (2 / 5 + q * (2 / 7 + q * (2 / 9 + q * 0.215)))))
+    return tl.maximum(x, 0.0) + s * (
+        2.0 + q * (2 / 3 + q * (2 / 5 + q * (2 / 7 + q * (2 / 9 + q * 0.215))))
+    )
 
 
 @jit
 def _place(l, segment, d: constexpr, SIGN: constexpr):
     """Where a program works: row b of the batch, index in (b, segments), channels and which of them exist, the
     segment's first step and its end, and the row of memory (times SIGN) that is step 0."""
-    b, channel = tl.program_id(0) // tl.cdiv(d, 32), tl.program_id(0) % tl.cdiv(d, 32) * 32 + tl.arange(0, 32)
+    b, channel = (
+        tl.program_id(0) // tl.cdiv(d, 32),
+        tl.program_id(0) % tl.cdiv(d, 32) * 32 + tl.arange(0, 32),
+    )
     b = b.to(tl.int64)
     exists = channel < d if d % 32 else tl.full((32,), True, tl.int1)
     begin = tl.program_id(1) * segment
     origin = b * l if SIGN > 0 else -(b * l + l - 1)
-    return b, b * tl.num_programs(1) + tl.program_id(1), channel, exists, begin, tl.minimum(begin + segment, l), origin
+    return (
+        b,
+        b * tl.num_programs(1) + tl.program_id(1),
+        channel,
+        exists,
+        begin,
+        tl.minimum(begin + segment, l),
+        origin,
+    )
 
 
 @jit
@@ -824,7 +1002,9 @@ def _store_vectors(ptr, h, exists, STRIDE: constexpr, n: constexpr):
 def _row(x, k, i):
     """Row i of a tile. As the rows are in one thread it costs nothing: the compiler drops every + 0 from a sum of
     integers, which it may not do with floats (−0.0 + 0.0 is 0.0)."""
-    return tl.sum(tl.where((k == i)[:, None], x.to(tl.int32, bitcast=True), 0), 0).to(tl.float32, bitcast=True)
+    return tl.sum(tl.where((k == i)[:, None], x.to(tl.int32, bitcast=True), 0), 0).to(
+        tl.float32, bitcast=True
+    )
 
 
 @jit
@@ -919,11 +1099,16 @@ def _segment_ends(
     or with BACKWARD v is dy, and an end, as time goes from the right, is q of the first step."""
     b, row_segment, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
     packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE)
-    carried, delta_sums = _load_vectors(None, 0, exists, 0, n), tl.zeros((32,), tl.float32)  # h or q
+    carried, delta_sums = (
+        _load_vectors(None, 0, exists, 0, n),
+        tl.zeros((32,), tl.float32),
+    )  # h or q
     bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
     t = (end - 1) // TILE * TILE if BACKWARD else begin
     valid = exists[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
-    next_v = _load(v_ptr + channel, origin + t, valid, v_row, TILE)  # a tile ahead of its use: memory is far
+    next_v = _load(
+        v_ptr + channel, origin + t, valid, v_row, TILE
+    )  # a tile ahead of its use: memory is far
     next_delta = _load(delta_ptr + channel, origin + t, valid, delta_row, TILE)
     touched = _touch(packed_ptr, t, l, n, TILE)
     for _tile in tl.range(begin, end, TILE, num_stages=1):
@@ -947,7 +1132,11 @@ def _segment_ends(
                 tl.debug_barrier()  # or all of B and C would be loaded at once, for which there are no registers
             a = tl.exp2(delta * tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :])
             c = v * tl.load(packed + (n + i if BACKWARD else i) * TILE)[:, None]
-            end_i = _tile_backward(a, c, carried[i], TILE)[2] if BACKWARD else _tile_forward(a, c, carried[i], TILE)[2]
+            end_i = (
+                _tile_backward(a, c, carried[i], TILE)[2]
+                if BACKWARD
+                else _tile_forward(a, c, carried[i], TILE)[2]
+            )
             new += (end_i,)
         carried = new
     _never_store(delta_sums_ptr, touched, l, TILE)
@@ -963,7 +1152,9 @@ def _segment_starts(
     j = tl.program_id(0) % tl.cdiv(n * d, 32) * 32 + tl.arange(0, 32)  # of n d
     exists = j < n * d if n * d % 32 else tl.full((32,), True, tl.int1)
     SIGN: constexpr = -1 if BACKWARD else 1
-    row = tl.program_id(0).to(tl.int64) // tl.cdiv(n * d, 32) * segments * SIGN - (segments - 1 if BACKWARD else 0)
+    row = tl.program_id(0).to(tl.int64) // tl.cdiv(n * d, 32) * segments * SIGN - (
+        segments - 1 if BACKWARD else 0
+    )
     A = tl.load(A_ptr + j, mask=exists, other=0.0)[None, :]
     carried = tl.zeros((32,), tl.float32)
     for s in tl.range(0, segments, TILE, num_stages=1):
@@ -1025,10 +1216,17 @@ def _outputs(
 
 
 @jit
-def _of_state(packed, A_ptr, starts_ptr, exists, i: constexpr, d: constexpr, n: constexpr, TILE: constexpr):
+def _of_state(
+    packed, A_ptr, starts_ptr, exists, i: constexpr, d: constexpr, n: constexpr, TILE: constexpr
+):
     """For a tile of `_gradients`: B and C of state i, A, and the state before the tile."""
     B, C = tl.load(packed + i * TILE)[:, None], tl.load(packed + (n + i) * TILE)[:, None]
-    return B, C, tl.load(A_ptr + i * d, mask=exists, other=0.0)[None, :], tl.load(starts_ptr + i * 32)
+    return (
+        B,
+        C,
+        tl.load(A_ptr + i * d, mask=exists, other=0.0)[None, :],
+        tl.load(starts_ptr + i * 32),
+    )
 
 
 @jit
@@ -1050,7 +1248,11 @@ def _gradients(
     bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
     D = tl.load(D_ptr + channel, mask=exists, other=0.0)[None, :]
     q = _load_vectors(q_ptr, row_segment * (n * d) + channel, exists, d, n)
-    dA, dD, dbias = _load_vectors(None, 0, exists, 0, n), tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
+    dA, dD, dbias = (
+        _load_vectors(None, 0, exists, 0, n),
+        tl.zeros((32,), tl.float32),
+        tl.zeros((32,), tl.float32),
+    )
     for j in tl.range(begin, end, CHUNK, num_stages=1):
         first = begin + (end - 1 - begin) // CHUNK * CHUNK - (j - begin)  # chunks from the right
         last = tl.minimum(first + CHUNK, end)
@@ -1059,16 +1261,24 @@ def _gradients(
         h = _load_vectors(kept_ptr, tl.cast(first // CHUNK, tl.int64) * (n * d), known, d, n)
         tl.debug_barrier()  # scratch is written and read across threads
         _store_vectors(scratch_ptr, h, None, 32, n)
-        for t in tl.range(first, last - TILE, TILE, num_stages=1):  # replay: keep the states before each tile
+        for t in tl.range(
+            first, last - TILE, TILE, num_stages=1
+        ):  # replay: keep the states before each tile
             valid = exists[None, :] & (tl.arange(0, TILE) < last - t)[:, None]
-            delta = _load(delta_ptr + channel, origin + t, valid, delta_row, TILE).to(tl.float32) + bias
+            delta = (
+                _load(delta_ptr + channel, origin + t, valid, delta_row, TILE).to(tl.float32) + bias
+            )
             u = _load(u_ptr + channel, origin + t, valid, u_row, TILE).to(tl.float32)
             packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
-            delta = (_softplus(delta) if SOFTPLUS else delta) * tl.load(packed + 2 * n * TILE)[:, None]
+            delta = (_softplus(delta) if SOFTPLUS else delta) * tl.load(packed + 2 * n * TILE)[
+                :, None
+            ]
             x = delta * u
             new_h = ()
             for i in tl.static_range(n):
-                a = tl.exp2(delta * tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :])
+                a = tl.exp2(
+                    delta * tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :]
+                )
                 new_h += (_tile_forward(a, x * tl.load(packed + i * TILE)[:, None], h[i], TILE)[2],)
             h = new_h
             _store_vectors(scratch_ptr + ((t - first) // TILE + 1) * (n * 32), h, None, 32, n)
@@ -1076,7 +1286,9 @@ def _gradients(
         for t_left in tl.range(first, last, TILE, num_stages=1):  # and back
             t = first + (last - 1 - first) // TILE * TILE - (t_left - first)
             valid = exists[None, :] & (tl.arange(0, TILE) < last - t)[:, None]
-            raw = _load(delta_ptr + channel, origin + t, valid, delta_row, TILE).to(tl.float32) + bias
+            raw = (
+                _load(delta_ptr + channel, origin + t, valid, delta_row, TILE).to(tl.float32) + bias
+            )
             u = _load(u_ptr + channel, origin + t, valid, u_row, TILE).to(tl.float32)
             dy = _load(dy_ptr + channel, origin + t, valid, dy_row, TILE).to(tl.float32)
             packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
@@ -1094,7 +1306,9 @@ def _gradients(
             for i in tl.static_range(n):
                 B, C, A, start = following
                 if i + 1 < n:  # now, since the compiler moves no load over the store below
-                    following = _of_state(packed, A_ptr + channel, starts_ptr, exists, i + 1, d, n, TILE)
+                    following = _of_state(
+                        packed, A_ptr + channel, starts_ptr, exists, i + 1, d, n, TILE
+                    )
                 a = tl.exp2(delta * A)
                 states, previous, _ = _tile_forward(a, x * B, start, TILE)
                 g, all_q, q_i = _tile_backward(a, dstate * C, q[i], TILE)
@@ -1102,7 +1316,9 @@ def _gradients(
                 dx += g * B
                 w = all_q * previous
                 ddelta += w * A
-                tl.store(dBC_ptr + t // TILE * (n * 8) + i * 8, _channel_sums(g * x, states * dstate))
+                tl.store(
+                    dBC_ptr + t // TILE * (n * 8) + i * 8, _channel_sums(g * x, states * dstate)
+                )
                 new_q += (q_i,)
                 new_dA += (dA[i] + tl.sum(w * delta, 0),)
             q, dA = new_q, new_dA
@@ -1138,7 +1354,9 @@ def _convolution(
     y, shifted = tl.zeros((TILE, 64), tl.float32), ()
     for j in tl.static_range(k):
         at = (t + j - LEFT)[:, None]
-        x = tl.load(x_ptr + (b * l + at) * x_row + channel, mask=valid & (at >= 0) & (at < l), other=0.0)
+        x = tl.load(
+            x_ptr + (b * l + at) * x_row + channel, mask=valid & (at >= 0) & (at < l), other=0.0
+        )
         y += x * tl.load(weight_ptr + j * d + channel, mask=exists, other=0.0)
         shifted += (x,)
     rows = (b * l + t)[:, None]
@@ -1148,7 +1366,11 @@ def _convolution(
         if dy_ptr is None:
             y *= s
         else:
-            y = tl.load(dy_ptr + rows * dy_row + channel, mask=valid, other=0.0) * s * (1.0 + y * (1.0 - s))
+            y = (
+                tl.load(dy_ptr + rows * dy_row + channel, mask=valid, other=0.0)
+                * s
+                * (1.0 + y * (1.0 - s))
+            )
             parts_ptr += program.to(tl.int64) * (k + 1) * d + channel
             for j in tl.static_range(k):
                 tl.store(parts_ptr + j * d, tl.sum(shifted[j] * y, 0), mask=exists)
@@ -1165,7 +1387,11 @@ def _chunk(n: int) -> int:
 def _segment(l: int, programs: int, enough: int, chunk: int, device: torch.device) -> int:
     """The steps in a segment, where one of each row takes so many programs, rows × blocks of channels: all l if these
     are `enough` warps for a multiprocessor of the GPU, and on a CPU; else whole chunks, which give it 6 to 12 warps."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+    processors = (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 0
+    )
     if programs >= enough * processors:
         return l
     return chunk * math.ceil(l / (chunk * (12 * processors // max(1, programs))))
@@ -1183,7 +1409,11 @@ def _strided(SIGN: int, **tensors: Tensor | None) -> dict:
 
 def _for_kernels(A: Tensor, D: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In float32, A as the kernels want it."""
-    return (A.float().T / math.log(2)).contiguous(), D.float().contiguous(), bias.float().contiguous()
+    return (
+        (A.float().T / math.log(2)).contiguous(),
+        D.float().contiguous(),
+        bias.float().contiguous(),
+    )
 
 
 def _prepare(v, delta, z, A, B, C, bias, mask, segment, BACKWARD, **options):
@@ -1191,7 +1421,11 @@ def _prepare(v, delta, z, A, B, C, bias, mask, segment, BACKWARD, **options):
     (b, l, d), n, SIGN, TILE = v.shape, len(A), options["SIGN"], options["TILE"]
     tiles, segments = triton.cdiv(l, TILE), triton.cdiv(l, segment)
     packed = A.new_empty(b, tiles, 2 * n + 1, TILE)
-    B, C, mask = B.reshape(b * l, n), C.reshape(b * l, n), None if mask is None else mask.contiguous()
+    B, C, mask = (
+        B.reshape(b * l, n),
+        C.reshape(b * l, n),
+        None if mask is None else mask.contiguous(),
+    )
     sizes = dict(n=n, N=triton.next_power_of_2(n), SIGN=SIGN, TILE=TILE, num_warps=1)
     _pack[(b * tiles,)](B, C, mask, packed, l, *B.stride(), *C.stride(), **sizes)
     if segments == 1:
@@ -1214,12 +1448,27 @@ def _scan_triton(
     """y (b, l, d) of dtype; and if `keep`, the states at the start of chunks but the first, (b, chunks − 1, n, d)."""
     (b, l, d), n = u.shape, A.shape[1]
     A, D, bias = _for_kernels(A, D, bias)
-    y, states = u.new_empty(b, l, d, dtype=dtype), A.new_empty(b, (l - 1) // chunk if keep else 0, n, d)
+    y, states = (
+        u.new_empty(b, l, d, dtype=dtype),
+        A.new_empty(b, (l - 1) // chunk if keep else 0, n, d),
+    )
     blocks = triton.cdiv(d, 32)
-    segment = _segment(l, b * blocks, 4, chunk, u.device)  # segments are nearly twice the work: they must be worth it
-    options = dict(d=d, n=n, SOFTPLUS=softplus, SIGN=-1 if reverse else 1, TILE=8, num_warps=1, enable_fp_fusion=True)
+    segment = _segment(
+        l, b * blocks, 4, chunk, u.device
+    )  # segments are nearly twice the work: they must be worth it
+    options = dict(
+        d=d,
+        n=n,
+        SOFTPLUS=softplus,
+        SIGN=-1 if reverse else 1,
+        TILE=8,
+        num_warps=1,
+        enable_fp_fusion=True,
+    )
     with torch.cuda.device_of(u):  # kernels go to the current device
-        packed, starts = _prepare(u, delta, None, A, B, C, bias, mask, segment, BACKWARD=False, **options)
+        packed, starts = _prepare(
+            u, delta, None, A, B, C, bias, mask, segment, BACKWARD=False, **options
+        )
         _outputs[(b * blocks, triton.cdiv(l, segment))](
             **_strided(options["SIGN"], u=u, delta=delta, z=z), packed_ptr=packed, A_ptr=A, D_ptr=D, bias_ptr=bias,
             h_ptr=starts, kept_ptr=states if keep else None, y_ptr=y, l=l, segment=segment, CHUNK=chunk, **options,
@@ -1238,12 +1487,26 @@ def _scan_triton_backward(
     blocks, tiles = triton.cdiv(d, 32), triton.cdiv(l, 4)
     segment = _segment(l, b * blocks, 6, chunk, u.device)  # and here a fifth more
     segments = triton.cdiv(l, segment)
-    du, ddelta, dz = _empty_like(u), _empty_like(delta), u.new_empty(0) if z is None else _empty_like(z)
+    du, ddelta, dz = (
+        _empty_like(u),
+        _empty_like(delta),
+        u.new_empty(0) if z is None else _empty_like(z),
+    )
     dBC, parts = A_.new_empty(b, blocks, tiles, n, 2, 4), A_.new_empty(b, segments, n + 2, d)
     scratch = A_.new_empty(b * blocks * segments * (chunk // 4) * n * 32)
-    options = dict(d=d, n=n, SOFTPLUS=softplus, SIGN=-1 if reverse else 1, TILE=4, num_warps=1, enable_fp_fusion=True)
+    options = dict(
+        d=d,
+        n=n,
+        SOFTPLUS=softplus,
+        SIGN=-1 if reverse else 1,
+        TILE=4,
+        num_warps=1,
+        enable_fp_fusion=True,
+    )
     with torch.cuda.device_of(u):
-        packed, starts = _prepare(dy, delta, z, A_, B, C, bias_, mask, segment, BACKWARD=True, **options)
+        packed, starts = _prepare(
+            dy, delta, z, A_, B, C, bias_, mask, segment, BACKWARD=True, **options
+        )
         _gradients[(b * blocks, segments)](
             **_strided(options["SIGN"], dy=dy, u=u, delta=delta, z=z), packed_ptr=packed,
             A_ptr=A_, D_ptr=D_, bias_ptr=bias_, kept_ptr=states, q_ptr=starts,
@@ -1253,7 +1516,10 @@ def _scan_triton_backward(
     dBC = dBC.sum(1).permute(3, 0, 1, 4, 2).reshape(2, b, 4 * tiles, n)[:, :, :l]
     dB, dC = dBC.flip(2) if reverse else dBC
     dA, dD, dbias = parts.sum((0, 1)).split((n, 1, 1))
-    copies = (_empty_like(x).copy_(dx) for x, dx in ((A, dA.T), (B, dB), (C, dC), (D, dD[0]), (bias, dbias[0])))
+    copies = (
+        _empty_like(x).copy_(dx)
+        for x, dx in ((A, dA.T), (B, dB), (C, dC), (D, dD[0]), (bias, dbias[0]))
+    )
     dA, dB, dC, dD, dbias = copies
     return du, ddelta, dA, dB, dC, dD, dz, dbias
 
@@ -1263,7 +1529,9 @@ def _scan_triton_backward(
 
 def _fake(chunks, u, delta, A, B, C, D, z, bias, mask, softplus, reverse, chunk, keep, dtype):
     kind = torch.promote_types(u.dtype, torch.float32)
-    kept = u.new_empty(len(u), chunks(u.shape[1], chunk) if keep else 0, A.shape[1], u.shape[2], dtype=kind)
+    kept = u.new_empty(
+        len(u), chunks(u.shape[1], chunk) if keep else 0, A.shape[1], u.shape[2], dtype=kind
+    )
     return u.new_empty(u.shape, dtype=dtype), kept
 
 
@@ -1295,7 +1563,10 @@ for _op, _op_backward, _chunks_kept in (
 def _convolve(x, weight, bias, left, dy=None, parts=None):
     """What `_convolution` says, for all of x (b, l, d); weight (d, k)."""
     (b, l, d), k = x.shape, weight.shape[1]
-    y, weight = x.new_empty(b, l, d), weight.float().T.contiguous()  # (k, d): 16 bytes of a tap at once
+    y, weight = (
+        x.new_empty(b, l, d),
+        weight.float().T.contiguous(),
+    )  # (k, d): 16 bytes of a tap at once
     bias = bias if bias is None else bias.float().contiguous()
     with torch.cuda.device_of(x):
         _convolution[(b * triton.cdiv(l, 32), triton.cdiv(d, 64))](
@@ -1331,7 +1602,8 @@ def _keep_inputs(ctx, inputs, output):
 _conv_triton.register_fake(lambda u, weight, bias, left: u.new_empty(u.shape))
 _conv_triton_backward.register_fake(lambda dy, *inputs: tuple(map(_empty_like, inputs[:3])))
 _conv_triton.register_autograd(
-    lambda ctx, dy: (*_conv_triton_backward(dy, *ctx.saved_tensors, ctx.left), None), setup_context=_keep_inputs
+    lambda ctx, dy: (*_conv_triton_backward(dy, *ctx.saved_tensors, ctx.left), None),
+    setup_context=_keep_inputs,
 )
 
 
@@ -1350,18 +1622,35 @@ def use_triton(u: Tensor, backend: str | None) -> bool:
     return backend == "triton" or (backend is None and u.is_cuda and can_run)
 
 
-def short_convolution(u: Tensor, weight: Tensor, bias: Tensor, left: int, backend: str | None = None) -> Tensor:
+def short_convolution(
+    u: Tensor, weight: Tensor, bias: Tensor, left: int, backend: str | None = None
+) -> Tensor:
     """SiLU of a depthwise convolution over time, u (b, l, d), weight (d, k), bias (d,) -> (b, l, d). It sees `left`
     steps before and k − 1 − left after, zeros beyond the ends of a row. On a GPU it is a kernel, since
     PyTorch's goes through memory several times, to pad, transpose and copy. `backend`: as in `selective_scan`."""
     if use_triton(u, backend):
         return _conv_triton(u, weight, bias, left)
-    u = F.pad(u, (0, 0, left, weight.shape[1] - 1 - left)).transpose(1, 2)[:, :, None]  # (b, d, 1, k - 1 + l)
-    return F.silu(F.conv2d(u, weight[:, None, None], bias, groups=len(bias)))[:, :, 0].transpose(1, 2)
+    u = F.pad(u, (0, 0, left, weight.shape[1] - 1 - left)).transpose(1, 2)[
+        :, :, None
+    ]  # (b, d, 1, k - 1 + l)
+    return F.silu(F.conv2d(u, weight[:, None, None], bias, groups=len(bias)))[:, :, 0].transpose(
+        1, 2
+    )
 
 
 def selective_scan(
-    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, mask=None, reverse=False, backend=None
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    mask=None,
+    reverse=False,
+    backend=None,
 ) -> Tensor:
     """The masked selective scan (the formula above): u, delta, A, B, C, ... -> y (b, l, d) of u's dtype.
 
@@ -1377,15 +1666,21 @@ def selective_scan(
     mask = check_scan(u, delta, A, B, C, D, z, delta_bias, mask)
     zeros, kernels = A.new_zeros(A.shape[0]), use_triton(u, backend)
     D, bias = zeros if D is None else D, zeros if delta_bias is None else delta_bias
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, bias))
+    keep = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, bias)
+    )
     if not kernels:
-        return _scan_loop(u, delta, A, B, C, D, z, bias, mask, delta_softplus, reverse, LOOP_CHUNK, keep, u.dtype)[0]
+        return _scan_loop(
+            u, delta, A, B, C, D, z, bias, mask, delta_softplus, reverse, LOOP_CHUNK, keep, u.dtype
+        )[0]
     # In groups of 16 states, since a thread has no registers for more. SiLU(z) gates a sum, so it may gate each part of
     # it; y is summed in float32, the gradients of u, delta and z in their dtypes.
     y, chunk, dtype = None, _chunk(A.shape[1]), u.dtype if A.shape[1] <= 16 else torch.float32
     for i in range(0, A.shape[1], 16):
         group = A[:, i : i + 16], B[..., i : i + 16], C[..., i : i + 16], zeros if i > 0 else D
-        part, _ = _scan_triton(u, delta, *group, z, bias, mask, delta_softplus, reverse, chunk, keep, dtype)
+        part, _ = _scan_triton(
+            u, delta, *group, z, bias, mask, delta_softplus, reverse, chunk, keep, dtype
+        )
         y = part if y is None else y + part
     return y.to(u.dtype)
 
@@ -1398,7 +1693,9 @@ def main(argv: list[str] | None = None):
     """Asks a trained model: five guesses for each [MASK] of a text; without one, the text's embedding, the mean of its
     hidden states; from a classifier each class's probability, or the regression's value."""
     parser = argparse.ArgumentParser(description=" ".join(main.__doc__.split()))
-    parser.add_argument("folder", type=Path, help="what train_mlm.py, or finetune_glue.py --save, wrote")
+    parser.add_argument(
+        "folder", type=Path, help="what train_mlm.py, or finetune_glue.py --save, wrote"
+    )
     parser.add_argument("text", help="in quotation marks")
     args = parser.parse_args(argv)
     try:
@@ -1413,7 +1710,9 @@ def main(argv: list[str] | None = None):
         cls, sep, mask = map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[MASK]"))
         if None in (cls, sep, mask):
             raise ValueError(f"{file} lacks [CLS], [SEP] or [MASK]")
-        tokens = tokenizer.encode(args.text, add_special_tokens=False).ids  # not every tokenizer.json adds them
+        tokens = tokenizer.encode(
+            args.text, add_special_tokens=False
+        ).ids  # not every tokenizer.json adds them
         ids = torch.tensor([[cls, *tokens, sep]])
         output = model(ids)
     except (ImportError, OSError, ValueError) as error:
@@ -1422,11 +1721,19 @@ def main(argv: list[str] | None = None):
         if model.config.num_labels == 1:
             print(f"value: {output.logits.item():.4f}")
         else:
-            print(*(f"class {i}: {p:.4f}" for i, p in enumerate(output.logits[0].softmax(dim=0).tolist())), sep="\n")
+            print(
+                *(
+                    f"class {i}: {p:.4f}"
+                    for i, p in enumerate(output.logits[0].softmax(dim=0).tolist())
+                ),
+                sep="\n",
+            )
     elif isinstance(model, MaBERTForMaskedLM) and mask in ids:
         for logits in output.logits[ids == mask]:
             best = logits.softmax(dim=0).topk(5)
-            guesses = (f"{tokenizer.id_to_token(i)} {p:.4f}" for p, i in zip(*map(Tensor.tolist, best)))
+            guesses = (
+                f"{tokenizer.id_to_token(i)} {p:.4f}" for p, i in zip(*map(Tensor.tolist, best))
+            )
             print("[MASK]:", ", ".join(guesses))
     else:
         x = getattr(model, "encoder", model)(ids)[0].mean(dim=0)  # (h,)

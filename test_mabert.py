@@ -34,7 +34,15 @@ import bench
 import finetune_glue
 import mabert
 import train_mlm
-from mabert import MaBERT, MaBERTConfig, MaBERTForMaskedLM, MambaMixer, Pooling, reference_scan, selective_scan
+from mabert import (
+    MaBERT,
+    MaBERTConfig,
+    MaBERTForMaskedLM,
+    MambaMixer,
+    Pooling,
+    reference_scan,
+    selective_scan,
+)
 from mabert import MaBERTForSequenceClassification as Classifier
 
 ROOT = Path(__file__).parent
@@ -42,7 +50,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)  # the models are tiny: more threads would wait for each other
 cannot_run = not mabert.triton or (DEVICE == "cpu" and not mabert.INTERPRETED)
 interpreted = pytest.mark.skipif(cannot_run, reason="test_the_kernels_in_the_interpreter runs it")
-if mabert.INTERPRETED:  # Triton's interpreter prepares its language anew in each call of a function: half of the time
+if (
+    mabert.INTERPRETED
+):  # Triton's interpreter prepares its language anew in each call of a function: half of the time
     from triton.runtime import interpreter
 
     if hasattr(interpreter, "_LangPatchScope"):
@@ -51,7 +61,9 @@ if mabert.INTERPRETED:  # Triton's interpreter prepares its language anew in eac
 
 
 def tiny(pattern="MMT", **changes) -> MaBERTConfig:
-    sizes = dict(vocab_size=60, hidden_size=16, num_heads=2, intermediate_size=32, d_state=4, max_position=32)
+    sizes = dict(
+        vocab_size=60, hidden_size=16, num_heads=2, intermediate_size=32, d_state=4, max_position=32
+    )
     return MaBERTConfig(pattern=pattern, dropout=0.0, **sizes | changes)
 
 
@@ -67,7 +79,11 @@ def relative(a, b):
 def deviation(results) -> float:
     """The largest relative difference between the tensors of a result and those of the first result."""
     first, *others = results
-    return torch.tensor([relative(x, exact) for result in others for x, exact in zip(result, first)]).max().item()
+    return (
+        torch.tensor([relative(x, exact) for result in others for x, exact in zip(result, first)])
+        .max()
+        .item()
+    )
 
 
 def gradient(loss, model):
@@ -78,7 +94,9 @@ def refused(call, *args, said, error=SystemExit) -> str:
     """The call's error, which says this, be it itself or, as argparse does, on stderr."""
     with contextlib.redirect_stderr(io.StringIO()) as stderr, pytest.raises(error) as caught:
         call(*args)
-    assert re.search(said, f"{caught.value} {stderr.getvalue()}", re.DOTALL), f"{caught.value} {stderr.getvalue()}"
+    assert re.search(said, f"{caught.value} {stderr.getvalue()}", re.DOTALL), (
+        f"{caught.value} {stderr.getvalue()}"
+    )
     return str(caught.value)
 
 
@@ -103,12 +121,14 @@ def words_tokenizer(words):
     tokenizer = train_mlm.Tokenizer(train_mlm.models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.add_special_tokens(list(train_mlm.SPECIAL_TOKENS))
     tokenizer.pre_tokenizer = train_mlm.pre_tokenizers.BertPreTokenizer()
-    return train_mlm.in_form(tokenizer)
+    return train_mlm.in_our_form(tokenizer)
 
 
 def save_model(folder, model_class=MaBERTForMaskedLM, **changes):
     """A small random model, with a tokenizer whose every word is a token and which adds no [CLS] of its own."""
-    build(model_class, tiny(**dict(pattern="WH", vocab_size=45) | changes), torch.float32).save_pretrained(folder)
+    build(
+        model_class, tiny(**dict(pattern="WH", vocab_size=45) | changes), torch.float32
+    ).save_pretrained(folder)
     tokenizer = json.loads(words_tokenizer(WORDLIST).to_str()) | dict(post_processor=None)
     put(Path(folder, "tokenizer.json"), json.dumps(tokenizer))
 
@@ -118,7 +138,10 @@ def put_glue(folder, task: str, file: str, contents: str | bytes | dict) -> Path
     import pyarrow.parquet
 
     folders = finetune_glue.TASKS[task].folder, task
-    names = f"{folders[0]}/{file}.tsv", f"{folders[1]}/{file.replace('dev', 'validation')}-0-of-1.parquet"
+    names = (
+        f"{folders[0]}/{file}.tsv",
+        f"{folders[1]}/{file.replace('dev', 'validation')}-0-of-1.parquet",
+    )
     names = ("diagnostic/diagnostic.tsv", "ax/test-0-of-1.parquet") if file == "test_ax" else names
     path = Path(folder, names[isinstance(contents, dict)])
     put(path, b"" if isinstance(contents, dict) else contents)
@@ -131,7 +154,11 @@ def write_glue(**counts):
     """CoLA, MRPC and STS-B in the benchmark's layout, where the label depends on one word."""
     rng = np.random.default_rng(0)
     for file, count in counts.items():
-        tables = ["index\tsentence\n" if file == "test" else "", "Quality\t#1 String\t#2 String\n", STSB]
+        tables = [
+            "index\tsentence\n" if file == "test" else "",
+            "Quality\t#1 String\t#2 String\n",
+            STSB,
+        ]
         for i in range(count):
             words, label = list(rng.choice(WORDLIST[2:], rng.integers(3, 12))), int(rng.integers(2))
             words.insert(rng.integers(len(words)), WORDLIST[label])
@@ -149,14 +176,22 @@ def given(tmp_path_factory):
     tokenizer; a model; GLUE. Processes find the modules, and a cache of `datasets` that is not the user's."""
     import datasets
 
-    text, cache = tmp_path_factory.mktemp("text") / "corpus.txt", tmp_path_factory.mktemp("datasets")
+    text, cache = (
+        tmp_path_factory.mktemp("text") / "corpus.txt",
+        tmp_path_factory.mktemp("datasets"),
+    )
     rng = np.random.default_rng(0)
     starts, lengths = rng.integers(len(WORDS), size=1500), rng.integers(4, 40, size=1500)
-    lines = (" ".join(WORDS[(start + i) % len(WORDS)] for i in range(n)) for start, n in zip(starts, lengths))
+    lines = (
+        " ".join(WORDS[(start + i) % len(WORDS)] for i in range(n))
+        for start, n in zip(starts, lengths)
+    )
     text.write_text("\n".join(lines), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-        for name, value in dict(HF_DATASETS_CACHE=cache, OMP_NUM_THREADS=1, PYTHONPATH=ROOT).items():
+        for name, value in dict(
+            HF_DATASETS_CACHE=cache, OMP_NUM_THREADS=1, PYTHONPATH=ROOT
+        ).items():
             patch.setenv(name, str(value))
         patch.chdir(tmp_path_factory.mktemp("given"))
         Path("corpus.txt").symlink_to(text)  # one file, which is tokenized once
@@ -182,7 +217,9 @@ SMALL_RUN = """--out run --sample-by line --pattern MWHT --hidden-size 32 --num-
 def arguments(flags="") -> list[str]:
     """A small run on the corpus, with its tokenizer, unless flags say otherwise."""
     data = "" if "--data" in flags else "--data corpus.txt"
-    tokenizer = "" if "--vocab-size" in flags or "--tokenizer" in flags else "--tokenizer words.json"
+    tokenizer = (
+        "" if "--vocab-size" in flags or "--tokenizer" in flags else "--tokenizer words.json"
+    )
     return f"{SMALL_RUN} {data} {tokenizer} {flags}".split()
 
 
@@ -204,7 +241,11 @@ def drift(config, paddings, dtype) -> float:
         model, results = build(model_class, config, dtype), []
         for pads in ((0, 0), *paddings):
             inputs = padded(ids, *pads, value=7), padded(torch.ones(3, 11), *pads)
-            wanted = padded(labels, *pads, value=-100) if model_class is MaBERTForMaskedLM else torch.tensor([0, 1, 1])
+            wanted = (
+                padded(labels, *pads, value=-100)
+                if model_class is MaBERTForMaskedLM
+                else torch.tensor([0, 1, 1])
+            )
             output, hidden = model(*inputs, labels=wanted), model.encoder(*inputs)[inputs[1] == 1]
             results.append([*output, hidden, gradient(output.loss, model)])
         changes.append(deviation(results))
@@ -212,7 +253,11 @@ def drift(config, paddings, dtype) -> float:
 
 
 ALL = ((1, 0), (4, 0), (0, 1), (0, 9), (2, 5))
-EXACT, CLOSE, LEAKS = (torch.float64, 0, 1e-12), (torch.float32, 0, 1e-5), (torch.float64, 1e-9, math.inf)
+EXACT, CLOSE, LEAKS = (
+    (torch.float64, 0, 1e-12),
+    (torch.float32, 0, 1e-5),
+    (torch.float64, 1e-9, math.inf),
+)
 LAYERINGS = ("M", "T", "MTT", "TM", "MT", "TMM", "MMT", "TTM", "W", "MW", "MWT", "H", "WHTM")
 PADDING = [  # pattern, changes of the config, paddings, dtype and bounds of the drift
     *((pattern, {}, ALL, EXACT) for pattern in LAYERINGS),
@@ -243,7 +288,9 @@ def test_padding_changes_nothing_where_masking_is_complete(pattern, changes, pad
 
 @pytest.mark.parametrize("causal_conv", [True, False])
 def test_a_mirrored_layer_is_the_layer_on_mirrored_rows(causal_conv):
-    layer, mirrored = (build(mabert.LAYERS[letter], tiny(causal_conv=causal_conv)) for letter in "MW")
+    layer, mirrored = (
+        build(mabert.LAYERS[letter], tiny(causal_conv=causal_conv)) for letter in "MW"
+    )
     taps = layer.mixer.conv1d.weight
     mirrored.load_state_dict(layer.state_dict() | {"mixer.conv1d.weight": taps.flip(-1)})
     x, mask = torch.randn(2, 12, 16, dtype=torch.float64), torch.rand(2, 12) < 0.7
@@ -270,7 +317,9 @@ def test_rows_of_padding_stay_finite(pooling, dtype):
         hidden = model.encoder(ids, mask)
         assert hidden.isfinite().all() and (not psm or hidden[mask == 0].eq(0).all())  # stage post
         assert model.pooling(hidden, mask)[1].eq(0).all()
-        assert gradient(model(ids, mask, labels=torch.tensor([0, 1, 0])).loss, model).isfinite().all()
+        assert (
+            gradient(model(ids, mask, labels=torch.tensor([0, 1, 0])).loss, model).isfinite().all()
+        )
 
 
 # ---- The masked selective scan: a loop, and Triton kernels, interpreted on a CPU in a process of their own ----
@@ -283,7 +332,9 @@ def scan_inputs(b=2, l=9, d=5, n=3) -> dict:
     torch.manual_seed(0)
     bld, bln = (b, l, d), (b, l, n)
     shapes = dict(u=bld, delta=bld, A=(d, n), B=bln, C=bln, D=(d,), z=bld, delta_bias=(d,))
-    inputs = {name: torch.randn(shape, dtype=torch.float64).to(DEVICE) for name, shape in shapes.items()}
+    inputs = {
+        name: torch.randn(shape, dtype=torch.float64).to(DEVICE) for name, shape in shapes.items()
+    }
     return inputs | dict(A=-inputs["A"].abs())
 
 
@@ -299,7 +350,9 @@ def masks(l):
     """All real, pads left, right, on both sides, anywhere, everywhere."""
     t, generator = torch.arange(l), torch.Generator().manual_seed(0)
     some = torch.rand(l, generator=generator) > 0.4
-    return torch.stack([t >= 0, t >= l // 3, t <= l // 2, (t >= l // 4) & (t < l - l // 4), some, t < 0]).to(DEVICE)
+    return torch.stack(
+        [t >= 0, t >= l // 3, t <= l // 2, (t >= l // 4) & (t < l - l // 4), some, t < 0]
+    ).to(DEVICE)
 
 
 def y_and_gradients(function, inputs, dy=None, mask=None, **options) -> dict:
@@ -311,9 +364,14 @@ def y_and_gradients(function, inputs, dy=None, mask=None, **options) -> dict:
         dy = (2 * torch.randint(-8, 8, y.shape) + 1).to(y) / 16  # numbers of all dtypes
     copies["dy"] = dy.clone()
     found = dict(y=y) | dict(zip(inputs, torch.autograd.grad(y, inputs.values(), dy)))
-    assert all(torch.equal(x, copies[name]) for name, x in (inputs | dict(dy=dy)).items())  # written to by nothing
+    assert all(
+        torch.equal(x, copies[name]) for name, x in (inputs | dict(dy=dy)).items()
+    )  # written to by nothing
     if mask is not None:
-        assert all(found[name][~mask].eq(0).all() for name in found.keys() & {"y", "u", "delta", "B", "C", "z"})
+        assert all(
+            found[name][~mask].eq(0).all()
+            for name in found.keys() & {"y", "u", "delta", "B", "C", "z"}
+        )
     return found
 
 
@@ -321,7 +379,9 @@ def compare_with_the_reference(function, inputs, dtype=torch.float32, tolerance=
     """y and gradients of function on inputs in dtype, and of the reference on the same numbers in float64."""
     inputs = each(lambda x: x.to(dtype), inputs)
     found = y_and_gradients(function, inputs, **options)
-    for name, exact in y_and_gradients(reference_scan, each(torch.Tensor.double, inputs), **options).items():
+    for name, exact in y_and_gradients(
+        reference_scan, each(torch.Tensor.double, inputs), **options
+    ).items():
         assert found[name].dtype == dtype and found[name].shape == exact.shape
         assert (found[name].double() - exact).norm() <= tolerance * exact.norm(), name
 
@@ -334,71 +394,121 @@ def test_scan_in_closed_form(without):
     """h_t = Σ_{s ≤ t} exp(A (Δ_{s+1} + ... + Δ_t)) Δ_s u_s B_s; what is left out does as what does nothing."""
     inputs = scan_inputs() | dict(delta_softplus=True, mask=masks(9)[3:5], reverse=True)
     inputs = {name: x for name, x in inputs.items() if name not in without}
-    nothing = dict(D=0, delta_bias=0, delta_softplus=False, mask=torch.ones(2, 9).to(DEVICE), reverse=False)
+    nothing = dict(
+        D=0, delta_bias=0, delta_softplus=False, mask=torch.ones(2, 9).to(DEVICE), reverse=False
+    )
     nothing |= dict(z=torch.tensor(1.2784645427610738, dtype=torch.float64))  # whose SiLU is 1
     x = types.SimpleNamespace(**nothing | inputs)
     delta = F.softplus(x.delta + x.delta_bias) if x.delta_softplus else x.delta + x.delta_bias
-    delta, u, B, C = (v.flip(1) if x.reverse else v for v in (delta * x.mask[..., None], x.u, x.B, x.C))
+    delta, u, B, C = (
+        v.flip(1) if x.reverse else v for v in (delta * x.mask[..., None], x.u, x.B, x.C)
+    )
     sums = delta.cumsum(1)
     decay = torch.exp((sums[:, :, None] - sums[:, None])[..., None] * x.A)  # (b, t, s, d, n)
-    y = torch.einsum("ts,btsdn,bsd,bsn,btn->btd", torch.ones(9, 9).to(u).tril(), decay, delta * u, B, C)
+    y = torch.einsum(
+        "ts,btsdn,bsd,bsn,btn->btd", torch.ones(9, 9).to(u).tril(), decay, delta * u, B, C
+    )
     y = x.mask[..., None] * F.silu(x.z) * ((y.flip(1) if x.reverse else y) + x.D * x.u)
     for function in (reference_scan, loop):
         torch.testing.assert_close(function(**inputs), y, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6), *HALF.items()])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6), *HALF.items()]
+)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("l", [1, 2, 15, 16, 17, 32, 40])  # about the edges of chunks of 16 steps
 def test_scan_equals_the_reference_in_any_precision(l, reverse, dtype, tolerance, monkeypatch):
     rows = 4 if reverse else 1  # at a time, of six
     monkeypatch.setattr(mabert, "LOOP_BLOCK", -(-rows * 16 * 5 * 3 // torch.get_num_threads()))
     inputs = each(strided, scan_inputs(6, l)) if reverse else scan_inputs(6, l)
-    for function, autocast in ((loop, False), (loop, True), (reference_scan, True)):  # inside all is float32 at least
+    for function, autocast in (
+        (loop, False),
+        (loop, True),
+        (reference_scan, True),
+    ):  # inside all is float32 at least
         with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
-            compare_with_the_reference(function, inputs, dtype, tolerance, mask=masks(l), reverse=reverse)
+            compare_with_the_reference(
+                function, inputs, dtype, tolerance, mask=masks(l), reverse=reverse
+            )
 
 
-EACH_SCAN = pytest.mark.parametrize("function", [loop, pytest.param(kernels, marks=interpreted, id="kernels_in")])
+EACH_SCAN = pytest.mark.parametrize(
+    "function", [loop, pytest.param(kernels, marks=interpreted, id="kernels_in")]
+)
 
 
 @EACH_SCAN
 def test_scan_of_half_precision_sums_the_gradients_of_float32_parameters_in_float32(function):
     inputs = each(lambda x: x.bfloat16() if x.dim() == 3 else x.float(), scan_inputs(2, 20, 5, 2))
     found, exact = (
-        y_and_gradients(*x) for x in ((function, inputs), (reference_scan, each(torch.Tensor.double, inputs)))
+        y_and_gradients(*x)
+        for x in ((function, inputs), (reference_scan, each(torch.Tensor.double, inputs)))
     )
     for name in ("A", "D", "delta_bias"):
         assert relative(exact[name], found[name].double()) < 1e-5
 
 
-@pytest.mark.parametrize("function, states", [(loop, 4), pytest.param(kernels, 3, marks=interpreted, id="kernels_in")])
-def test_scan_keeps_inputs_and_chunk_states_for_backward(function, states):  # all states: 51 200 bytes
+@pytest.mark.parametrize(
+    "function, states", [(loop, 4), pytest.param(kernels, 3, marks=interpreted, id="kernels_in")]
+)
+def test_scan_keeps_inputs_and_chunk_states_for_backward(
+    function, states
+):  # all states: 51 200 bytes
     inputs, kept = each(lambda x: x.bfloat16().requires_grad_(), scan_inputs(1, 50, 16, 16)), {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x
+    ):
         function(**inputs, delta_softplus=True)
     own = [x.data_ptr() for x in inputs.values()]
-    assert sum(x.nbytes for pointer, x in kept.items() if pointer not in own) <= states * 16 * 16 * 4
+    assert (
+        sum(x.nbytes for pointer, x in kept.items() if pointer not in own) <= states * 16 * 16 * 4
+    )
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or not mabert.triton, reason="there is a GPU for the kernels, or no triton")
+@pytest.mark.skipif(
+    DEVICE == "cuda" or not mabert.triton, reason="there is a GPU for the kernels, or no triton"
+)
 @pytest.mark.skipif(mabert.INTERPRETED, reason="this is that process")
 def test_the_kernels_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "kernels_in"]
-    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "kernels_in",
+    ]
+    result = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     counts = re.search(r"(\d+) passed, 1 skipped", result.stdout)  # itself
     assert result.returncode == 0 and counts and int(counts[1]) > 40, result.stdout + result.stderr
 
 
 SIZES = [  # b, l, d, n; rows of masks(l) or None; chunks of 16 to a segment, or None for one segment
-    *((1, l, 5, 1, None, None) for l in (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33)),  # tiles are of 4 and of 8 steps
+    *(
+        (1, l, 5, 1, None, None) for l in (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33)
+    ),  # tiles are of 4 and of 8 steps
     (6, 9, 3, 2, slice(6), None),
     (6, 17, 3, 1, slice(6), None),
-    *((1, l, d, 2, None, 1) for l, d in ((16, 3), (17, 3), (50, 33), (150, 3))),  # 150: more segments than a tile's 8
+    *(
+        (1, l, d, 2, None, 1) for l, d in ((16, 3), (17, 3), (50, 33), (150, 3))
+    ),  # 150: more segments than a tile's 8
     *((1, 70, 3, 2, None, 2), (2, 50, 3, 1, slice(3, 5), 1), (0, 20, 3, 2, None, None)),
-    *((*size, None, None) for size in ((2, 5, 33, 3), (1, 18, 32, 16), (1, 6, 3, 40))),  # 40: groups of 16, 16 and 8
+    *(
+        (*size, None, None) for size in ((2, 5, 33, 3), (1, 18, 32, 16), (1, 6, 3, 40))
+    ),  # 40: groups of 16, 16 and 8
 ]
-IN_HALF = [(*case, dtype) for dtype in HALF for case in ((1, 20, 5, 2, slice(3, 4), None), (1, 6, 5, 17, None, None))]
+IN_HALF = [
+    (*case, dtype)
+    for dtype in HALF
+    for case in ((1, 20, 5, 2, slice(3, 4), None), (1, 6, 5, 17, None, None))
+]
 KERNEL_CASES = [  # the small ones in both directions, the others, which take seconds in the interpreter, by turns
     (*case, reverse)
     for i, case in enumerate([*((*size, torch.float32) for size in SIZES), *IN_HALF])
@@ -408,18 +518,25 @@ KERNEL_CASES = [  # the small ones in both directions, the others, which take se
 
 @interpreted
 @pytest.mark.parametrize("b, l, d, n, rows, chunks, dtype, reverse", KERNEL_CASES)
-def test_kernels_in_all_cases_equal_the_reference(b, l, d, n, rows, chunks, dtype, reverse, monkeypatch):
-    if chunks:  # to a segment of the forward pass; of 2, the backward pass has 1, as each picks its own
+def test_kernels_in_all_cases_equal_the_reference(
+    b, l, d, n, rows, chunks, dtype, reverse, monkeypatch
+):
+    if (
+        chunks
+    ):  # to a segment of the forward pass; of 2, the backward pass has 1, as each picks its own
         segment = lambda l, programs, enough, chunk, device: (chunks if enough == 4 else 1) * chunk  # noqa: E731
         monkeypatch.setattr(mabert, "_segment", segment)
     options = dict(mask=rows and masks(l)[rows], reverse=reverse)
-    compare_with_the_reference(kernels, scan_inputs(b, l, d, n), dtype, HALF.get(dtype, 1e-5), **options)
+    compare_with_the_reference(
+        kernels, scan_inputs(b, l, d, n), dtype, HALF.get(dtype, 1e-5), **options
+    )
 
 
 @interpreted
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), *HALF.items()])
 @pytest.mark.parametrize(
-    "b, l, d, k, left", [(2, 37, 70, 4, 1), (1, 1, 1, 4, 3), (1, 64, 64, 2, 0), (0, 3, 8, 5, 2), (2, 33, 8, 1, 0)]
+    "b, l, d, k, left",
+    [(2, 37, 70, 4, 1), (1, 1, 1, 4, 3), (1, 64, 64, 2, 0), (0, 3, 8, 5, 2), (2, 33, 8, 1, 0)],
 )
 def test_kernels_in_the_convolution_equal_pytorch(b, l, d, k, left, dtype, tolerance):
     inputs = dict(u=torch.randn(b, l, d), weight=torch.randn(d, k), bias=torch.randn(d))
@@ -438,7 +555,12 @@ def test_kernels_in_the_convolution_equal_pytorch(b, l, d, k, left, dtype, toler
 def test_scan_in_calls_without_the_options(function):
     inputs, mask = scan_inputs(1, 9, 3, 2), masks(9)[4:5]
     inputs["delta"].abs_()
-    for without in (["D", "z"], ["z", "delta_bias"], ["D", "delta_bias"], ["D", "z", "delta_bias", "delta_softplus"]):
+    for without in (
+        ["D", "z"],
+        ["z", "delta_bias"],
+        ["D", "delta_bias"],
+        ["D", "z", "delta_bias", "delta_softplus"],
+    ):
         some = {name: x for name, x in inputs.items() if name not in without}
         for mask_ in (None, mask):
             options = dict(delta_softplus="delta_softplus" not in without, mask=mask_)
@@ -451,7 +573,10 @@ def test_scan_in_calls_without_the_options(function):
 def test_scan_in_softplus_is_accurate_at_both_ends(function):
     one = torch.ones(1, 1, 1, device=DEVICE)
     for rho in (-80.0, -30.0, -12.0, -3.0, 0.0, 3.0, 30.0, 1e4):  # y = Δ, as h starts from zero
-        delta, exact = torch.full_like(one, rho).requires_grad_(), torch.tensor(rho, dtype=torch.float64)
+        delta, exact = (
+            torch.full_like(one, rho).requires_grad_(),
+            torch.tensor(rho, dtype=torch.float64),
+        )
         y = function(one, delta, -one[0], one, one, delta_softplus=True)
         y.backward()
         assert y.item() == pytest.approx(F.softplus(exact).item(), rel=1e-5, abs=0)
@@ -466,7 +591,10 @@ def test_kernels_in_strided_memory_checkpoints_and_repeated_calls_give_the_same_
     checkpointed = partial(torch.utils.checkpoint.checkpoint, kernels, use_reentrant=False)
     dy, mask = torch.ones((), device=DEVICE).expand(b, l, d), masks(l)[3:5]
     first = y_and_gradients(kernels, inputs, dy.contiguous(), mask)
-    for function, tensors in *((kernels, x) for x in (inputs, each(strided, inputs), slices)), (checkpointed, inputs):
+    for function, tensors in (
+        *((kernels, x) for x in (inputs, each(strided, inputs), slices)),
+        (checkpointed, inputs),
+    ):
         found = y_and_gradients(function, tensors, dy, mask)
         assert all(torch.equal(found[name], first[name]) for name in first)
 
@@ -474,11 +602,16 @@ def test_kernels_in_strided_memory_checkpoints_and_repeated_calls_give_the_same_
 @interpreted
 def test_kernels_in_memory_beyond_32_bits():
     inputs = each(torch.Tensor.bfloat16, scan_inputs(1, 3, 4, 2))
-    far = torch.empty(2**31 + 4, dtype=torch.bfloat16, device=DEVICE)  # 4 GiB, of which a few pages are touched
+    far = torch.empty(
+        2**31 + 4, dtype=torch.bfloat16, device=DEVICE
+    )  # 4 GiB, of which a few pages are touched
     for name in ("u", "delta", "B", "C", "z"):  # a row every 2 GiB
         for reverse in (False, True):
             place = far.as_strided(inputs[name].shape, (1, 2**30, 1)).copy_(inputs[name])
-            near, beyond = (y_and_gradients(kernels, x, reverse=reverse) for x in (inputs, inputs | {name: place}))
+            near, beyond = (
+                y_and_gradients(kernels, x, reverse=reverse)
+                for x in (inputs, inputs | {name: place})
+            )
             assert all(torch.equal(near[x], beyond[x]) for x in near)
 
 
@@ -489,14 +622,20 @@ def test_scan_ops_are_registered_soundly(op):
     inputs = each(lambda x: x.float().requires_grad_(), scan_inputs(1, 17, 3, 1))
     halves = each(lambda x: strided(x.detach().bfloat16()).requires_grad_(), inputs)
     mask = masks(17)[3:4]
-    for tensors, mask_, flag in ((inputs, mask, True), (inputs | dict(z=None), None, False), (halves, mask, False)):
+    for tensors, mask_, flag in (
+        (inputs, mask, True),
+        (inputs | dict(z=None), None, False),
+        (halves, mask, False),
+    ):
         arguments = (*tensors.values(), mask_, flag, flag, 16, True, torch.float32)
         torch.library.opcheck(op, arguments)
     without_gradients = each(torch.Tensor.detach, halves).values()
     torch.library.opcheck(op, (*without_gradients, mask, True, False, 16, False, torch.bfloat16))
 
 
-@pytest.mark.parametrize("b, l", [(1, 1), (1, 512), (1, 4096), (1, 16384), (3, 99), (11, 4096), (20, 999), (32, 128)])
+@pytest.mark.parametrize(
+    "b, l", [(1, 1), (1, 512), (1, 4096), (1, 16384), (3, 99), (11, 4096), (20, 999), (32, 128)]
+)
 def test_segments_fill_a_gpu_and_are_whole_chunks(b, l, monkeypatch):
     processors, programs, chunk = 132, b * 48, mabert._chunk(16)
     properties = types.SimpleNamespace(multi_processor_count=processors)
@@ -504,8 +643,16 @@ def test_segments_fill_a_gpu_and_are_whole_chunks(b, l, monkeypatch):
     for enough in (4, 6):
         segment = mabert._segment(l, programs, enough, chunk, torch.device("cuda"))
         assert segment == l or (segment % chunk == 0 and programs < enough * processors)
-        assert segment in (l, chunk) or processors * 6 <= programs * -(-l // segment) <= processors * 12
-    for d_state in (1, 16, 64, 128):  # bytes a channel: kept states take no more than u and delta in half precision
+        assert (
+            segment in (l, chunk)
+            or processors * 6 <= programs * -(-l // segment) <= processors * 12
+        )
+    for d_state in (
+        1,
+        16,
+        64,
+        128,
+    ):  # bytes a channel: kept states take no more than u and delta in half precision
         assert (l - 1) // mabert._chunk(d_state) * d_state * 4 <= 2 * 2 * l
 
 
@@ -532,9 +679,18 @@ selective_scan(x, x, A, x, x, backend="triton")"""
 def test_machine_code_of_the_kernels():
     """For sm_80 with float32, and sm_90 with bf16; in a process of its own, as our threads and its forks do not mix."""
     code = "import bench; bench.TARGETS = bench.TARGETS[1:3]; bench.main('scan --static --all'.split())"
-    printed = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
-    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| _")]
-    most = {"_pack": 0, "_segment_ends": 6.5, "_segment_ends (backward)": 7.7, "_segment_starts": 12}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    rows = [
+        line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| _")
+    ]
+    most = {
+        "_pack": 0,
+        "_segment_ends": 6.5,
+        "_segment_ends (backward)": 7.7,
+        "_segment_starts": 12,
+    }
     most |= {"_outputs": 9.0, "_gradients": 36.0}
     assert [tuple(row[1:3]) for row in rows] == [("sm_80", "fp32"), ("sm_90", "bf16")] * len(most)
     for kernel, _, _, registers, stack, instructions, exponentials, shuffles in rows:
@@ -548,7 +704,9 @@ def test_machine_code_of_the_kernels():
 @pytest.mark.parametrize("b, l", [(1, 3000), (4, 700)])
 def test_kernels_on_a_gpu_at_the_size_of_the_base_model(b, l):
     inputs, mask = scan_inputs(b, l, 1536, 16), (torch.rand(b, l) > 0.2).to(DEVICE)
-    inputs["A"] = -torch.arange(1.0, 17).expand(1536, 16).to(DEVICE)  # the model's: states that remember 1000 steps
+    inputs["A"] = (
+        -torch.arange(1.0, 17).expand(1536, 16).to(DEVICE)
+    )  # the model's: states that remember 1000 steps
     compare_with_the_reference(kernels, inputs, mask=mask)
     compare_with_the_reference(kernels, inputs, torch.bfloat16, 8e-3, mask=mask, reverse=True)
 
@@ -626,7 +784,9 @@ REFUSED = [  # who is called, with which arguments that do not fit, what the err
 
 @pytest.mark.parametrize("called, arguments, said", REFUSED)
 def test_arguments_are_refused_by_name(called, arguments, said):
-    fitting = {MaBERTConfig: {}, Pooling: dict(x=torch.ones(2, 6, 16))}.get(called, dict(input_ids=IDS))
+    fitting = {MaBERTConfig: {}, Pooling: dict(x=torch.ones(2, 6, 16))}.get(
+        called, dict(input_ids=IDS)
+    )
     fitting = fitting if isinstance(called, type) else scan_inputs()
     function = build(called, tiny()) if hasattr(called, "forward") else called
     assert "\n" not in refused(lambda: function(**fitting | arguments), said=said, error=ValueError)
@@ -641,7 +801,9 @@ def test_initialisation():
         elif name.endswith("dt_proj.bias"):
             delta = F.softplus(p)
             assert 0.99e-3 < delta.min() < 2e-3 and 0.07 < delta.max() < 0.101
-        elif re.search("conv1d|dt_proj.weight", name):  # PyTorch's: uniform ±1/√4, of four taps and rank 4
+        elif re.search(
+            "conv1d|dt_proj.weight", name
+        ):  # PyTorch's: uniform ±1/√4, of four taps and rank 4
             assert 0.26 < p.std() < 0.32 and 0.45 < p.abs().max() <= 0.5
         elif p.dim() == 1:  # biases, D, LayerNorms' weights
             assert p.eq(0 if "bias" in name else 1).all()
@@ -667,7 +829,11 @@ def test_masks_and_ids_of_any_kind_and_token_types():
 
 
 def test_max_position_counts_real_tokens_and_can_be_stretched():
-    config, ids, mask = tiny(max_position=5), torch.randint(1, 60, (2, 9)), torch.tensor([[0] * 4 + [1] * 5] * 2)
+    config, ids, mask = (
+        tiny(max_position=5),
+        torch.randint(1, 60, (2, 9)),
+        torch.tensor([[0] * 4 + [1] * 5] * 2),
+    )
     model = build(MaBERT, config)
     model(ids, mask)
     mask[0, 0] = 1
@@ -683,11 +849,18 @@ def test_max_position_counts_real_tokens_and_can_be_stretched():
 
 
 def test_poolings():
-    x, mask = torch.randn(3, 6, 16, dtype=torch.float64), torch.tensor([[1] * 6, [0, 1, 1, 0, 0, 0], [0] * 5 + [1]])
+    x, mask = (
+        torch.randn(3, 6, 16, dtype=torch.float64),
+        torch.tensor([[1] * 6, [0, 1, 1, 0, 0, 0], [0] * 5 + [1]]),
+    )
     pooled = {kind: build(Pooling, tiny(pooling=kind))(x, mask) for kind in mabert.POOLINGS}
     score, real = build(Pooling, tiny()).score, [row[m == 1] for row, m in zip(x, mask)]
-    expected = dict(map=[score(row).softmax(0).T[0] @ row for row in real], cls=[row[0] for row in real])
-    expected |= dict(mean=[row.mean(0) for row in real], attn=[score(row).softmax(0).T[0] @ row for row in x])
+    expected = dict(
+        map=[score(row).softmax(0).T[0] @ row for row in real], cls=[row[0] for row in real]
+    )
+    expected |= dict(
+        mean=[row.mean(0) for row in real], attn=[score(row).softmax(0).T[0] @ row for row in x]
+    )
     for kind, rows in expected.items():  # attn has no mask, by definition
         torch.testing.assert_close(pooled[kind], torch.stack(rows))
 
@@ -696,7 +869,10 @@ SOME = torch.tensor([[-100] * 4 + [7, -100], [-100, 8, -100, -100, -100, 9]])
 LABELS = [  # of which model, with how many labels
     *((MaBERTForMaskedLM, 2, labels) for labels in (SOME, SOME.int(), torch.full((2, 6), -100))),
     *((Classifier, 4, torch.tensor(labels)) for labels in ([3, 1], [-100, 1], [-100, -100])),
-    *((Classifier, 1, torch.tensor([0.5, 3]).to(dtype)) for dtype in (torch.float32, torch.float16, torch.int64)),
+    *(
+        (Classifier, 1, torch.tensor([0.5, 3]).to(dtype))
+        for dtype in (torch.float32, torch.float16, torch.int64)
+    ),
 ]
 
 
@@ -719,7 +895,10 @@ def test_losses_are_means_over_the_labels_that_count(model_class, num_labels, la
 
 def test_bf16_autocast_stays_close():
     with torch.device(DEVICE):  # on a GPU with the kernels
-        model, ids = build(MaBERTForMaskedLM, tiny("MMT"), torch.float32), torch.randint(1, 60, (2, 20))
+        model, ids = (
+            build(MaBERTForMaskedLM, tiny("MMT"), torch.float32),
+            torch.randint(1, 60, (2, 20)),
+        )
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         output = model(ids, labels=ids)
     assert relative(output.logits.float(), model(ids, labels=ids).logits) < 2e-2
@@ -736,8 +915,17 @@ def test_one_graph_serves_all_lengths():
 
 
 COMPILERS = [
-    pytest.param("loop", "inductor", marks=pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")),
-    pytest.param("triton", "inductor" if DEVICE == "cuda" else "aot_eager", marks=interpreted, id="kernels_in"),
+    pytest.param(
+        "loop",
+        "inductor",
+        marks=pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler"),
+    ),
+    pytest.param(
+        "triton",
+        "inductor" if DEVICE == "cuda" else "aot_eager",
+        marks=interpreted,
+        id="kernels_in",
+    ),
 ]
 
 
@@ -756,7 +944,9 @@ def test_compiled_models_compute_the_same(scan_backend, compiler):
 
 
 @pytest.mark.parametrize("model_class", [MaBERT, MaBERTForMaskedLM, Classifier])
-def test_save_and_load_give_identical_outputs_and_a_failed_save_changes_nothing(model_class, monkeypatch):
+def test_save_and_load_give_identical_outputs_and_a_failed_save_changes_nothing(
+    model_class, monkeypatch
+):
     def full_disk(state, path):
         put(path, b"half")
         raise OSError(28, "No space left on device")
@@ -765,19 +955,32 @@ def test_save_and_load_give_identical_outputs_and_a_failed_save_changes_nothing(
     model = build(model_class, replace(config, dropout=0.5), torch.float32).eval()
     model.save_pretrained("saved")
     monkeypatch.setattr(torch, "save", full_disk)
-    refused(build(model_class, config, seed=1).save_pretrained, "saved", said="No space", error=OSError)
+    refused(
+        build(model_class, config, seed=1).save_pretrained, "saved", said="No space", error=OSError
+    )
     loaded = model_class.from_pretrained("saved")
     assert loaded.config == model.config and not loaded.training and type(loaded) is model_class
-    assert torch.equal(*(output if model_class is MaBERT else output.logits for output in (model(IDS), loaded(IDS))))
+    assert torch.equal(
+        *(
+            output if model_class is MaBERT else output.logits
+            for output in (model(IDS), loaded(IDS))
+        )
+    )
     assert sorted(os.listdir("saved")) == ["config.json", "model.pt"]
 
 
 def test_the_encoder_travels_between_heads(caplog):
-    mlm, changes = MaBERTForMaskedLM.from_pretrained("model"), dict(num_labels=5, psm=("pre", "post"), dropout=0.3)
+    mlm, changes = (
+        MaBERTForMaskedLM.from_pretrained("model"),
+        dict(num_labels=5, psm=("pre", "post"), dropout=0.3),
+    )
     classifier = Classifier.from_pretrained("model", **changes)
     assert "new and untrained: classifier.bias, classifier.weight" in caplog.text
     assert "not used: decoder_bias, transform.0.bias" in caplog.text
-    assert classifier.config == replace(mlm.config, **changes) and classifier.encoder.layers[0].dropout.p == 0.3
+    assert (
+        classifier.config == replace(mlm.config, **changes)
+        and classifier.encoder.layers[0].dropout.p == 0.3
+    )
     classifier.save_pretrained("classifier")
     MaBERT.from_pretrained("classifier").save_pretrained("bare")
     bare = [MaBERT.from_pretrained(folder) for folder in ("model", "classifier", "bare")]
@@ -796,7 +999,9 @@ class Trap:
 
 
 def weights(change):
-    return lambda whole: {name: change(weight) for name, weight in torch.load("model/model.pt").items()}
+    return lambda whole: {
+        name: change(weight) for name, weight in torch.load("model/model.pt").items()
+    }
 
 
 DAMAGED = [  # file, its new contents or what they come from, overrides, what is said
@@ -820,7 +1025,9 @@ def test_loading_refuses_what_does_not_fit_and_executes_nothing(name, contents, 
     file = Path("model", name)
     put(file, contents(file.read_bytes()) if callable(contents) else contents)
     error = FileNotFoundError if contents is None else ValueError
-    message = refused(lambda: MaBERTForMaskedLM.from_pretrained("model", **overrides), said=said, error=error)
+    message = refused(
+        lambda: MaBERTForMaskedLM.from_pretrained("model", **overrides), said=said, error=error
+    )
     assert "\n" not in message and not Path("sprung").exists()
 
 
@@ -830,7 +1037,12 @@ def embedding(model, ids):
 
 
 COMMANDS = [  # whose folder, a text, the numbers that are printed
-    (MaBERTForMaskedLM, {}, "w1 [MASK] w3", lambda m, ids: m(ids).logits[0, 2].softmax(0).topk(5).values),
+    (
+        MaBERTForMaskedLM,
+        {},
+        "w1 [MASK] w3",
+        lambda m, ids: m(ids).logits[0, 2].softmax(0).topk(5).values,
+    ),
     (MaBERTForMaskedLM, {}, "w1 w2 w3", embedding),
     (MaBERT, {}, "w1 [MASK] w3", embedding),
     (Classifier, dict(num_labels=3), "w1 w2 w3", lambda m, ids: m(ids).logits[0].softmax(0)),
@@ -842,12 +1054,17 @@ COMMANDS = [  # whose folder, a text, the numbers that are printed
 def test_the_command_answers(model_class, changes, text, numbers, capsys):
     save_model("asked", model_class, **changes)
     mabert.main(["asked", text])
-    model, ids = model_class.from_pretrained("asked"), torch.tensor([[2, 6, 4 if "[MASK]" in text else 7, 8, 3]])
+    model, ids = (
+        model_class.from_pretrained("asked"),
+        torch.tensor([[2, 6, 4 if "[MASK]" in text else 7, 8, 3]]),
+    )
     printed, expected = capsys.readouterr().out, numbers(model, ids)
     assert re.findall(r"-?\d+\.\d{4}", printed) == [f"{number:.4f}" for number in expected.tolist()]
     if model_class is MaBERTForMaskedLM and "[MASK]" in text:
         best = model(ids).logits[0, 2].topk(5).indices.tolist()
-        assert re.findall(r"(\S+) 0\.", printed) == [[*train_mlm.SPECIAL_TOKENS, *WORDLIST][i] for i in best]
+        assert re.findall(r"(\S+) 0\.", printed) == [
+            [*train_mlm.SPECIAL_TOKENS, *WORDLIST][i] for i in best
+        ]
         command = [sys.executable, str(ROOT / "mabert.py"), "asked", text]
         assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == printed
 
@@ -901,7 +1118,11 @@ def test_a_short_run_learns_and_can_be_used(capsys):
     for folder in ("run", "run/step-0000050", "run/step-0000150"):
         size = train_mlm.load_tokenizer(f"{folder}/tokenizer.json").get_vocab_size()
         config = MaBERTForMaskedLM.from_pretrained(folder).config
-        assert config.max_position == 32 and config.vocab_size == size and abs(first - math.log(size)) < 0.5
+        assert (
+            config.max_position == 32
+            and config.vocab_size == size
+            and abs(first - math.log(size)) < 0.5
+        )
     assert "warm-up 15 steps, a tenth of the run" in printed and printed.count("it was") == 5
     assert Path("run/loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -917,9 +1138,18 @@ def test_the_loss_after_twenty_steps_is_known():
 def test_runs_repeat_and_these_flags_change_nothing_but_cost(monkeypatch):
     runs, calls, compiled, forward = [], [], [], mabert.MambaLayer.forward
     monkeypatch.setattr(torch, "compile", lambda call: compiled.append(1) or call)
-    monkeypatch.setattr(mabert.MambaLayer, "forward", lambda *inputs: calls.append(1) or forward(*inputs))
+    monkeypatch.setattr(
+        mabert.MambaLayer, "forward", lambda *inputs: calls.append(1) or forward(*inputs)
+    )
     drop = "--dropout 0.1"
-    for flags in (drop, drop, f"{drop} --activation-checkpointing", "", "--micro-batch-size 8", "--compile"):
+    for flags in (
+        drop,
+        drop,
+        f"{drop} --activation-checkpointing",
+        "",
+        "--micro-batch-size 8",
+        "--compile",
+    ):
         pretrain(f"--overwrite --steps 3 --length-schedule 16:1 {flags}")
         runs.append((trained()[0], len(calls), len(compiled)))
     weights, calls, compiled = zip(*runs)
@@ -942,10 +1172,16 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(monkeypatch):
         return [int(row["skipped_steps"]) for row in trained()[1]]
 
     assert skipped((3, 4, 12, 17, 18, 19, 20)) == [0, 2, 2, 3, 7]
-    (weights, before), (others, after) = (train_mlm.read_checkpoint(Path(f"run/step-00000{step}")) for step in (16, 20))
+    (weights, before), (others, after) = (
+        train_mlm.read_checkpoint(Path(f"run/step-00000{step}")) for step in (16, 20)
+    )
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
     states = (training["optimizer"]["state"].values() for training in (before, after))
-    assert all(torch.equal(one[name], other[name]) for one, other in zip(*states, strict=True) for name in one)
+    assert all(
+        torch.equal(one[name], other[name])
+        for one, other in zip(*states, strict=True)
+        for name in one
+    )
     said = "no gradient was finite in the last 12 steps.*last checkpoint .*step-0000016"
     refused(skipped, range(9, 21), said=said)
     refused(skipped, (), "--lr 1e30 --steps 5", said="held-out loss is nan: a lower --lr")
@@ -956,12 +1192,23 @@ def test_a_step_clips_decays_and_drops_out_by_seed_and_step():
     def stepped(step=0, seed=0, labelled=100):
         """The loss; then the norm of the gradients, the names of the parameters and the optimizer."""
         model = build(MaBERTForMaskedLM, replace(tiny("MT"), dropout=0.5), torch.float32)
-        optimizer, norms, names = train_mlm.make_optimizer(model, 0.01), [], {p: n for n, p in model.named_parameters()}
-        optimizer.register_step_pre_hook(lambda *_: norms.append(sum(p.grad.square().sum() for p in names)))
+        optimizer, norms, names = (
+            train_mlm.make_optimizer(model, 0.01),
+            [],
+            {p: n for n, p in model.named_parameters()},
+        )
+        optimizer.register_step_pre_hook(
+            lambda *_: norms.append(sum(p.grad.square().sum() for p in names))
+        )
         ids = torch.randint(5, 60, (32, 12), generator=torch.Generator().manual_seed(0))
         args = train_mlm.parse_args(arguments(f"--seed {seed}"))
         batch = train_mlm.Batch([(ids, ids > 0, ids)], labelled, ids.numel(), ids.numel())
-        return train_mlm.train_step(model, optimizer, batch, step, args)[0].item(), norms[0].sqrt(), names, optimizer
+        return (
+            train_mlm.train_step(model, optimizer, batch, step, args)[0].item(),
+            norms[0].sqrt(),
+            names,
+            optimizer,
+        )
 
     losses = [stepped(*key)[0] for key in ((5, 0), (6, 0), (5, 1))]
     assert stepped(5, 0)[0] == losses[0] and len(set(losses)) == 3
@@ -970,7 +1217,9 @@ def test_a_step_clips_decays_and_drops_out_by_seed_and_step():
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
     for group, decay in zip(optimizer.param_groups, (0.01, 0.0), strict=True):
         assert (group["weight_decay"], group["betas"], group["eps"]) == (decay, (0.9, 0.999), 1e-6)
-        assert all((p.dim() > 1 and not names[p].endswith("A_log")) == (decay > 0) for p in group["params"])
+        assert all(
+            (p.dim() > 1 and not names[p].endswith("A_log")) == (decay > 0) for p in group["params"]
+        )
     rates = [train_mlm.learning_rate(step, 100, 1e-3, 10) for step in (0, 9, 10, 55, 99)]
     assert rates == pytest.approx([1e-4, 1e-3, 1e-3, 5e-4, 1e-3 / 90])
 
@@ -989,23 +1238,45 @@ def test_batches_are_functions_of_seed_and_step(monkeypatch):
     workers.pin_memory = False
     for ahead in (alone, workers):  # in the same order, whoever prepares them
         for step, batch in zip(steps, ahead, strict=True):
-            (own,), (inputs, real, labels) = batch.micro_batches, train_mlm.Batches(data.phases, args).whole(step)
-            assert batch.labelled == (labels != train_mlm.IGNORED).sum() and batch.real == real.sum() < batch.padded
-            assert np.array_equal(own[0][:, : inputs.shape[1]], inputs) and not own[1][:, inputs.shape[1] :].any()
+            (own,), (inputs, real, labels) = (
+                batch.micro_batches,
+                train_mlm.Batches(data.phases, args).whole(step),
+            )
+            assert (
+                batch.labelled == (labels != train_mlm.IGNORED).sum()
+                and batch.real == real.sum() < batch.padded
+            )
+            assert (
+                np.array_equal(own[0][:, : inputs.shape[1]], inputs)
+                and not own[1][:, inputs.shape[1] :].any()
+            )
             assert (inputs.shape[1] > 16) == (step >= 30)
 
-    for size, micro, processes, rows_ in ((256, 64, 1, 256), (256, 32, 8, 32), (192, 32, 1, 96), (128, 8, 2, 32)):
+    for size, micro, processes, rows_ in (
+        (256, 64, 1, 256),
+        (256, 32, 8, 32),
+        (192, 32, 1, 96),
+        (128, 8, 2, 32),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(train_mlm, "PROCESSES", processes)
-            schedule = dict(length_schedule=[(128, 0.9), (512, 0.1)], batch_size=size, micro_batch_size=micro)
-            at_once = [train_mlm.rows_at_once(argparse.Namespace(**schedule), length) for length in (128, 512)]
+            schedule = dict(
+                length_schedule=[(128, 0.9), (512, 0.1)], batch_size=size, micro_batch_size=micro
+            )
+            at_once = [
+                train_mlm.rows_at_once(argparse.Namespace(**schedule), length)
+                for length in (128, 512)
+            ]
         assert at_once == [rows_, micro]
 
     def seeded(seed):
         return train_mlm.Batches(data.phases, argparse.Namespace(**vars(args) | dict(seed=seed)))
 
     following = 5 + len(rows) // 32  # the step at this place in the next epoch
-    orders = [seeded(seed).numbers(step, 0, rows) for step, seed in ((5, 0), (6, 0), (following, 0), (5, 1))]
+    orders = [
+        seeded(seed).numbers(step, 0, rows)
+        for step, seed in ((5, 0), (6, 0), (following, 0), (5, 1))
+    ]
     monkeypatch.setattr(train_mlm.Batches, "numbers", lambda *_: np.arange(32))
     masked = [seeded(seed).whole(step)[2] for step, seed in ((5, 0), (6, 0), (5, 1))]
     assert len({x.tobytes() for x in orders}) == 4 and len({x.tobytes() for x in masked}) == 3
@@ -1014,23 +1285,40 @@ def test_batches_are_functions_of_seed_and_step(monkeypatch):
 @pytest.mark.parametrize("bucket", ["", "--bucket"])
 def test_an_epoch_has_every_training_token_once_and_no_held_out_one(bucket):
     args, data = prepared(f"--batch-size 7 --micro-batch-size 7 {bucket}")
-    rows, vocabulary, batches = data.phases[0][1], data.vocabulary, train_mlm.Batches(data.phases, args)
+    rows, vocabulary, batches = (
+        data.phases[0][1],
+        data.vocabulary,
+        train_mlm.Batches(data.phases, args),
+    )
     train, held, text = rows.segments, data.held_rows.segments, np.concatenate(rows.tokens.chunks)
-    numbers, lengths = [batches.numbers(step, 0, rows) for step in range(len(rows) // 7)], rows.lengths()
+    numbers, lengths = (
+        [batches.numbers(step, 0, rows) for step in range(len(rows) // 7)],
+        rows.lengths(),
+    )
     order, longest = np.concatenate(numbers), [lengths[some].max() for some in numbers]
-    assert len(rows) - 7 < len(order) == len(np.unique(order)) < len(rows)  # the rest fills no batch
-    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.1 and longest[:32] != sorted(longest[:32])
+    assert (
+        len(rows) - 7 < len(order) == len(np.unique(order)) < len(rows)
+    )  # the rest fills no batch
+    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.1 and longest[:32] != sorted(
+        longest[:32]
+    )
     assert (lengths[order].sum() / (7 * sum(longest)) > 0.95) == bool(bucket)
     ids, real = rows.batch(np.arange(len(rows)))
     ends = real.sum(axis=1) - 1
     assert np.array_equal(lengths, ends - 1) and (ids[:, 0] == vocabulary.cls).all()
-    assert (ids[np.arange(len(ids)), ends] == vocabulary.sep).all() and (ids[~real] == vocabulary.pad).all()
+    assert (ids[np.arange(len(ids)), ends] == vocabulary.sep).all() and (
+        ids[~real] == vocabulary.pad
+    ).all()
     words = ids[real & ~vocabulary.is_special[ids]]
     assert np.array_equal(words, np.concatenate([text[start:end] for start, end in train]))
     assert 0.02 < np.diff(held).sum() / len(text) < 0.06
     starts, ends = np.concatenate([train, held]).T
-    assert np.array_equal(np.sort(np.concatenate(list(map(np.arange, starts, ends)))), np.arange(len(text)))
-    documents = [np.searchsorted(rows.tokens.offsets, places, side="right") for places in (starts, ends - 1)]
+    assert np.array_equal(
+        np.sort(np.concatenate(list(map(np.arange, starts, ends)))), np.arange(len(text))
+    )
+    documents = [
+        np.searchsorted(rows.tokens.offsets, places, side="right") for places in (starts, ends - 1)
+    ]
     assert np.array_equal(*documents)  # each segment is of one
     counts, labels = 1 + np.bincount(words)[5:], data.held_out[2]
     unigram = np.log(counts.sum() / counts[labels[labels != train_mlm.IGNORED] - 5]).mean()
@@ -1043,9 +1331,16 @@ def test_masking_statistics():
     ids = np.random.default_rng(0).integers(0, 1000, (400, 500))
     inputs, labels = train_mlm.mask_tokens(ids, vocabulary, 0.15, np.random.default_rng(1))
     chosen = labels != train_mlm.IGNORED
-    assert np.array_equal(labels[chosen], ids[chosen]) and np.array_equal(inputs[~chosen], ids[~chosen])
+    assert np.array_equal(labels[chosen], ids[chosen]) and np.array_equal(
+        inputs[~chosen], ids[~chosen]
+    )
     masked, kept = inputs[chosen] == 4, inputs[chosen] == ids[chosen]
-    rates = chosen[is_special[ids]].mean(), chosen[~is_special[ids]].mean(), masked.mean(), kept.mean()
+    rates = (
+        chosen[is_special[ids]].mean(),
+        chosen[~is_special[ids]].mean(),
+        masked.mean(),
+        kept.mean(),
+    )
     assert rates == pytest.approx((0, 0.15, 0.8, 0.1), abs=0.006) and rates[0] == 0
     others = inputs[chosen][~masked & ~kept]
     assert not is_special[others].any() and len(np.unique(others)) > 900
@@ -1075,15 +1370,23 @@ def test_tokens_are_made_once_and_go_on_after_a_kill(monkeypatch):
     assert 800 < len(calls) < 1200  # of 1500 documents; finished parts are reused
     expected = [[5 + WORDS.index(word) for word in line.split()] for line in text.split("\n")]
     spans = zip(tokens.offsets[:-1], tokens.offsets[1:], expected, strict=True)
-    assert all(tokens.span(start, end).tolist() == ids for start, end, ids in spans) and len(tokens.chunks) >= 5
+    assert (
+        all(tokens.span(start, end).tolist() == ids for start, end, ids in spans)
+        and len(tokens.chunks) >= 5
+    )
     calls.clear()
     prepared()
     assert not calls
     os.utime("corpus.txt", ns=(1, 1))  # the file has changed
     prepared()
     assert len(calls) == 1500
-    assert len(prepared("--sample-by document")[1].phases[0][1].tokens.offsets) == 2  # larger than a part
-    ids, ends = np.uint16(expected[-1]).tobytes(), np.cumsum([*map(len, expected[:3])], dtype=np.int32).tobytes()
+    assert (
+        len(prepared("--sample-by document")[1].phases[0][1].tokens.offsets) == 2
+    )  # larger than a part
+    ids, ends = (
+        np.uint16(expected[-1]).tobytes(),
+        np.cumsum([*map(len, expected[:3])], dtype=np.int32).tobytes(),
+    )
     files = {file: file.read_bytes() for file in Path("datasets").rglob("cache-*.arrow")}
     for damage in (
         lambda whole: whole[: len(whole) // 2],
@@ -1100,11 +1403,19 @@ def test_every_file_is_read_once_whatever_its_format_and_name(monkeypatch):
 
     def texts(*flags):
         corpora = train_mlm.load_corpora(train_mlm.parse_args(flags))
-        return [" ".join(text.split()) for corpus in corpora for text in corpus["text"] if text and text.strip()]
+        return [
+            " ".join(text.split())
+            for corpus in corpora
+            for text in corpus["text"]
+            if text and text.strip()
+        ]
 
     documents, hub = ["one two", "three", "four five"], Path("hub").resolve()
     put("texts/A.TXT", "one two\n\nthree\nfour five\n")
-    put("texts/b.jsonl", "".join(json.dumps(dict(title="a", text=text)) + "\n" for text in documents))
+    put(
+        "texts/b.jsonl",
+        "".join(json.dumps(dict(title="a", text=text)) + "\n" for text in documents),
+    )
     put("texts/notes.md", "ignored in a folder")
     (hub / "data").mkdir(parents=True)
     for file in ("texts/c.parquet", hub / "data/train-00000-of-00001.parquet"):
@@ -1117,7 +1428,10 @@ def test_every_file_is_read_once_whatever_its_format_and_name(monkeypatch):
         ("--data texts/A.TXT --sample-by line", documents),
         ("--data texts/b.jsonl", documents),
         ("--data texts/c.parquet", documents),
-        ("--data texts texts/b.jsonl --sample-by line", 3 * documents),  # a file that is named twice is read once
+        (
+            "--data texts texts/b.jsonl --sample-by line",
+            3 * documents,
+        ),  # a file that is named twice is read once
         ("", 2 * documents),  # the corpora of the hub
     ):
         assert texts(*flags.split()) == expected
@@ -1132,14 +1446,23 @@ def test_a_trained_tokenizer_encodes_pairs_and_long_texts():
     import datasets
 
     tokenizer = train_mlm.train_tokenizer(["the function returns a list of lists"] * 5, 200)
-    put("bare.json", json.dumps(json.loads(tokenizer.to_str()) | dict(post_processor=None, truncation=None)))
+    put(
+        "bare.json",
+        json.dumps(json.loads(tokenizer.to_str()) | dict(post_processor=None, truncation=None)),
+    )
     for each in (tokenizer, train_mlm.load_tokenizer("bare.json")):  # which gets our form
         encoding = each.encode("The function", "a list")
         assert encoding.tokens == ["[CLS]", "the", "function", "[SEP]", "a", "list", "[SEP]"]
-        assert encoding.type_ids == [0, 0, 0, 0, 1, 1, 1] and each.decode(encoding.ids) == "the function a list"
+        assert (
+            encoding.type_ids == [0, 0, 0, 0, 1, 1, 1]
+            and each.decode(encoding.ids) == "the function a list"
+        )
     assert [tokenizer.token_to_id(token) for token in train_mlm.SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
     texts = ["a list", "", "the function returns a list " * 20_000, "list " * 5]
-    assert max(map(len, train_mlm.pieces(texts[2]))) <= 20_000 and "".join(train_mlm.pieces(texts[2])) == texts[2]
+    assert (
+        max(map(len, train_mlm.pieces(texts[2]))) <= 20_000
+        and "".join(train_mlm.pieces(texts[2])) == texts[2]
+    )
     corpora = [datasets.Dataset.from_dict(dict(text=part)) for part in (texts[:1], texts[1:])]
     tokens = train_mlm.tokenize(corpora, tokenizer)
     expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts if text]
@@ -1150,7 +1473,10 @@ def test_a_trained_tokenizer_encodes_pairs_and_long_texts():
 def test_the_demo_text_is_what_every_python_carries(monkeypatch):
     from pydoc_data.topics import topics
 
-    put("lib/a.py", '"""A module."""\nclass B:\n    """A class."""\n    def c(self):\n        r"""\\udc80"""\n')
+    put(
+        "lib/a.py",
+        '"""A module."""\nclass B:\n    """A class."""\n    def c(self):\n        r"""\\udc80"""\n',
+    )
     put("lib/b.py", '"""A module."""\nasync def d():\n    """A surrogate: \\udc80"""\n')
     put("lib/test/c.py", '"""A test of the library."""')
     put("lib/site-packages/d.py", '"""Of another package."""')
@@ -1161,20 +1487,32 @@ def test_the_demo_text_is_what_every_python_carries(monkeypatch):
 
 
 def test_defaults_are_the_papers_and_flags_override_the_demo(monkeypatch):
-    protocol = dict(batch_size=256, lr=1e-4, warmup_steps=10_000, weight_decay=0.01, mask_rate=0.15, dropout=0.1)
+    protocol = dict(
+        batch_size=256, lr=1e-4, warmup_steps=10_000, weight_decay=0.01, mask_rate=0.15, dropout=0.1
+    )
     args = train_mlm.parse_args([])
-    assert args.length_schedule == [(128, 0.9), (512, 0.1)] and protocol.items() <= vars(args).items()
+    assert (
+        args.length_schedule == [(128, 0.9), (512, 0.1)] and protocol.items() <= vars(args).items()
+    )
     assert train_mlm.model_config(args, 30522, 0) == MaBERTConfig()
-    variant = train_mlm.parse_args("--psm pre+post --causal-conv --pattern TM --d-state 8 --dropout 0.2".split())
-    expected = MaBERTConfig(psm=("pre", "post"), causal_conv=True, pattern="TM", d_state=8, dropout=0.2)
+    variant = train_mlm.parse_args(
+        "--psm pre+post --causal-conv --pattern TM --d-state 8 --dropout 0.2".split()
+    )
+    expected = MaBERTConfig(
+        psm=("pre", "post"), causal_conv=True, pattern="TM", d_state=8, dropout=0.2
+    )
     assert train_mlm.model_config(variant, 30522, 0) == expected
     assert train_mlm.parse_args(["--psm", "none"]).psm == ()
     demo = train_mlm.parse_args("--demo --steps 7 --tokenizer x.json".split())
     assert (demo.steps, demo.hidden_size, demo.out, demo.vocab_size) == (7, 128, "out/demo", None)
-    protocol = dict(seeds=5, lr=2e-5, batch_size=32, epochs=3, max_length=128, padding_side="right", psm=None)
+    protocol = dict(
+        seeds=5, lr=2e-5, batch_size=32, epochs=3, max_length=128, padding_side="right", psm=None
+    )
     assert protocol.items() <= vars(finetune_glue.parse_args(["--checkpoint", "x"])).items()
     monkeypatch.setattr(train_mlm, "PROCESSES", 2)
-    refused(pretrain, "--micro-batch-size 32", said="no multiple of --micro-batch-size 32 × 2 process")
+    refused(
+        pretrain, "--micro-batch-size 32", said="no multiple of --micro-batch-size 32 × 2 process"
+    )
 
 
 # How a run stops, and goes on
@@ -1184,19 +1522,29 @@ LONGER = "--steps 40 --save-every 10 --log-every 7 --eval-every 20 --micro-batch
 
 
 def test_a_run_is_overwritten_only_when_asked_and_then_wholly(monkeypatch):
-    pretrain("--steps 1 --save-every 5 --length-schedule 16:0.3 24:0.3 32:0.4")  # lengths may be more than steps
+    pretrain(
+        "--steps 1 --save-every 5 --length-schedule 16:0.3 24:0.3 32:0.4"
+    )  # lengths may be more than steps
     log = Path("run/log.csv").read_text()
     assert trained()[1][-1]["step"] == "1" and Path("run/step-0000001").exists()
     Path("run/step-by-step-notes").mkdir()
     refused(pretrain, SHORT, said="holds a run or a model already")
-    refused(pretrain, f"{SHORT} --overwrite --batch-size 2048", said="too short")  # nothing can take its place
+    refused(
+        pretrain, f"{SHORT} --overwrite --batch-size 2048", said="too short"
+    )  # nothing can take its place
     assert Path("run/log.csv").read_text() == log and MaBERTForMaskedLM.from_pretrained("run")
     refused(pretrain, "--out model", said="holds a run or a model already")
     train_mlm.lock(Path("model"))
-    assert forked(refused, pretrain, "--out model --overwrite", said="another run is writing to") == 0
+    assert (
+        forked(refused, pretrain, "--out model --overwrite", said="another run is writing to") == 0
+    )
     monkeypatch.setattr(train_mlm, "train", raising(KeyboardInterrupt))
     refused(pretrain, f"{SHORT} --overwrite", said="interrupted")
-    assert {file.name for file in Path("run").iterdir()} == {"step-by-step-notes", "tokenizer.json", ".lock"}
+    assert {file.name for file in Path("run").iterdir()} == {
+        "step-by-step-notes",
+        "tokenizer.json",
+        ".lock",
+    }
 
 
 @pytest.mark.parametrize("writer", ["tokenize", "save_checkpoint"])
@@ -1220,7 +1568,10 @@ def test_a_full_disk_is_explained_and_leaves_what_was_whole(writer, monkeypatch)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("datasets").resolve())
     monkeypatch.setattr(train_mlm, writer, limited)
     refused(pretrain, f"{SHORT} --resume", said="is the disk full\\? What is whole")
-    assert sorted(path.name for path in Path("run").glob("step-*")) == ["step-0000002", "step-0000004"]
+    assert sorted(path.name for path in Path("run").glob("step-*")) == [
+        "step-0000002",
+        "step-0000004",
+    ]
     assert train_mlm.newest_checkpoint(Path("run"))[0].name == "step-0000004"
 
 
@@ -1245,7 +1596,11 @@ def test_a_stopped_run_goes_on_bit_by_bit(longer, monkeypatch, capsys):
     monkeypatch.setattr(train_mlm, "train_step", signalled)
     refused(pretrain, flags, said="^143 ")
     assert "stopped by SIGTERM after step 33, which is saved" in capsys.readouterr().out
-    assert sorted(folder.name[-2:] for folder in Path("stopped").glob("step-*")) == ["20", "30", "33"]  # --keep
+    assert sorted(folder.name[-2:] for folder in Path("stopped").glob("step-*")) == [
+        "20",
+        "30",
+        "33",
+    ]  # --keep
     put("stopped/log.csv", b"\xff is not read")
     refused(pretrain, flags, said="^130 ")
     pretrain(flags)
@@ -1272,7 +1627,7 @@ def killed(old, new):
     os.kill(os.getpid(), 9) if str(old).endswith("step-0000030.partial") else replace(old, new)
 train_mlm.DistributedDataParallel, train_mlm.train_step, os.replace = counting, signalled, killed
 if train_mlm.RANK == 1:
-    train_mlm.save_checkpoint = train_mlm.pieces = train_mlm.write_whole = None  # only the first process writes
+    train_mlm.save_checkpoint = train_mlm.pieces = train_mlm.write_atomically = None  # only the first process writes
 try:
     train_mlm.main(sys.argv[1:])
 finally:
@@ -1284,13 +1639,24 @@ finally:
 def test_two_processes_train_the_same_model_are_started_again_and_may_be_killed(longer):
     """The second of two gets SIGTERM; they go on; kill -9 ends the first as it saves; one process goes on."""
     put("two.py", TWO)
-    launcher = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 --max-restarts 1 two.py"
+    launcher = (
+        f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 --max-restarts 1 two.py"
+    )
     command = [*launcher.split(), *arguments(f"{LONGER} --out two")]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said, run = done.stdout, Path("two")
-    assert done.returncode != 0 and "stopped by SIGTERM after step 26" in said and "from step 26 on" in said, said
-    assert said.count("on 2 × cpu") == 2 and "gradients exchanged 26 times" in said, said  # once a step
-    assert sorted(folder.name[5:] for folder in run.glob("step-*")) == "0000010 0000020 0000026 0000030.partial".split()
+    assert (
+        done.returncode != 0
+        and "stopped by SIGTERM after step 26" in said
+        and "from step 26 on" in said
+    ), said
+    assert said.count("on 2 × cpu") == 2 and "gradients exchanged 26 times" in said, (
+        said
+    )  # once a step
+    assert (
+        sorted(folder.name[5:] for folder in run.glob("step-*"))
+        == "0000010 0000020 0000026 0000030.partial".split()
+    )
     pretrain(f"{LONGER} --out two")
     weights, log = trained("two")
     assert relative(weights, longer[0]) < 1e-5
@@ -1308,7 +1674,10 @@ def test_a_run_goes_on_with_its_tokenizer_after_the_newest_whole_checkpoint(monk
     pretrain(flags)
     expected = trained()
     for name, change in (  # bytes, text, an object to save, None for nothing
-        ("training.pt", lambda whole: whole[:70_000] + whole[70_000:70_100][::-1] + whole[70_100:]),  # in a tensor
+        (
+            "training.pt",
+            lambda whole: whole[:70_000] + whole[70_000:70_100][::-1] + whole[70_100:],
+        ),  # in a tensor
         ("training.pt", lambda whole: None),
         ("training.pt", lambda whole: {"step": 5}),
         ("model.pt", lambda whole: {"x": torch.ones(3)}),
@@ -1321,10 +1690,18 @@ def test_a_run_goes_on_with_its_tokenizer_after_the_newest_whole_checkpoint(monk
     put(run / "tokenizer.json", "the checkpoint's counts")
     pretrain(flags)
     printed, found = capsys.readouterr().out, trained()
-    assert all(f"{folder} is damaged" in printed for folder in damaged) and "from step 4 on" in printed
+    assert (
+        all(f"{folder} is damaged" in printed for folder in damaged) and "from step 4 on" in printed
+    )
     assert torch.equal(found[0], expected[0]) and found[1] == expected[1]
-    assert sorted(run.glob("step-*"))[2] == run / "step-0000006"  # the damaged do not count, the partial is gone
-    assert (run / "tokenizer.json").read_text() == made == (run / "step-0000006/tokenizer.json").read_text()
+    assert (
+        sorted(run.glob("step-*"))[2] == run / "step-0000006"
+    )  # the damaged do not count, the partial is gone
+    assert (
+        (run / "tokenizer.json").read_text()
+        == made
+        == (run / "step-0000006/tokenizer.json").read_text()
+    )
     for folder in run.glob("step-*"):
         (folder / "training.pt").unlink(missing_ok=True)
     refused(pretrain, flags, said="no checkpoint in .* is whole")
@@ -1340,10 +1717,18 @@ def test_another_run_is_not_resumed():
     before, text = Path("run/log.csv").read_text(), Path("corpus.txt").read_text()
     words_tokenizer(WORDS[::-1]).save("other.json")
     put("moved.txt", text)
-    put("turned.txt", "\n".join(" ".join(reversed(line.split())) for line in text.splitlines()))  # of the same lengths
+    put(
+        "turned.txt", "\n".join(" ".join(reversed(line.split())) for line in text.splitlines())
+    )  # of the same lengths
     for change in OTHER_RUNS.split("|"):
-        name = re.sub("data|sample_by", "corpus", re.match(r"--(?:no-)?(\S+)", change)[1].replace("-", "_"))
-        refused(pretrain, f"{SHORT} {change} --resume", said=f"belongs to another run: .*{name} was .* and is now ")
+        name = re.sub(
+            "data|sample_by", "corpus", re.match(r"--(?:no-)?(\S+)", change)[1].replace("-", "_")
+        )
+        refused(
+            pretrain,
+            f"{SHORT} {change} --resume",
+            said=f"belongs to another run: .*{name} was .* and is now ",
+        )
     assert Path("run/log.csv").read_text() == before
     pretrain(f"{SHORT} --data moved.txt --resume")  # the same text
 
@@ -1356,8 +1741,14 @@ def test_the_profile_covers_the_step(capsys):
     kinds = {f"{way}, {kind}" for way in ("forward", "backward") for kind in kinds}
     for section, length in zip(sections, ("16", "32"), strict=True):
         parts = dict(re.findall(r"^  (\S.*?)  .*?([\d.]+)%$", section, re.MULTILINE))
-        assert section.split()[0] == length and parts.keys() == kinds | {"waiting for data", "optimizer"}
-        assert sum(map(float, parts.values())) == pytest.approx(100, abs=0.5) and float(parts["forward, M layers"]) > 1
+        assert section.split()[0] == length and parts.keys() == kinds | {
+            "waiting for data",
+            "optimizer",
+        }
+        assert (
+            sum(map(float, parts.values())) == pytest.approx(100, abs=0.5)
+            and float(parts["forward, M layers"]) > 1
+        )
 
 
 # ---- Fine-tuning on GLUE ----
@@ -1375,13 +1766,24 @@ def test_glue_metrics_equal_those_of_scikit_learn_and_scipy():
         ("spearman", lambda x, y: scipy.stats.spearmanr(x, y)[0], 12),  # with ties
     ):
         for labels, predicted in np.random.default_rng(0).integers(values, size=(4, 2, 50)):
-            assert finetune_glue.METRICS[name](predicted, labels) == pytest.approx(expected(labels, predicted))
-            assert name == "accuracy" or finetune_glue.METRICS[name](np.zeros(50), labels) == 0  # a constant guess
+            assert finetune_glue.METRICS[name](predicted, labels) == pytest.approx(
+                expected(labels, predicted)
+            )
+            assert (
+                name == "accuracy" or finetune_glue.METRICS[name](np.zeros(50), labels) == 0
+            )  # a constant guess
 
 
-RTE, STSB, SST2 = "index\tsentence1\tsentence2\tlabel\n", "sentence1\tsentence2\tscore\n", "sentence\tlabel\n"
+RTE, STSB, SST2 = (
+    "index\tsentence1\tsentence2\tlabel\n",
+    "sentence1\tsentence2\tscore\n",
+    "sentence\tlabel\n",
+)
 QQP, QQP_TEST = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n", "id\tquestion1\tquestion2\n"
-MNLI, HUB = "index\tsentence1\tsentence2\tx\tgold_label\n", dict(premise=["p"], hypothesis=["h"], label=[2], idx=[5])
+MNLI, HUB = (
+    "index\tsentence1\tsentence2\tx\tgold_label\n",
+    dict(premise=["p"], hypothesis=["h"], label=[2], idx=[5]),
+)
 GLUE_FILES = [  # task, file, its contents, the rows: (sentences, labels, index), or what is said
     ("cola", "train", 'a\t1\t\tIt "rained.\na\t0\t*\tMe\u2028went\x85 there.\n',  # no header
      ([('It "rained.',), ("Me\u2028went\x85 there.",)], [1, 0], [0, 1])),
@@ -1420,7 +1822,9 @@ GLUE_FILES = [  # task, file, its contents, the rows: (sentences, labels, index)
 
 
 @pytest.mark.parametrize("task, file, contents, expected", GLUE_FILES)
-def test_glue_files_of_both_layouts_and_what_is_wrong_with_them(task, file, contents, expected, monkeypatch, capsys):
+def test_glue_files_of_both_layouts_and_what_is_wrong_with_them(
+    task, file, contents, expected, monkeypatch, capsys
+):
     import datasets
 
     path = put_glue("data", task, file, contents)
@@ -1436,9 +1840,16 @@ def test_glue_files_of_both_layouts_and_what_is_wrong_with_them(task, file, cont
             assert (str(path) if folder else "nyu-mll/glue mnli train") in said
             continue
         rows, said = finetune_glue.read(task, file, folder), capsys.readouterr().out
-        assert (rows.inputs, None if rows.labels is None else rows.labels.tolist(), rows.index) == expected
+        assert (
+            rows.inputs,
+            None if rows.labels is None else rows.labels.tolist(),
+            rows.index,
+        ) == expected
         assert ("3 malformed rows skipped" in said) == ((task, file) == ("qqp", "train"))
-        assert f"{len(rows.index)} rows; the benchmark has {finetune_glue.TASKS[task].rows[file]}" in said
+        assert (
+            f"{len(rows.index)} rows; the benchmark has {finetune_glue.TASKS[task].rows[file]}"
+            in said
+        )
 
 
 def glue_arguments(flags="") -> list[str]:
@@ -1452,9 +1863,15 @@ def finetune(flags=""):
 
 def glue_run(task, flags=""):
     """What a run is made of: the arguments, the tokenizer, the variant, data."""
-    args, config = finetune_glue.parse_args(glue_arguments(flags)), finetune_glue.load_model("model").config
+    args, config = (
+        finetune_glue.parse_args(glue_arguments(flags)),
+        finetune_glue.load_model("model").config,
+    )
     tokenizer = finetune_glue.read_tokenizer(args, config)
-    data = {file: finetune_glue.encode(finetune_glue.read(task, file, "glue"), tokenizer) for file in ("train", "dev")}
+    data = {
+        file: finetune_glue.encode(finetune_glue.read(task, file, "glue"), tokenizer)
+        for file in ("train", "dev")
+    }
     return args, tokenizer, finetune_glue.variants(args, config)[0], data
 
 
@@ -1466,18 +1883,39 @@ def test_a_learnable_task_is_learned_from_end_to_end(capsys):
     assert min(row["mean"] for row in rows) > 0.8 and rows[0]["mean"] > 0.9
     cola = f"| CoLA | matthews | pre+scan+post PSM, map | {rows[0]['mean']:.3f} ± {rows[0]['sd']:.3f} | – | – |"
     assert cola in printed and cola in (out / "results.md").read_text()
-    assert [run["settings"]["task"] for run in runs] == ["cola", "cola", "mrpc", "mrpc", "stsb", "stsb"]
+    assert [run["settings"]["task"] for run in runs] == [
+        "cola",
+        "cola",
+        "mrpc",
+        "mrpc",
+        "stsb",
+        "stsb",
+    ]
     for run in runs:
-        assert run["rows"] == dict(train=256, dev=64) and run["config"]["pattern"] == "WH" and run["seconds"] > 0
-        assert "torch " + torch.__version__.split("+")[0] in run["machine"]  # without +cpu or +cu130
+        assert (
+            run["rows"] == dict(train=256, dev=64)
+            and run["config"]["pattern"] == "WH"
+            and run["seconds"] > 0
+        )
+        assert (
+            "torch " + torch.__version__.split("+")[0] in run["machine"]
+        )  # without +cpu or +cu130
 
     lines = [line.split("\t") for line in (out / "submission/CoLA.tsv").read_text().splitlines()]
     sentences = [row.split() for (row,) in finetune_glue.read("cola", "test", "glue").inputs]
-    assert sum((cell == "1") == ("w1" in words) for (_, cell), words in zip(lines[1:], sentences)) >= 15
-    assert len(set((out / "submission/STS-B.tsv").read_text().splitlines())) == 17  # regression is in float32
+    assert (
+        sum((cell == "1") == ("w1" in words) for (_, cell), words in zip(lines[1:], sentences))
+        >= 15
+    )
+    assert (
+        len(set((out / "submission/STS-B.tsv").read_text().splitlines())) == 17
+    )  # regression is in float32
 
     (folder,) = (path for path in out.glob("cola-*-seed0") if path.is_dir())
-    model, tokenizer = Classifier.from_pretrained(folder), train_mlm.load_tokenizer(str(folder / "tokenizer.json"))
+    model, tokenizer = (
+        Classifier.from_pretrained(folder),
+        train_mlm.load_tokenizer(str(folder / "tokenizer.json")),
+    )
     assert json.loads((folder / "tokenizer.json").read_text())["truncation"] is None
     for text, label in (("w7 w1 w9", 1), ("w12 w0", 0)):
         assert model(torch.tensor([tokenizer.encode(text).ids])).logits.argmax() == label
@@ -1491,11 +1929,17 @@ def test_a_run_repeats_by_seed_and_depends_on_variant_and_side():
 
     expected = logits()
     assert torch.equal(expected, logits())
-    for changes in (dict(seed=1), dict(psm=()), *(dict(pooling=kind) for kind in ("cls", "mean", "attn"))):
+    for changes in (
+        dict(seed=1),
+        dict(psm=()),
+        *(dict(pooling=kind) for kind in ("cls", "mean", "attn")),
+    ):
         assert (expected - logits(**changes)).abs().max() > 2e-5, changes
     assert (logits(lr=1e-30) - logits(seed=1, lr=1e-30)).abs().max() > 1e-3  # each has its own head
     assert (expected - logits(side="right")).abs().max() < 2e-6
-    assert (expected - logits(side="right", psm=())).abs().max() > 2e-5  # the convolution looks to both sides
+    assert (
+        expected - logits(side="right", psm=())
+    ).abs().max() > 2e-5  # the convolution looks to both sides
 
 
 def test_a_sweep_goes_on_where_it_stopped(monkeypatch, capsys):
@@ -1527,7 +1971,10 @@ def test_a_sweep_goes_on_where_it_stopped(monkeypatch, capsys):
 
     assert seeds("--predict") == [0]  # needs the model, of the first seed
     put_glue("glue", "cola", "test", "index\tsentence\n0\tw1\n")
-    assert seeds("--predict") == [] and len(Path("out/submission/CoLA.tsv").read_text().splitlines()) == 2
+    assert (
+        seeds("--predict") == []
+        and len(Path("out/submission/CoLA.tsv").read_text().splitlines()) == 2
+    )
 
     assert seeds("--lr 1e-2") == [0, 1]  # other settings are other runs
     for file, old, new in (  # so are other data and models, of the same size
@@ -1538,16 +1985,26 @@ def test_a_sweep_goes_on_where_it_stopped(monkeypatch, capsys):
         put(file, re.sub(old, new, Path(file).read_text()))
         assert seeds() == [0, 1]
     stops[0] = FloatingPointError("too fast")
-    refused(seeds, "--lr 3e-2", said=r"cola, pre\+scan\+post PSM, map, seed 0: too fast; a lower --lr helps")
+    refused(
+        seeds,
+        "--lr 3e-2",
+        said=r"cola, pre\+scan\+post PSM, map, seed 0: too fast; a lower --lr helps",
+    )
     assert calls == [0, 1]  # the other is run all the same
 
 
 def test_pairs_are_cut_at_the_longer_and_have_token_types():
     _, tokenizer, _, _ = glue_run("cola", "--max-length 16")
-    long, short, pad = " ".join(WORDLIST[:20]), " ".join(WORDLIST[20:24]), tokenizer.token_to_id("[PAD]")
+    long, short, pad = (
+        " ".join(WORDLIST[:20]),
+        " ".join(WORDLIST[20:24]),
+        tokenizer.token_to_id("[PAD]"),
+    )
     rows = finetune_glue.Rows([(long, short), (short, long), (long,), (short,)], None, [])
     for side, before, after in (("right", 0, 10), ("left", 10, 0)):
-        ids, mask, types = finetune_glue.collate(finetune_glue.encode(rows, tokenizer), np.arange(4), pad, side)
+        ids, mask, types = finetune_glue.collate(
+            finetune_glue.encode(rows, tokenizer), np.arange(4), pad, side
+        )
         assert [" ".join(map(tokenizer.id_to_token, row)) for row in ids.tolist()] == [
             f"[CLS] {' '.join(WORDLIST[:9])} [SEP] {short} [SEP]",
             f"[CLS] {short} [SEP] {' '.join(WORDLIST[:9])} [SEP]",
@@ -1560,19 +2017,30 @@ def test_pairs_are_cut_at_the_longer_and_have_token_types():
 
 def test_batches_of_like_length_give_what_single_rows_give():
     args, _, _, data = glue_run("mrpc", "--padding-side left")
-    model, data, rows = Classifier.from_pretrained("model", num_labels=1), data["dev"], np.arange(64)
+    model, data, rows = (
+        Classifier.from_pretrained("model", num_labels=1),
+        data["dev"],
+        np.arange(64),
+    )
     singly = [model(*finetune_glue.collate(data, [i], 0, "left")).logits.item() for i in rows]
     assert finetune_glue.predict(model, data, 0, args) == pytest.approx(singly, rel=1e-4)
 
     def pads(batches):
-        return sum((finetune_glue.collate(data, batch, 0, "left")[1] == 0).sum() for batch in batches)
+        return sum(
+            (finetune_glue.collate(data, batch, 0, "left")[1] == 0).sum() for batch in batches
+        )
 
     batches = finetune_glue.batches(data, 4, 0)
-    assert pads(batches) < pads(rows.reshape(-1, 4)) / 2 and sorted(np.concatenate(batches)) == list(rows)
+    assert pads(batches) < pads(rows.reshape(-1, 4)) / 2 and sorted(
+        np.concatenate(batches)
+    ) == list(rows)
 
 
 def test_submissions_are_written_as_the_benchmark_wants_them(monkeypatch):
-    tokenizer, args = train_mlm.load_tokenizer("model/tokenizer.json"), finetune_glue.parse_args(glue_arguments())
+    tokenizer, args = (
+        train_mlm.load_tokenizer("model/tokenizer.json"),
+        finetune_glue.parse_args(glue_arguments()),
+    )
     Path("out").mkdir()
     for task, predicted, cells in (
         ("mnli", [1, 0, 2], ["neutral", "entailment", "contradiction"]),
@@ -1581,9 +2049,13 @@ def test_submissions_are_written_as_the_benchmark_wants_them(monkeypatch):
         files = finetune_glue.TASKS[task].files("test").values()
         for file in files:
             put_glue("glue", task, file, "index\tsentence1\tsentence2\n" + "0\ta\tb\n" * 3)
-        monkeypatch.setattr(finetune_glue, "predict", lambda *_, predicted=predicted: np.array(predicted))
+        monkeypatch.setattr(
+            finetune_glue, "predict", lambda *_, predicted=predicted: np.array(predicted)
+        )
         finetune_glue.submit(task, None, tokenizer, args)
-        expected = "".join(f"{i}\t{cell}\n" for i, cell in (("index", "prediction"), *enumerate(cells)))
+        expected = "".join(
+            f"{i}\t{cell}\n" for i, cell in (("index", "prediction"), *enumerate(cells))
+        )
         for name in ("STS-B",) if task == "stsb" else ("MNLI-m", "MNLI-mm", "AX"):
             assert Path(f"out/submission/{name}.tsv").read_text() == expected
 
@@ -1592,18 +2064,42 @@ def test_variants_of_the_papers_tables(capsys):
     for file in ("train", "dev_matched", "dev_mismatched"):
         put_glue("glue", "mnli", file, MNLI + "0\tw1\tw2\tx\tneutral\n1\tw3\tw4\tx\tentailment\n")
     save_model("model", pattern="MT", causal_conv=True)
-    same, equal = "PSM or none is the same function", 'The means of "CLS" in its Table B4 are those of\n"MAP only"'
-    full, ablation = "pre+scan+post", {"Full": 0.837, "PSM only": 0.818, "MAP only": 0.820, "None": 0.805}
+    same, equal = (
+        "PSM or none is the same function",
+        'The means of "CLS" in its Table B4 are those of\n"MAP only"',
+    )
+    full, ablation = (
+        "pre+scan+post",
+        {"Full": 0.837, "PSM only": 0.818, "MAP only": 0.820, "None": 0.805},
+    )
     for flags, name, expected, psm in (
         ("--ablation", "ablation", ablation, [full, full, "none", "none"]),
-        ("--poolings --padding-side left", "poolings", dict(map=0.837, attn=0.818, cls=0.820, mean=0.817), 4 * [full]),
+        (
+            "--poolings --padding-side left",
+            "poolings",
+            dict(map=0.837, attn=0.818, cls=0.820, mean=0.817),
+            4 * [full],
+        ),
     ):
         finetune(f"--tasks mnli --seeds 1 --epochs 1 {flags}")
-        printed, runs = capsys.readouterr().out, json.loads(Path(f"out/{name}.json").read_text())["runs"]
-        rows = re.findall(r"^\| MNLI-mm \| accuracy \| (.*?) \| \d\.\d+ \| (\d\.\d+) \|", printed, re.MULTILINE)
-        assert {name: float(score) for name, score in rows} == expected and printed.count("| MNLI-m |") == 4
-        assert [run["settings"]["psm"] for run in runs] == psm and equal in printed and "paper, 100 %" in printed
-        assert (same in printed) == (name == "ablation") and "average" not in printed  # of two columns
+        printed, runs = (
+            capsys.readouterr().out,
+            json.loads(Path(f"out/{name}.json").read_text())["runs"],
+        )
+        rows = re.findall(
+            r"^\| MNLI-mm \| accuracy \| (.*?) \| \d\.\d+ \| (\d\.\d+) \|", printed, re.MULTILINE
+        )
+        assert {name: float(score) for name, score in rows} == expected and printed.count(
+            "| MNLI-m |"
+        ) == 4
+        assert (
+            [run["settings"]["psm"] for run in runs] == psm
+            and equal in printed
+            and "paper, 100 %" in printed
+        )
+        assert (same in printed) == (
+            name == "ablation"
+        ) and "average" not in printed  # of two columns
 
 
 PAPER = "MMT" * 4
@@ -1627,7 +2123,10 @@ def test_the_papers_row_is_of_the_same_model_and_its_average_over_the_same_colum
         assert (paper[0] if paper else None) == cola and len(paper) in (0, 8), flags
     (args, variant), runs = papers(""), []
     for name, task in finetune_glue.TASKS.items():
-        scores = [{file: dict.fromkeys(task.metrics, score) for file in task.files("dev")} for score in (0.5, 1.5)]
+        scores = [
+            {file: dict.fromkeys(task.metrics, score) for file in task.files("dev")}
+            for score in (0.5, 1.5)
+        ]
         runs += [dict(task=name, scores=some) for some in scores]
     table, mean = finetune_glue.compare(args, {variant: runs})[1], np.mean(variant.paper)
     average = f"1.000 ± 0.707 | {mean:.3f} | {1 - mean:+.3f} |"
@@ -1643,10 +2142,16 @@ def test_bench_scan(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "mambapy.pscan", None)
     bench.main(["scan", "--sizes", "1,30,8,4", "1,2147483647,1536,16"])
     small, large = capsys.readouterr().out.split("| (b, l, d, n) = ")[1:]
-    assert re.match(r"\(1, 30, 8, 4\) .*\| loop \| \de-07 (\| [\d.e+]+ \(1.00×\) ){2}\| \d+ \|", small, re.DOTALL)
+    assert re.match(
+        r"\(1, 30, 8, 4\) .*\| loop \| \de-07 (\| [\d.e+]+ \(1.00×\) ){2}\| \d+ \|",
+        small,
+        re.DOTALL,
+    )
     assert re.search(r"\| reference \| \de-07 (\| [\d.e+]+ \([\d.]+×\) ){2}\| \d+ \|", small)
     assert "| pscan | import of mambapy.pscan halted" in small
-    assert re.search(r"^\(1, 2147483647, .*\| loop \| \de-07 (\| out of memory ){3}\|", large, re.DOTALL)
+    assert re.search(
+        r"^\(1, 2147483647, .*\| loop \| \de-07 (\| out of memory ){3}\|", large, re.DOTALL
+    )
 
 
 def test_bench_drift(monkeypatch, capsys):
@@ -1654,14 +2159,20 @@ def test_bench_drift(monkeypatch, capsys):
     monkeypatch.setattr(bench, "ROWS", 8)
     bench.main("drift --pads 0 5 --out drift".split())
     found, printed = json.loads(Path("drift.json").read_text()), capsys.readouterr().out
-    assert Path("drift.png").read_bytes().startswith(b"\x89PNG") and Path("drift.md").read_text().strip() in printed
+    assert (
+        Path("drift.png").read_bytes().startswith(b"\x89PNG")
+        and Path("drift.md").read_text().strip() in printed
+    )
     cases = [f"{conv}, pads {side}" for conv in ("causal", "centred") for side in ("right", "left")]
     for measure, small in zip(bench.DRIFTS, (1e-12, 1e-24, 1e-24)):
         forms = [found[f"{measure}, {case}"] for case in cases]
         assert all(len(form) == 7 and pads["0"] == 0 for form in forms for pads in form.values())
         assert all(form["pre+scan+post"]["5"] < small for form in forms)
         assert [form["none"]["5"] > small for form in forms] == [False, True, True, True]
-    l2, cosine = (found[f"{measure}, centred, pads left"]["none"]["5"] for measure in ("tokens_l2", "mean_cosine"))
+    l2, cosine = (
+        found[f"{measure}, centred, pads left"]["none"]["5"]
+        for measure in ("tokens_l2", "mean_cosine")
+    )
     assert 0 < cosine < 2 * l2**2 and f" | 0e+00 / {l2:.0e} |\n" in printed
 
     put("dev.tsv", "gj04\t1\t\tw1 w2 w3\ngj04\t0\t*\tw1 w2\n\n")
@@ -1686,7 +2197,9 @@ def small_pretrainings(monkeypatch):
 
     put("text.txt", "\n\n".join(f"w{i} w{i + 1} w{i + 2} " * (1 + i % 15) for i in range(300)))
     small = "--hidden-size 16 --num-heads 2 --intermediate-size 16 --d-state 2 --lr 3e-2".split()
-    for name, value in dict(SMALL=small, VOCAB_SIZE="100", STEPS=40, TOKENS=512, CAUSAL_TOO=["MT"]).items():
+    for name, value in dict(
+        SMALL=small, VOCAB_SIZE="100", STEPS=40, TOKENS=512, CAUSAL_TOO=["MT"]
+    ).items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench.subprocess, "run", here)
     monkeypatch.setattr(train_mlm.signal, "signal", lambda *_: None)  # not of a thread's concern
@@ -1700,20 +2213,35 @@ def test_bench_patterns(small_pretrainings, capsys, monkeypatch):
     assert [row[0] for row in rows] == ["T", "MT", "MT, causal"]
     names = ("tokenizer", "T-seed0", "MT-causal-seed0")
     assert len({Path(f"runs/{name}/tokenizer.json").read_bytes() for name in names}) == 1
-    made = [json.loads(Path(f"runs/{name}-seed0/args.json").read_text()) for name in ("MT", "MT-causal")]
+    made = [
+        json.loads(Path(f"runs/{name}-seed0/args.json").read_text()) for name in ("MT", "MT-causal")
+    ]
     assert [(run["causal_conv"], run["batch_size"]) for run in made] == [(False, 32), (True, 32)]
     monkeypatch.setattr(bench.subprocess, "run", None)  # a finished run is only read
     bench.main(flags.split())
     assert " | ".join(rows[1][:3]) in capsys.readouterr().out
     for more, name in (("--steps 4", "T-seed0"), ("--data words.json", "tokenizer")):
-        refused(bench.main, f"{flags} {more}".split(), said=f"runs/{name} was made with other flags")
+        refused(
+            bench.main, f"{flags} {more}".split(), said=f"runs/{name} was made with other flags"
+        )
 
 
 def test_bench_study(small_pretrainings, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     for study in bench.STUDIES.values():  # names make folders; flags are taken
-        assert len({train_mlm.parse_args([*bench.SMALL, *flags.split()]).pattern for flags in study.values()}) > 1
-    psm = {f"WM, {form}": f"--pattern WM --psm {form} --sample-by paragraph" for form in ("none", "pre+scan+post")}
+        assert (
+            len(
+                {
+                    train_mlm.parse_args([*bench.SMALL, *flags.split()]).pattern
+                    for flags in study.values()
+                }
+            )
+            > 1
+        )
+    psm = {
+        f"WM, {form}": f"--pattern WM --psm {form} --sample-by paragraph"
+        for form in ("none", "pre+scan+post")
+    }
     sizes = {f"M, hidden {h}": f"--pattern M --hidden-size {h} --steps {h}" for h in (8, 16)}
     monkeypatch.setattr(bench, "STUDIES", dict(psm=psm, sizes=sizes))
     bench.main("study psm --data text.txt --seeds 2 --out runs".split())
@@ -1721,7 +2249,11 @@ def test_bench_study(small_pretrainings, capsys, monkeypatch):
     trained, left, four, none = found["WM"]["pre+scan+post"].values()
     logged = list(map(bench.held_out_loss, Path("runs").glob("WM-pre+scan+post-seed?")))
     assert len(logged) == 2 and trained == pytest.approx(bench.statistics.mean(logged), abs=1e-4)
-    assert left == pytest.approx(trained) and four == pytest.approx(trained) and none == pytest.approx(trained)
+    assert (
+        left == pytest.approx(trained)
+        and four == pytest.approx(trained)
+        and none == pytest.approx(trained)
+    )
     trained, left, four, none = found["WM"]["none"].values()
     assert len({round(x, 5) for x in (trained, left, four, none)}) == 4
     assert f"| WM, none | {trained:.3f} ± " in printed and Path("runs/psm.png").exists()
@@ -1734,22 +2266,33 @@ def test_bench_recall(capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     for pairs in (1, 12, 16):
         ids, labels = bench.recall_rows(50, 64, pairs, torch.Generator().manual_seed(0))
-        items, asked, known = ids[:, : -2 * pairs].unflatten(1, (-1, 2)), ids[:, -2 * pairs :], labels[:, -2 * pairs :]
+        items, asked, known = (
+            ids[:, : -2 * pairs].unflatten(1, (-1, 2)),
+            ids[:, -2 * pairs :],
+            labels[:, -2 * pairs :],
+        )
         pair = (items[..., 0] < bench.VALUES.start) & (items[..., 1] < bench.FILLERS.start)
         assert asked[:, 1::2].eq(bench.MASK).all() and known[:, ::2].eq(train_mlm.IGNORED).all()
         for row in range(50):
             values = items[row][pair[row]].tolist()
             assert (
-                dict(values) == dict(zip(asked[row, ::2].tolist(), known[row, 1::2].tolist())) and len(values) == pairs
+                dict(values) == dict(zip(asked[row, ::2].tolist(), known[row, 1::2].tolist()))
+                and len(values) == pairs
             )
     for name, value in dict(PAIRS=(1, 3), MOST_PAIRS=3, LENGTHS=(16, 32)).items():
         monkeypatch.setattr(bench, name, value)
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(
+        bench, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs)
+    )
     bench.main("recall --patterns T MT --steps 4 --seeds 2 --out runs".split())
     found, printed = json.loads(Path("runs/recall.json").read_text()), capsys.readouterr().out
-    assert list(found) == ["made", "16 tokens", "32 tokens"] and 0 <= found["16 tokens"]["MT"]["3"] <= 1
     assert (
-        len(re.findall(r"^\| M?T \| \d\.\d{3} ± .*", printed, re.MULTILINE)) == 4 and Path("runs/recall.png").exists()
+        list(found) == ["made", "16 tokens", "32 tokens"]
+        and 0 <= found["16 tokens"]["MT"]["3"] <= 1
+    )
+    assert (
+        len(re.findall(r"^\| M?T \| \d\.\d{3} ± .*", printed, re.MULTILINE)) == 4
+        and Path("runs/recall.png").exists()
     )
     monkeypatch.setattr(bench.torch, "manual_seed", None)  # finished runs are only read
     bench.main("recall --patterns T MT --steps 4 --seeds 2 --out runs".split())
@@ -1758,17 +2301,30 @@ def test_bench_recall(capsys, monkeypatch):
 
 def test_the_baselines_have_the_parameters_of_the_papers_table():
     pytest.importorskip("transformers")
-    known = dict(zip(bench.BASELINES, (109_483_778, 11_685_122, 148_660_994, 128_060_930, 184_423_682)))
-    known |= {"ModernBERT": 149_606_402, "MaBERT": 120_163_586, "T12": 108_895_490, "M12": 125_797_634}
+    known = dict(
+        zip(bench.BASELINES, (109_483_778, 11_685_122, 148_660_994, 128_060_930, 184_423_682))
+    )
+    known |= {
+        "ModernBERT": 149_606_402,
+        "MaBERT": 120_163_586,
+        "T12": 108_895_490,
+        "M12": 125_797_634,
+    }
     known |= {"MW6": known["M12"], "H12": 117_388_034}
-    found = {name: sum(p.numel() for p in bench.build(name, 512, "meta").parameters()) for name in bench.MODELS}
+    found = {
+        name: sum(p.numel() for p in bench.build(name, 512, "meta").parameters())
+        for name in bench.MODELS
+    }
     assert found.pop("MaBERT-211M") == pytest.approx(205.322e6, rel=0.03)  # the paper's
     assert found == known
 
 
 def test_operations_of_a_layer_and_of_a_step():
     """By hand: h 768, d 1536, r 48, n 16, k 4, feed-forward 3072."""
-    m, head = 768 * 3072 + 1536 * (48 + 32) + 48 * 1536 + 1536 * 768 + 2 * 768 * 3072 + 4 * 1536, 768 * (768 + 30522)
+    m, head = (
+        768 * 3072 + 1536 * (48 + 32) + 48 * 1536 + 1536 * 768 + 2 * 768 * 3072 + 4 * 1536,
+        768 * (768 + 30522),
+    )
     for length in (1, 128, 512):
         t = 4 * 768**2 + 2 * 768 * 3072 + 2 * length * 768
         assert bench.layer_flops("M", length) == length * (2 * m + 7 * 1536 * 16)
@@ -1779,7 +2335,10 @@ def test_operations_of_a_layer_and_of_a_step():
 
 def test_headline_ratios_of_the_papers_own_figures():
     mean, less = "mean of the paper's baselines", "the same without DeBERTa-v3"
-    for measure, headlines in (("training", {mean: 2.36, less: 1.73}), ("latency", {mean: 2.43, less: 1.55})):
+    for measure, headlines in (
+        ("training", {mean: 2.36, less: 1.73}),
+        ("latency", {mean: 2.43, less: 1.55}),
+    ):
         values = {name: bench.paper_value(name, measure, 4096) for name in bench.MODELS}
         found = bench.ratios(values, "MaBERT")
         assert {what: found[what] for what in headlines} == pytest.approx(headlines, abs=0.005)
@@ -1790,15 +2349,30 @@ def test_headline_ratios_of_the_papers_own_figures():
 @pytest.fixture
 def small_peers(monkeypatch):
     """The models of bench.py efficiency in small."""
-    base = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=60)
-    base |= dict(max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1)
+    base = dict(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=60,
+    )
+    base |= dict(
+        max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1
+    )
     own = {"ALBERT": dict(embedding_size=8), "BigBird": dict(block_size=8)}
     own["Longformer"] = dict(max_position_embeddings=34, attention_window=8, pad_token_id=1)
-    own["DeBERTa-v3"] = bench.DEBERTA | dict(position_buckets=8, pooler_hidden_size=16, vocab_size=60)
-    small = {name: (family, base | own.get(name, {})) for name, (family, _) in bench.TRANSFORMERS.items()}
+    own["DeBERTa-v3"] = bench.DEBERTA | dict(
+        position_buckets=8, pooler_hidden_size=16, vocab_size=60
+    )
+    small = {
+        name: (family, base | own.get(name, {})) for name, (family, _) in bench.TRANSFORMERS.items()
+    }
     patterns = dict(MaBERT="MMT", T12="TT", M12="MM", MW6="MW", H12="HH")
     own = {name: vars(tiny(pattern)) for name, pattern in patterns.items()}
-    alone = dict(release=lambda: None, alone=lambda function, *args: bench.attempt(lambda: 1.0 + function(*args)))
+    alone = dict(
+        release=lambda: None,
+        alone=lambda function, *args: bench.attempt(lambda: 1.0 + function(*args)),
+    )
     for name, value in dict(TRANSFORMERS=small, OURS=own, MODELS=[*small, *own], **alone).items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setitem(bench.PROTOCOL, "cpu", ([], 8, 7, 0.1))
@@ -1815,12 +2389,18 @@ def test_bench_efficiency(device, small_peers, capsys):
     efficiency(f"--device {device} --lengths 16 128 --seconds 0.1 --out efficiency", bench.MODELS)
     text = capsys.readouterr().out
     assert Path("efficiency.md").read_text().strip() == text.strip()
-    assert all(f"Table {name}" in text for name in ("B5", "B6", "B7")) and "Ratios at 128 tokens" in text
+    assert (
+        all(f"Table {name}" in text for name in ("B5", "B6", "B7"))
+        and "Ratios at 128 tokens" in text
+    )
     found = json.loads(Path("efficiency.json").read_text())
     cells = [found[measure][name] for measure in bench.MEASURES for name in bench.MODELS]
     assert all(isinstance(values[length], float) for values in cells for length in ("16", "128"))
     bert, own = (found["latency"][name]["128"] for name in ("BERT", "MaBERT"))
-    assert f"| {bench.shown(bert, '5.22')} |" in text and f"| {bench.shown(bert / own, 5.220 / 9.160)} |" in text
+    assert (
+        f"| {bench.shown(bert, '5.22')} |" in text
+        and f"| {bench.shown(bert / own, 5.220 / 9.160)} |" in text
+    )
     assert "From 957 tokens on" in text
     assert Path("efficiency.png").read_bytes().startswith(b"\x89PNG")
     if device == "cuda":
@@ -1862,7 +2442,10 @@ def test_efficiency_takes_the_fastest_setting(small_peers, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", compiled)
     efficiency("--device cpu --lengths 256 --fastest", ["MaBERT", "T12"])
     out, told = capsys.readouterr()
-    assert len(re.findall(r"\| MaBERT \| \S+ \| [\d.]+ \(compiled\) \|\n", out)) == 2 and "B5" not in out
+    assert (
+        len(re.findall(r"\| MaBERT \| \S+ \| [\d.]+ \(compiled\) \|\n", out)) == 2
+        and "B5" not in out
+    )
     assert len(re.findall(r"\| T12 \| \S+ \| [\d.]+ \(plain\) \|\n", out)) == 2
     assert "T12, compiled: no such graph\n" in told
 
@@ -1871,14 +2454,32 @@ def test_efficiency_compiles_every_model_and_never_falls_back(small_peers, monke
     compile, graphs = torch.compile, []
 
     def compiled(model, **options):
-        return compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph, dynamic=False)
+        return compile(
+            model, backend=lambda graph, inputs: graphs.append(graph) or graph, dynamic=False
+        )
 
-    monkeypatch.setattr(bench, "OURS", {pattern: vars(tiny(pattern)) for pattern in ("M", "H", "T", "TT", "TTT")})
+    monkeypatch.setattr(
+        bench, "OURS", {pattern: vars(tiny(pattern)) for pattern in ("M", "H", "T", "TT", "TTT")}
+    )
     monkeypatch.setattr(torch, "compile", compiled)
-    args = dict(settings=list(bench.SETTINGS)[1:], fastest=True, device="cpu", batch_size=2, rounds=5, seconds=0)
+    args = dict(
+        settings=list(bench.SETTINGS)[1:],
+        fastest=True,
+        device="cpu",
+        batch_size=2,
+        rounds=5,
+        seconds=0,
+    )
     cells = {what: {name: {} for name in bench.OURS} for what in ("latency", "training")}
-    bench.measure(8, argparse.Namespace(models=list(bench.OURS), **args), cells, bench.collections.defaultdict(list))
-    assert all(isinstance(values[8], float) for models in cells.values() for values in models.values())
+    bench.measure(
+        8,
+        argparse.Namespace(models=list(bench.OURS), **args),
+        cells,
+        bench.collections.defaultdict(list),
+    )
+    assert all(
+        isinstance(values[8], float) for models in cells.values() for values in models.values()
+    )
     assert len(graphs) == 5 * 2 * 2  # models of one class, settings, runs
 
 
@@ -1891,12 +2492,23 @@ def test_calls_take_turns_and_tell_why_they_fail():
             raise RuntimeError("twice")
         return times[order.count(name) - 1]
 
-    found = bench.in_turns({name: lambda name=name: call(name) for name in "abc"}, rounds=20, seconds=0)
+    found = bench.in_turns(
+        {name: lambda name=name: call(name) for name in "abc"}, rounds=20, seconds=0
+    )
     assert "".join(order) == "abcabc" + "ab" * 3 and found == {"a": 2.0, "b": 2.0, "c": "twice"}
-    why = {torch.OutOfMemoryError(): "out of memory", RuntimeError("can't allocate memory: x"): "out of memory"}
-    why |= {BrokenProcessPool("x"): "out of memory", ValueError(): "ValueError", RuntimeError("a\nb"): "a"}
+    why = {
+        torch.OutOfMemoryError(): "out of memory",
+        RuntimeError("can't allocate memory: x"): "out of memory",
+    }
+    why |= {
+        BrokenProcessPool("x"): "out of memory",
+        ValueError(): "ValueError",
+        RuntimeError("a\nb"): "a",
+    }
     for error, said in why.items():
-        assert bench.attempt(raising(error)) == said and bench.shown(said, 5.0) == f"– ({said}; 5.00)"
+        assert (
+            bench.attempt(raising(error)) == said and bench.shown(said, 5.0) == f"– ({said}; 5.00)"
+        )
 
 
 # ---- What the scripts refuse, and with which words ----
@@ -1988,7 +2600,9 @@ def test_scripts_refuse_what_does_not_fit_and_leave_nothing(row, monkeypatch):
     if package := re.search("package (\\w+)", said):
         monkeypatch.setitem(sys.modules, package[1], None)
     script, _, flags = command.partition(" ")
-    main = dict(mabert=mabert.main, bench=bench.main, train=pretrain, glue=finetune_as_a_script)[script]
+    main = dict(mabert=mabert.main, bench=bench.main, train=pretrain, glue=finetune_as_a_script)[
+        script
+    ]
     message = refused(main, flags if script in ("train", "glue") else shlex.split(flags), said=said)
     assert script in ("train", "glue") or "\n" not in message
     assert not list(Path("run").glob("[!.]*")) and not list(Path("out").glob("*.json"))
@@ -2003,7 +2617,11 @@ def test_an_unreachable_hub_is_explained(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "none")
     advice = "without the hub, pass --data PATH, and --tokenizer a tokenizer.json or --vocab-size N"
     refused(train_mlm.main, [], said=f"cannot load wikimedia/wikipedia: .*\n{advice}")
-    refused(train_mlm.main, ["--data", "corpus.txt"], said=f"cannot load the tokenizer google-bert/.*\n{advice}")
+    refused(
+        train_mlm.main,
+        ["--data", "corpus.txt"],
+        said=f"cannot load the tokenizer google-bert/.*\n{advice}",
+    )
     said = "cannot read nyu-mll/glue cola train: .*\nwithout the hub, pass --data-dir"
     refused(finetune_glue.read, "cola", "train", None, said=said)
 
@@ -2013,9 +2631,13 @@ def test_an_unreachable_hub_is_explained(monkeypatch):
 
 def test_the_readmes_examples_work_and_its_flags_exist(capsys):
     blocks = re.findall(r"(?ms)^```(python|sh)\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"))
-    python, shell = ([code for language, code in blocks if language == name] for name in ("python", "sh"))
-    tokenizer = train_mlm.train_tokenizer(["return the function of a list of strings that opens"] * 3, 200)
-    config = tiny("MT", hidden_size=128, vocab_size=train_mlm.vocab_size(tokenizer))
+    python, shell = (
+        [code for language, code in blocks if language == name] for name in ("python", "sh")
+    )
+    tokenizer = train_mlm.train_tokenizer(
+        ["return the function of a list of strings that opens"] * 3, 200
+    )
+    config = tiny("MT", hidden_size=128, vocab_size=train_mlm.vocabulary_size(tokenizer))
     build(MaBERTForMaskedLM, config, torch.float32).save_pretrained("out/demo")
     tokenizer.save("out/demo/tokenizer.json")
     for code in python:

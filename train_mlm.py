@@ -55,7 +55,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
@@ -65,7 +73,12 @@ from mabert import PSM_STAGES, MaBERT, MaBERTConfig, MaBERTForMaskedLM, torch_lo
 
 RANK, LOCAL_RANK, PROCESSES, RESTARTS = (
     int(os.environ.get(name, n))
-    for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("TORCHELASTIC_RESTART_COUNT", 0))
+    for name, n in (
+        ("RANK", 0),
+        ("LOCAL_RANK", 0),
+        ("WORLD_SIZE", 1),
+        ("TORCHELASTIC_RESTART_COUNT", 0),
+    )
 )
 tqdm = functools.partial(tqdm, disable=RANK > 0)  # of torchrun's processes the first speaks
 
@@ -75,13 +88,35 @@ HUB_CORPUS = (("wikimedia/wikipedia", "20231101.en"), ("lucadiliello/bookcorpuso
 HUB_TOKENIZER = "google-bert/bert-base-uncased"
 WITHOUT_HUB = "without the hub, pass --data PATH, and --tokenizer a tokenizer.json or --vocab-size N to train one"
 MAX_VOCAB = 65_535  # token ids are kept as uint16
-MODEL = ("pattern", "hidden_size", "num_heads", "intermediate_size", "d_state", "dropout")  # fields of MaBERTConfig
-DEMO = dict(out="out/demo", vocab_size=4096, pattern="MWT", hidden_size=128, num_heads=4, intermediate_size=512)
-DEMO |= dict(d_state=8, dropout=0.0, steps=1000, length_schedule=[(64, 1.0)], batch_size=24, bucket=True, lr=2e-3)
+MODEL = (
+    "pattern",
+    "hidden_size",
+    "num_heads",
+    "intermediate_size",
+    "d_state",
+    "dropout",
+)  # fields of MaBERTConfig
+DEMO = dict(
+    out="out/demo",
+    vocab_size=4096,
+    pattern="MWT",
+    hidden_size=128,
+    num_heads=4,
+    intermediate_size=512,
+)
+DEMO |= dict(
+    d_state=8,
+    dropout=0.0,
+    steps=1000,
+    length_schedule=[(64, 1.0)],
+    batch_size=24,
+    bucket=True,
+    lr=2e-3,
+)
 DEMO |= dict(warmup_steps=100, mask_rate=0.3, eval_every=200, log_every=25)
 
 
-def number(kind: type, low: float, high: float = math.inf):
+def bounded(kind: type, low: float, high: float = math.inf):
     """A type for argparse: an int or a float, finite, in [low, high)."""
 
     def parse(text: str):
@@ -93,21 +128,23 @@ def number(kind: type, low: float, high: float = math.inf):
     return parse
 
 
-def psm(text: str) -> tuple[str, ...]:
+def psm_stages(text: str) -> tuple[str, ...]:
     """A type for argparse: stages of padding-safe masking, joined by +, or none."""
     stages = () if text == "none" else tuple(text.split("+"))
     if not set(stages) <= set(PSM_STAGES):
-        raise argparse.ArgumentTypeError(f"{text!r} is not none, or any of {', '.join(PSM_STAGES)} joined by +")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not none, or any of {', '.join(PSM_STAGES)} joined by +"
+        )
     return stages
 
 
 def length_share(text: str) -> tuple[int, float]:
     length, share = text.split(":")
-    return number(int, 8, 2**16)(length), number(float, 1e-9, 1.01)(share)
+    return bounded(int, 8, 2**16)(length), bounded(float, 1e-9, 1.01)(share)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    base, positive, about = MaBERTConfig(), number(int, 1), argparse.ArgumentDefaultsHelpFormatter
+    base, positive, about = MaBERTConfig(), bounded(int, 1), argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
         usage="python train_mlm.py [--demo] [--data PATH ...] [--steps N] ...: --help lists all flags",
         description="Pretrain MaBERT with masked language modelling. Defaults are the paper's protocol.",
@@ -120,7 +157,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--out", default="out/mlm", help="the run's folder")
     one_of("--resume", action="store_true", help="go on after the newest checkpoint in --out, if there is one")
     one_of("--overwrite", action="store_true", help="replace the run that --out holds")
-    add("--seed", type=number(int, 0), default=0, help="of all that is random")
+    add("--seed", type=bounded(int, 0), default=0, help="of all that is random")
     add("--save-every", type=positive, default=1_000, help="steps between checkpoints; the last step gets one too")
     add("--keep", type=positive, default=3, help="checkpoints to keep, the last ones")
     add("--eval-every", type=positive, default=1_000, help="steps between held-out losses")
@@ -135,12 +172,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         ".txt file: all of it, a block between blank lines, a line")
     one_of = group.add_mutually_exclusive_group().add_argument
     one_of("--tokenizer", help=f"a tokenizer.json or a name on the hub; without --vocab-size, {HUB_TOKENIZER}")
-    one_of("--vocab-size", type=number(int, 100, MAX_VOCAB + 1), help="train a tokenizer of so many pieces on the text")
+    one_of("--vocab-size", type=bounded(int, 100, MAX_VOCAB + 1), help="train a tokenizer of so many pieces on the text")
     add = parser.add_argument_group("model").add_argument
     for name in MODEL:
         default = getattr(base, name)
         add(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"see MaBERTConfig.{name}")
-    add("--psm", type=psm, default="+".join(base.psm), metavar="STAGES", help="stages of padding-safe masking, or none")
+    add("--psm", type=psm_stages, default="+".join(base.psm), metavar="STAGES", help="stages of padding-safe masking, or none")
     add("--causal-conv", action=argparse.BooleanOptionalAction, default=base.causal_conv, help="or one that is centred")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, default=1_000_000, help="the paper's budgets: 100000, 250000, 500000 and 1000000")
@@ -149,10 +186,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--batch-size", type=positive, default=256, help="rows per optimizer step")
     add("--micro-batch-size", type=positive, default=64, help="rows of the longest length that go through the "
         "model at once; of shorter ones more, at most as many tokens")
-    add("--lr", type=number(float, 1e-30), default=1e-4, help="peak learning rate")
-    add("--warmup-steps", type=number(int, 0), default=10_000, help="linear warm-up, never over a tenth of the run")
-    add("--weight-decay", type=number(float, 0), default=0.01, help="on matrices; none on biases, norms, A_log and D")
-    add("--mask-rate", type=number(float, 1e-9, 1), default=0.15, help="share of the tokens to predict")
+    add("--lr", type=bounded(float, 1e-30), default=1e-4, help="peak learning rate")
+    add("--warmup-steps", type=bounded(int, 0), default=10_000, help="linear warm-up, never over a tenth of the run")
+    add("--weight-decay", type=bounded(float, 0), default=0.01, help="on matrices; none on biases, norms, A_log and D")
+    add("--mask-rate", type=bounded(float, 1e-9, 1), default=0.15, help="share of the tokens to predict")
     add("--bucket", action="store_true", help="rows of like length together, from 32 batches at a time: less padding")
     add("--activation-checkpointing", action="store_true", help="less memory, more time, the same weights")
     add("--compile", action="store_true", help="torch.compile the encoder")
@@ -178,7 +215,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def model_config(args: argparse.Namespace, vocab_size: int, pad_token_id: int) -> MaBERTConfig:
     sizes = dict(vocab_size=vocab_size, pad_token_id=pad_token_id)
     sizes["max_position"] = max(length for length, _ in args.length_schedule)
-    return MaBERTConfig(**sizes, **{name: getattr(args, name) for name in (*MODEL, "psm", "causal_conv")})
+    return MaBERTConfig(
+        **sizes, **{name: getattr(args, name) for name in (*MODEL, "psm", "causal_conv")}
+    )
 
 
 # ---- Text: a list of corpora, each a Dataset of `datasets` with a column "text", a document a row ----
@@ -193,11 +232,17 @@ def demo_texts() -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of old escapes in the sources
         for file in tqdm(sorted(library.rglob("*.py")), unit="file", desc="reading docstrings"):
-            if {"site-packages", "dist-packages", "test", "tests"} & set(file.relative_to(library).parts):
+            if {"site-packages", "dist-packages", "test", "tests"} & set(
+                file.relative_to(library).parts
+            ):
                 continue
-            with contextlib.suppress(SyntaxError, ValueError, OSError):  # some files are broken, a few on purpose
+            with contextlib.suppress(
+                SyntaxError, ValueError, OSError
+            ):  # some files are broken, a few on purpose
                 nodes = ast.walk(ast.parse(file.read_bytes()))
-                texts += [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
+                texts += [
+                    ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)
+                ]
     return [text.encode("utf-8", "replace").decode() for text in dict.fromkeys(texts)]  # each once
 
 
@@ -206,9 +251,15 @@ def local_files(paths: list[str]) -> dict[str, list[str]]:
     builders, files = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}, {}
     for path in map(Path, paths):
         found = [path] if path.is_file() else path.rglob("*")
-        found = [file for file in found if file.suffix.lower() in builders and file.is_file() and file.stat().st_size]
+        found = [
+            file
+            for file in found
+            if file.suffix.lower() in builders and file.is_file() and file.stat().st_size
+        ]
         if not found:
-            raise SystemExit(f"--data: {path} is or has no {', '.join(builders)} file that is not empty")
+            raise SystemExit(
+                f"--data: {path} is or has no {', '.join(builders)} file that is not empty"
+            )
         for file in found:
             files.setdefault(builders[file.suffix.lower()], set()).add(str(file.resolve()))
     return {builder: sorted(names) for builder, names in files.items()}
@@ -224,12 +275,18 @@ def load_corpora(args: argparse.Namespace) -> list:
     files, corpora = local_files(args.data or []), []
     for name, config in [(kind, None) for kind in files] or HUB_CORPUS:
         options = dict(sample_by=args.sample_by) if name == "text" else {}
-        options["data_files"] = list(map(glob.escape, files.get(name, []))) or None  # names, not patterns
+        options["data_files"] = (
+            list(map(glob.escape, files.get(name, []))) or None
+        )  # names, not patterns
         try:
-            corpus = datasets.load_dataset(name, config, split="train", **options).select_columns("text")
+            corpus = datasets.load_dataset(name, config, split="train", **options).select_columns(
+                "text"
+            )
             if "string" not in (kind := corpus.features["text"].dtype):
                 raise ValueError(f"the column 'text' holds {kind}")
-        except Exception as error:  # datasets raises many kinds, most of them with the reason one level down
+        except (
+            Exception
+        ) as error:  # datasets raises many kinds, most of them with the reason one level down
             refuse_not_utf8(files)
             error = error.__cause__ or error
             if getattr(error, "errno", None) == errno.ENOSPC:
@@ -248,13 +305,17 @@ def refuse_not_utf8(files: dict[str, list[str]]):
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                raise SystemExit(f"{file}, line {i}: not UTF-8 ({error.reason}); convert it") from error
+                raise SystemExit(
+                    f"{file}, line {i}: not UTF-8 ({error.reason}); convert it"
+                ) from error
 
 
 # ---- Tokens ----
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-PART = 2**28  # bytes of text that are tokenized and kept together: an interrupted preparation loses no more
+PART = (
+    2**28
+)  # bytes of text that are tokenized and kept together: an interrupted preparation loses no more
 
 
 def pieces(text: str | None) -> list[str]:
@@ -272,8 +333,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     special = list(SPECIAL_TOKENS)
-    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special))
-    return in_form(tokenizer)
+    tokenizer.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special)
+    )
+    return in_our_form(tokenizer)
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -282,31 +345,41 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(name) if local else Tokenizer.from_pretrained(name)
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise SystemExit(f"cannot load the tokenizer {name}: {error}" + f"\n{WITHOUT_HUB}" * (not local)) from error
+        raise SystemExit(
+            f"cannot load the tokenizer {name}: {error}" + f"\n{WITHOUT_HUB}" * (not local)
+        ) from error
     if missing := [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]:
-        raise SystemExit(f"the tokenizer {name} has no {', '.join(missing)}; masked language modelling needs them")
-    if vocab_size(tokenizer) > MAX_VOCAB:
-        raise SystemExit(f"the tokenizer {name} has {vocab_size(tokenizer)} tokens; {MAX_VOCAB} is the most")
-    return in_form(tokenizer)
+        raise SystemExit(
+            f"the tokenizer {name} has no {', '.join(missing)}; masked language modelling needs them"
+        )
+    if vocabulary_size(tokenizer) > MAX_VOCAB:
+        raise SystemExit(
+            f"the tokenizer {name} has {vocabulary_size(tokenizer)} tokens; {MAX_VOCAB} is the most"
+        )
+    return in_our_form(tokenizer)
 
 
-def in_form(tokenizer: Tokenizer) -> Tokenizer:
+def in_our_form(tokenizer: Tokenizer) -> Tokenizer:
     """The form of our rows, whatever a file says: [CLS] a [SEP], or [CLS] a [SEP] b [SEP]; neither cut nor padded."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     special = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair=pair, special_tokens=special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair=pair, special_tokens=special
+    )
     return tokenizer
 
 
-def vocab_size(tokenizer: Tokenizer) -> int:
+def vocabulary_size(tokenizer: Tokenizer) -> int:
     """One more than the largest id; some tokenizers leave ids out."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 class Tokens(NamedTuple):
-    chunks: list[np.ndarray]  # token ids (uint16) without special tokens, in memory maps of whole documents
+    chunks: list[
+        np.ndarray
+    ]  # token ids (uint16) without special tokens, in memory maps of whole documents
     starts: np.ndarray  # (chunks + 1,): where they begin
     offsets: np.ndarray  # (documents + 1,): where documents begin, those that are not empty
     counts: np.ndarray  # (vocabulary,): how often each id occurs
@@ -337,8 +410,12 @@ def encode(corpus, tokenizer: Tokenizer):
     count = min(len(corpus), 1 + corpus.data.nbytes // PART)
     for i in range(count):
         part = corpus.shard(count, i, contiguous=True)
-        key = Hasher.hash((part._fingerprint, tokenizer.to_str(), "1"))  # of text and tokenizer, not of code
-        done = part.map(batch_ids, desc=f"tokens, part {i + 1}/{count}", new_fingerprint=key, **options)
+        key = Hasher.hash(
+            (part._fingerprint, tokenizer.to_str(), "1")
+        )  # of text and tokenizer, not of code
+        done = part.map(
+            batch_ids, desc=f"tokens, part {i + 1}/{count}", new_fingerprint=key, **options
+        )
         if len(done) != len(part):
             raise ValueError(f"{len(done)} documents instead of {len(part)}")
         for documents in done.data.column("ids").chunks:
@@ -347,7 +424,12 @@ def encode(corpus, tokenizer: Tokenizer):
 
 def tokenize(corpora: list, tokenizer: Tokenizer) -> Tokens:
     """The text as token ids; SystemExit where there are none to learn from."""
-    chunks, lengths, counts, checksum = [], [], np.zeros(vocab_size(tokenizer), dtype=np.int64), 0
+    chunks, lengths, counts, checksum = (
+        [],
+        [],
+        np.zeros(vocabulary_size(tokenizer), dtype=np.int64),
+        0,
+    )
     try:
         for ids, sizes in itertools.chain(*(encode(corpus, tokenizer) for corpus in corpora)):
             chunks.append(ids)
@@ -361,7 +443,9 @@ def tokenize(corpora: list, tokenizer: Tokenizer) -> Tokens:
             if (sizes < 0).any() or sizes.sum() != len(ids):
                 raise ValueError("documents have other lengths")
     except (OSError, ValueError) as error:
-        if isinstance(error, UnicodeDecodeError) or getattr(error, "errno", None):  # the text, a full disk
+        if isinstance(error, UnicodeDecodeError) or getattr(
+            error, "errno", None
+        ):  # the text, a full disk
             raise
         raise SystemExit(f"the cache of `datasets` is damaged ({error}); remove it") from error
     lengths = np.concatenate(lengths)
@@ -369,7 +453,9 @@ def tokenize(corpora: list, tokenizer: Tokenizer) -> Tokens:
     if offsets[-1] == 0:
         raise SystemExit("the corpus is empty: no text, or nothing that the tokenizer keeps")
     if counts[tokenizer.token_to_id("[UNK]")] > offsets[-1] / 2:
-        raise SystemExit("to the tokenizer most of the text is [UNK]: another language, or no pre-tokenizer?")
+        raise SystemExit(
+            "to the tokenizer most of the text is [UNK]: another language, or no pre-tokenizer?"
+        )
     return Tokens(chunks, np.cumsum([0, *map(len, chunks)]), offsets, counts, checksum)
 
 
@@ -406,7 +492,7 @@ class Vocabulary(NamedTuple):
     @classmethod
     def of(cls, tokenizer: Tokenizer):
         ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
-        is_special = np.isin(np.arange(vocab_size(tokenizer)), list(ids.values()))
+        is_special = np.isin(np.arange(vocabulary_size(tokenizer)), list(ids.values()))
         return cls(ids["[PAD]"], ids["[CLS]"], ids["[SEP]"], ids["[MASK]"], is_special)
 
 
@@ -417,7 +503,12 @@ class Rows:
     """
 
     def __init__(self, tokens: Tokens, segments: np.ndarray, length: int, vocabulary: Vocabulary):
-        self.tokens, self.segments, self.length, self.vocabulary = tokens, segments, length, vocabulary
+        self.tokens, self.segments, self.length, self.vocabulary = (
+            tokens,
+            segments,
+            length,
+            vocabulary,
+        )
         self.windows = -(-(segments[:, 1] - segments[:, 0]) // (length - 2))  # of each segment
         self.ends = np.cumsum(self.windows)
 
@@ -429,12 +520,16 @@ class Rows:
         segment = np.searchsorted(self.ends, numbers, side="right")
         (start, end), windows = self.segments[segment].T, self.windows[segment]
         window = numbers - (self.ends[segment] - windows)
-        return start + (end - start) * window // windows, start + (end - start) * (window + 1) // windows
+        return start + (end - start) * window // windows, start + (end - start) * (
+            window + 1
+        ) // windows
 
     def lengths(self) -> np.ndarray:
         """Of all rows, in tokens, (rows,) uint16; some at a time, since there may be tens of millions."""
         blocks = (np.arange(i, min(i + 2**20, len(self))) for i in range(0, len(self), 2**20))
-        return np.concatenate([np.subtract(*self.spans(block)[::-1]).astype(np.uint16) for block in blocks])
+        return np.concatenate(
+            [np.subtract(*self.spans(block)[::-1]).astype(np.uint16) for block in blocks]
+        )
 
     def batch(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows of these numbers, padded to the longest: (ids int64, real bool), both (rows, length)."""
@@ -448,7 +543,9 @@ class Rows:
         return ids, np.arange(ids.shape[1]) < lengths[:, None]
 
 
-def mask_tokens(ids: np.ndarray, vocabulary: Vocabulary, mask_rate: float, rng: np.random.Generator) -> tuple:
+def mask_tokens(
+    ids: np.ndarray, vocabulary: Vocabulary, mask_rate: float, rng: np.random.Generator
+) -> tuple:
     """BERT's masking: (input ids, labels), both (rows, length).
 
     Every token that is not special is to be predicted with probability mask_rate. Of those, 80 % become [MASK], 10 % a
@@ -462,7 +559,9 @@ def mask_tokens(ids: np.ndarray, vocabulary: Vocabulary, mask_rate: float, rng: 
     return np.where(chosen & (fate >= 0.9), random_ids, inputs), labels
 
 
-def batched(count: int, size: int, rng: np.random.Generator, lengths: np.ndarray | None = None) -> list[np.ndarray]:
+def shuffled_batches(
+    count: int, size: int, rng: np.random.Generator, lengths: np.ndarray | None = None
+) -> list[np.ndarray]:
     """The numbers of so many rows in batches, every row once, in random order; a batch may be smaller than the others.
 
     With their lengths, rows of like length are together: those of 32 batches at a time are sorted.
@@ -480,7 +579,9 @@ def batched(count: int, size: int, rng: np.random.Generator, lengths: np.ndarray
 class Batch(NamedTuple):
     """What a process trains on in a step: some of the micro-batches, and counts of them all."""
 
-    micro_batches: list[tuple[torch.Tensor, ...]]  # (input ids, real, labels), each (micro-batch, length)
+    micro_batches: list[
+        tuple[torch.Tensor, ...]
+    ]  # (input ids, real, labels), each (micro-batch, length)
     labelled: int  # labelled tokens
     real: int  # tokens that are not pads
     padded: int  # tokens, pads included
@@ -501,8 +602,13 @@ class Batches(torch.utils.data.Dataset):
         epoch, place = divmod(step - first, len(rows) // size)
         if self.epoch != (first, epoch):
             rng = np.random.default_rng((self.args.seed, 2, first, epoch))
-            found = batched(len(rows), size, rng, rows.lengths() if self.args.bucket else None)
-            self.epoch, self.order = (first, epoch), [numbers for numbers in found if len(numbers) == size]
+            found = shuffled_batches(
+                len(rows), size, rng, rows.lengths() if self.args.bucket else None
+            )
+            self.epoch, self.order = (
+                (first, epoch),
+                [numbers for numbers in found if len(numbers) == size],
+            )
         return self.order[place]
 
     def whole(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -524,7 +630,11 @@ def rows_at_once(args: argparse.Namespace, length: int) -> int:
     """The rows of a micro-batch: --micro-batch-size of the longest, of shorter ones a multiple with no more tokens, as
     a GPU would wait for the launches of smaller ones. Every process has the same share of the batch."""
     longest, size = max(length for length, _ in args.length_schedule), args.micro_batch_size
-    return max(size * n for n in range(1, longest // length + 1) if args.batch_size % (size * n * PROCESSES) == 0)
+    return max(
+        size * n
+        for n in range(1, longest // length + 1)
+        if args.batch_size % (size * n * PROCESSES) == 0
+    )
 
 
 def micro_batches(batch: tuple[np.ndarray, ...], size: int) -> list[tuple[torch.Tensor, ...]]:
@@ -532,11 +642,15 @@ def micro_batches(batch: tuple[np.ndarray, ...], size: int) -> list[tuple[torch.
     parts = []
     for rows in (slice(i, i + size) for i in range(0, len(batch[0]), size)):
         longest = 32 * -(-int(batch[1][rows].sum(axis=1).max()) // 32)
-        parts.append(tuple(torch.from_numpy(np.ascontiguousarray(part[rows, :longest])) for part in batch))
+        parts.append(
+            tuple(torch.from_numpy(np.ascontiguousarray(part[rows, :longest])) for part in batch)
+        )
     return parts
 
 
-def batches_ahead(args: argparse.Namespace, phases: list, steps: range) -> torch.utils.data.DataLoader:
+def batches_ahead(
+    args: argparse.Namespace, phases: list, steps: range
+) -> torch.utils.data.DataLoader:
     """The batches of these steps; beside a GPU two processes prepare them, in pinned memory."""
     on_gpu = torch.cuda.is_available()
 
@@ -544,7 +658,11 @@ def batches_ahead(args: argparse.Namespace, phases: list, steps: range) -> torch
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_IGN)
 
-    workers = dict(num_workers=2, multiprocessing_context="fork", worker_init_fn=ignore_signals) if on_gpu else {}
+    workers = (
+        dict(num_workers=2, multiprocessing_context="fork", worker_init_fn=ignore_signals)
+        if on_gpu
+        else {}
+    )
     return torch.utils.data.DataLoader(
         Batches(phases, args), batch_size=None, sampler=steps, pin_memory=on_gpu, **workers
     )
@@ -558,8 +676,12 @@ class Data(NamedTuple):
     vocabulary: Vocabulary
     phases: list[tuple[int, Rows]]  # the first step and the rows of each length
     held_rows: Rows
-    held_out: tuple[np.ndarray, ...]  # (inputs, real, labels): rows that training never sees, masked once and for all
-    baselines: tuple[float, float]  # held-out loss of guessing by the training text's frequencies, and by chance
+    held_out: tuple[
+        np.ndarray, ...
+    ]  # (inputs, real, labels): rows that training never sees, masked once and for all
+    baselines: tuple[
+        float, float
+    ]  # held-out loss of guessing by the training text's frequencies, and by chance
     checksum: int  # of the tokens
 
 
@@ -570,14 +692,18 @@ def prepare(args: argparse.Namespace, kept: Path) -> Data:
         tokenizer = Tokenizer.from_str(gathered(None)[0])
     corpora = load_corpora(args)
     if RANK == 0 and args.vocab_size and not (args.resume and kept.exists()):
-        print(f"training a tokenizer of {args.vocab_size} word pieces (words of megabytes take minutes)")
+        print(
+            f"training a tokenizer of {args.vocab_size} word pieces (words of megabytes take minutes)"
+        )
         batches = (batch["text"] for corpus in corpora for batch in corpus.iter(100))
         texts = (piece for batch in batches for text in batch for piece in pieces(text))
         tokenizer = train_tokenizer(texts, args.vocab_size)
         if not args.profile and not kept.exists():
-            write_whole(kept, tokenizer.to_str(pretty=True))
+            write_atomically(kept, tokenizer.to_str(pretty=True))
     elif RANK == 0:
-        tokenizer = load_tokenizer(str(kept) if args.vocab_size else args.tokenizer or HUB_TOKENIZER)
+        tokenizer = load_tokenizer(
+            str(kept) if args.vocab_size else args.tokenizer or HUB_TOKENIZER
+        )
     tokens = tokenize(corpora, tokenizer)
     if RANK == 0:
         gathered(tokenizer.to_str())
@@ -585,27 +711,38 @@ def prepare(args: argparse.Namespace, kept: Path) -> Data:
     seen, held = split_held_out(tokens)
     phases, first = [], 0.0
     for length, share in args.length_schedule:
-        begins = max(round(first), phases[-1][0] + 1) if phases else 0  # each length but the last gets a step at least
+        begins = (
+            max(round(first), phases[-1][0] + 1) if phases else 0
+        )  # each length but the last gets a step at least
         phases.append((begins, Rows(tokens, seen, length, vocabulary)))
         first += share * args.steps
-    held_rows, fewest = Rows(tokens, held, args.length_schedule[0][0], vocabulary), min(len(rows) for _, rows in phases)
+    held_rows, fewest = (
+        Rows(tokens, held, args.length_schedule[0][0], vocabulary),
+        min(len(rows) for _, rows in phases),
+    )
     if fewest < args.batch_size or not len(held_rows):
         raise SystemExit(
             f"the corpus is too short: {tokens.offsets[-1]} tokens give {fewest} training rows and {len(held_rows)} "
             f"held-out ones; a batch is {args.batch_size} rows. Add text or lower --batch-size"
         )
     ids, real = held_rows.batch(np.unique(np.linspace(0, len(held_rows) - 1, 512).astype(int)))
-    inputs, labels = mask_tokens(ids, vocabulary, args.mask_rate, np.random.default_rng(0))  # the same for every seed
+    inputs, labels = mask_tokens(
+        ids, vocabulary, args.mask_rate, np.random.default_rng(0)
+    )  # the same for every seed
     if (labels == IGNORED).all():
         raise SystemExit("no held-out token is masked: add text or raise --mask-rate")
-    print(f"{tokens.offsets[-1]} tokens of text; held-out loss on {len(ids)} rows of {len(held_rows)}")
+    print(
+        f"{tokens.offsets[-1]} tokens of text; held-out loss on {len(ids)} rows of {len(held_rows)}"
+    )
     held_tokens = np.concatenate([tokens.span(start, end) for start, end in held])
     counts = tokens.counts + 1 - np.bincount(held_tokens, minlength=len(tokens.counts))
     counts[vocabulary.is_special] = 0
     unigram = np.log(counts.sum()) - np.log(counts[labels[labels != IGNORED]]).mean()
     baselines = float(unigram), math.log((~vocabulary.is_special).sum())
     checksum = zlib.crc32(tokens.offsets.tobytes(), tokens.checksum)
-    return Data(tokenizer, vocabulary, phases, held_rows, (inputs, real, labels), baselines, checksum)
+    return Data(
+        tokenizer, vocabulary, phases, held_rows, (inputs, real, labels), baselines, checksum
+    )
 
 
 def autocast(device: torch.device):
@@ -618,7 +755,9 @@ def held_out_loss(model: MaBERTForMaskedLM, data: Data, micro_batch_size: int) -
     """The mean masked-token loss in nats; SystemExit where it is not finite."""
     model.eval()
     total, device = 0.0, model.decoder_bias.device
-    for part in tqdm(micro_batches(data.held_out, micro_batch_size), "held-out loss", leave=False, delay=5):
+    for part in tqdm(
+        micro_batches(data.held_out, micro_batch_size), "held-out loss", leave=False, delay=5
+    ):
         inputs, real, labels = (tensor.to(device) for tensor in part)
         with autocast(device):
             total += model(inputs, real, labels=labels, reduction="sum").loss.item()
@@ -635,13 +774,21 @@ def show_guesses(model: MaBERTForMaskedLM, data: Data, count: int = 5):
     name = data.tokenizer.id_to_token
     for row in np.linspace(0, len(data.held_rows) - 1, 10 * count).astype(int):
         ids = torch.from_numpy(data.held_rows.batch(np.array([row]))[0])
-        words = [i for i in range(1, ids.shape[1] - 1) if name(ids[0, i]).isalpha() and name(ids[0, i + 1]).isalpha()]
+        words = [
+            i
+            for i in range(1, ids.shape[1] - 1)
+            if name(ids[0, i]).isalpha() and name(ids[0, i + 1]).isalpha()
+        ]
         if len(words) > 5 and count > 0:
             place, count = words[len(words) // 2], count - 1
             word, ids[0, place] = name(ids[0, place]), data.vocabulary.mask
             best = model(ids.to(model.decoder_bias.device)).logits[0, place].softmax(dim=-1).topk(5)
-            guesses = ", ".join(f"{name(i)!r} {p:.2f}" for p, i in zip(*(part.tolist() for part in best)))
-            text = data.tokenizer.decode(ids[0, max(1, place - 12) : place + 9].tolist(), skip_special_tokens=False)
+            guesses = ", ".join(
+                f"{name(i)!r} {p:.2f}" for p, i in zip(*(part.tolist() for part in best))
+            )
+            text = data.tokenizer.decode(
+                ids[0, max(1, place - 12) : place + 9].tolist(), skip_special_tokens=False
+            )
             print(f"  ... {text} ...\n      it was {word!r}; guesses: {guesses}")
 
 
@@ -652,7 +799,7 @@ IDENTITY = "vocab_size steps length_schedule batch_size micro_batch_size bucket 
 IDENTITY += "seed"
 
 
-def write_whole(file: Path, text: str):
+def write_atomically(file: Path, text: str):
     """The file appears whole or not at all."""
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -664,25 +811,35 @@ def write_whole(file: Path, text: str):
 
 def identity_of(args: argparse.Namespace, data: Data) -> dict:
     """What a run is a function of; a checkpoint of another cannot be resumed."""
-    config = model_config(args, vocab_size(data.tokenizer), data.vocabulary.pad)
+    config = model_config(args, vocabulary_size(data.tokenizer), data.vocabulary.pad)
     tokenizer = hashlib.sha256(data.tokenizer.to_str().encode("utf-8", "replace")).hexdigest()[:16]
-    own = dict(tokenizer=tokenizer, corpus=data.checksum) | {name: getattr(args, name) for name in IDENTITY.split()}
-    return json.loads(json.dumps(dataclasses.asdict(config) | own))  # tuples become lists, as in older checkpoints
+    own = dict(tokenizer=tokenizer, corpus=data.checksum) | {
+        name: getattr(args, name) for name in IDENTITY.split()
+    }
+    return json.loads(
+        json.dumps(dataclasses.asdict(config) | own)
+    )  # tuples become lists, as in older checkpoints
 
 
-def save_checkpoint(out: Path, keep: int, model: MaBERTForMaskedLM, tokenizer: Tokenizer, training: dict):
+def save_checkpoint(
+    out: Path, keep: int, model: MaBERTForMaskedLM, tokenizer: Tokenizer, training: dict
+):
     """Writes out/step-…, which appears whole or not at all, and then removes all but the last `keep`."""
     folder = out / f"step-{training['step']:07d}"
     partial = folder.with_suffix(".partial")
     try:
         model.save_pretrained(partial)
-        write_whole(partial / "tokenizer.json", tokenizer.to_str(pretty=True))
+        write_atomically(partial / "tokenizer.json", tokenizer.to_str(pretty=True))
         torch.save(training, partial / "training.pt")
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one, if any
         os.replace(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # after an error it would fill the disk for nothing
-    upto = [old for old in sorted(out.glob(STEP_FOLDER)) if old <= folder]  # later ones are damaged: not counted
+        shutil.rmtree(
+            partial, ignore_errors=True
+        )  # after an error it would fill the disk for nothing
+    upto = [
+        old for old in sorted(out.glob(STEP_FOLDER)) if old <= folder
+    ]  # later ones are damaged: not counted
     for old in upto[:-keep]:
         shutil.rmtree(old)
 
@@ -692,7 +849,9 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict]:
     Tokenizer.from_file(str(folder / "tokenizer.json"))
     weights, training = (torch_load(folder / name) for name in ("model.pt", "training.pt"))
     MaBERTForMaskedLM.from_pretrained(folder).load_state_dict(weights)
-    return weights, {name: training[name] for name in ("step", "identity", "log", "totals", "optimizer")}
+    return weights, {
+        name: training[name] for name in ("step", "identity", "log", "totals", "optimizer")
+    }
 
 
 def newest_checkpoint(out: Path) -> tuple[Path | None, dict | None]:
@@ -705,14 +864,16 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, dict | None]:
         except Exception as error:
             print(f"the checkpoint {folder} is damaged: {textwrap.shorten(repr(error), 300)}")
     if any(out.glob(STEP_FOLDER)):
-        raise SystemExit(f"--resume: no checkpoint in {out} is whole; --overwrite starts the run anew")
+        raise SystemExit(
+            f"--resume: no checkpoint in {out} is whole; --overwrite starts the run anew"
+        )
     return None, None
 
 
 def write_log(out: Path, rows: list[dict]):
     columns = "step loss held_out_loss lr tokens_per_s padding skipped_steps".split()
     lines = [columns, *([str(row.get(name, "")) for name in columns] for row in rows)]
-    write_whole(out / "log.csv", "".join(",".join(cells) + "\n" for cells in lines))
+    write_atomically(out / "log.csv", "".join(",".join(cells) + "\n" for cells in lines))
 
 
 def draw_curve(out: Path, rows: list[dict]) -> Path:
@@ -724,7 +885,9 @@ def draw_curve(out: Path, rows: list[dict]) -> Path:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name in ("loss", "held_out_loss"):
-        axes.plot(*zip(*((row["step"], float(row[name])) for row in rows if name in row)), label=name)
+        axes.plot(
+            *zip(*((row["step"], float(row[name])) for row in rows if name in row)), label=name
+        )
     axes.set(xlabel="step", ylabel="nats per masked token")
     axes.legend()
     figure.savefig(out / "loss.png", dpi=150)
@@ -741,34 +904,55 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with BERT's values. The learning rate is set before each step."""
-    decays = {name: p.dim() >= 2 and not name.endswith("A_log") for name, p in model.named_parameters()}
+    decays = {
+        name: p.dim() >= 2 and not name.endswith("A_log") for name, p in model.named_parameters()
+    }
     groups = [
-        dict(params=[p for name, p in model.named_parameters() if decays[name] == flag], weight_decay=decay)
+        dict(
+            params=[p for name, p in model.named_parameters() if decays[name] == flag],
+            weight_decay=decay,
+        )
         for flag, decay in ((True, weight_decay), (False, 0.0))
     ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6, fused=True)
 
 
-def build(args: argparse.Namespace, data: Data) -> tuple[MaBERTForMaskedLM, torch.nn.Module, torch.optim.Optimizer]:
+def make_model(
+    args: argparse.Namespace, data: Data
+) -> tuple[MaBERTForMaskedLM, torch.nn.Module, torch.optim.Optimizer]:
     """(model, the same or its DistributedDataParallel, optimizer)."""
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         if LOCAL_RANK >= torch.cuda.device_count():
-            raise SystemExit(f"there are more processes than GPUs ({torch.cuda.device_count()}) on this machine")
+            raise SystemExit(
+                f"there are more processes than GPUs ({torch.cuda.device_count()}) on this machine"
+            )
         torch.cuda.set_device(device)
     torch.manual_seed(args.seed)
-    model = MaBERTForMaskedLM(model_config(args, vocab_size(data.tokenizer), data.vocabulary.pad)).to(device)
+    model = MaBERTForMaskedLM(
+        model_config(args, vocabulary_size(data.tokenizer), data.vocabulary.pad)
+    ).to(device)
     if args.activation_checkpointing:
         for layer in model.encoder.layers:
-            layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = functools.partial(
+                torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False
+            )
     if args.compile:
         model.encoder.compile()
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
-    print(f"{args.pattern}, {size}, on {PROCESSES} × {device}; {args.steps} steps of {args.batch_size} rows")
-    return model, DistributedDataParallel(model) if PROCESSES > 1 else model, make_optimizer(model, args.weight_decay)
+    print(
+        f"{args.pattern}, {size}, on {PROCESSES} × {device}; {args.steps} steps of {args.batch_size} rows"
+    )
+    return (
+        model,
+        DistributedDataParallel(model) if PROCESSES > 1 else model,
+        make_optimizer(model, args.weight_decay),
+    )
 
 
-def train_step(model, optimizer, batch: Batch, step: int, args: argparse.Namespace, mark=lambda name: None) -> tuple:
+def train_step(
+    model, optimizer, batch: Batch, step: int, args: argparse.Namespace, mark=lambda name: None
+) -> tuple:
     """One optimizer step over all micro-batches of all processes, on the device, where nothing is read back.
 
     Returns the mean loss over the batch's labelled tokens, and whether a gradient was not finite (0. or 1.), in which
@@ -783,10 +967,14 @@ def train_step(model, optimizer, batch: Batch, step: int, args: argparse.Namespa
         torch.manual_seed(int(rng.integers(2**63)))  # for dropout
         last = i + 1 == len(batch.micro_batches)
         with contextlib.nullcontext() if PROCESSES == 1 or last else model.no_sync():
-            with autocast(device):  # labels stay on the CPU, where the model counts them without waiting for a GPU
+            with autocast(
+                device
+            ):  # labels stay on the CPU, where the model counts them without waiting for a GPU
                 loss = model(inputs, real, labels=labels, reduction="sum").loss / batch.labelled
             mark("forward, rest")
-            (loss * PROCESSES).backward()  # DistributedDataParallel takes the mean over processes; the sum is meant
+            (
+                loss * PROCESSES
+            ).backward()  # DistributedDataParallel takes the mean over processes; the sum is meant
             mark("backward, rest")
         total += loss.detach()
     if PROCESSES > 1:
@@ -802,7 +990,9 @@ def train_step(model, optimizer, batch: Batch, step: int, args: argparse.Namespa
 def rehearse(model: MaBERTForMaskedLM, args: argparse.Namespace):
     """A micro-batch of the longest rows, forward and backward: too little memory shows now, not in the last phase."""
     length = max(length for length, _ in args.length_schedule)
-    ids = torch.ones(args.micro_batch_size, length, dtype=torch.long, device=model.decoder_bias.device)
+    ids = torch.ones(
+        args.micro_batch_size, length, dtype=torch.long, device=model.decoder_bias.device
+    )
     labels = ids.masked_fill(torch.rand(ids.shape, device=ids.device) > args.mask_rate, IGNORED)
     with autocast(ids.device):
         loss = model(ids, labels=labels).loss
@@ -812,8 +1002,13 @@ def rehearse(model: MaBERTForMaskedLM, args: argparse.Namespace):
 
 def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folder: Path | None):
     """The run, from the checkpoint in `folder` if there is one."""
-    model, shared, optimizer = build(args, data)
-    device, first, log, warmup = model.decoder_bias.device, 0, [], min(args.warmup_steps, args.steps // 10)
+    model, shared, optimizer = make_model(args, data)
+    device, first, log, warmup = (
+        model.decoder_bias.device,
+        0,
+        [],
+        min(args.warmup_steps, args.steps // 10),
+    )
     # since the last line of the log: losses of finite steps; other steps; tokens; tokens and pads. Then, since the last
     # finite step: steps
     totals = torch.zeros(5, dtype=torch.float64, device=device)
@@ -823,11 +1018,14 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
         optimizer.load_state_dict(training["optimizer"])
         first, log, totals = training["step"], training["log"], training["totals"].to(device)
         del weights, training
-    print(f"from step {first} on; warm-up {warmup} steps" + ", a tenth of the run" * (warmup < args.warmup_steps))
+    print(
+        f"from step {first} on; warm-up {warmup} steps"
+        + ", a tenth of the run" * (warmup < args.warmup_steps)
+    )
     if device.type == "cuda":
         rehearse(model, args)
     if RANK == 0:
-        write_whole(out / "args.json", json.dumps(vars(args), indent=2) + "\n")
+        write_atomically(out / "args.json", json.dumps(vars(args), indent=2) + "\n")
         if first == 0:
             loss = held_out_loss(model, data, args.micro_batch_size)
             log = [dict(step=0, held_out_loss=f"{loss:.4f}", skipped_steps=0)]
@@ -844,9 +1042,13 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
-    with tqdm(total=tokens.sum(), initial=tokens[:first].sum(), unit="token", unit_scale=True) as progress:
+    with tqdm(
+        total=tokens.sum(), initial=tokens[:first].sum(), unit="token", unit_scale=True
+    ) as progress:
         start, before = perf_counter(), totals[2].item()
-        for step, batch in enumerate(batches_ahead(args, data.phases, range(first, args.steps)), first + 1):
+        for step, batch in enumerate(
+            batches_ahead(args, data.phases, range(first, args.steps)), first + 1
+        ):
             lr = learning_rate(step - 1, args.steps, args.lr, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -867,18 +1069,31 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
                 if RANK == 0:
                     last, seconds = log[-1], perf_counter() - start
                     mean = losses / max(1, step - last["step"] - not_finite)
-                    row = dict(step=step, loss=f"{mean:.4f}", lr=f"{lr:.2e}", padding=f"{1 - real / padded:.3f}")
+                    row = dict(
+                        step=step,
+                        loss=f"{mean:.4f}",
+                        lr=f"{lr:.2e}",
+                        padding=f"{1 - real / padded:.3f}",
+                    )
                     row["tokens_per_s"] = f"{(real - before) / seconds:.0f}"
                     row["skipped_steps"] = last["skipped_steps"] + int(not_finite)
                     if evaluates:
-                        row["held_out_loss"] = f"{held_out_loss(model, data, args.micro_batch_size):.4f}"
+                        row["held_out_loss"] = (
+                            f"{held_out_loss(model, data, args.micro_batch_size):.4f}"
+                        )
                     log.append(row)
                     write_log(out, log)
                     progress.set_postfix(row)
                 totals[:4] = 0
                 start, before = perf_counter(), 0
             if RANK == 0 and (step % args.save_every == 0 or step == args.steps or stopped_by):
-                training = dict(step=step, identity=identity, log=log, totals=totals, optimizer=optimizer.state_dict())
+                training = dict(
+                    step=step,
+                    identity=identity,
+                    log=log,
+                    totals=totals,
+                    optimizer=optimizer.state_dict(),
+                )
                 save_checkpoint(out, args.keep, model, data.tokenizer, training)
             if stopped_by:
                 name = signal.Signals(stopped_by).name
@@ -888,7 +1103,9 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
         finish(args, data, out, model, log)
 
 
-def finish(args: argparse.Namespace, data: Data, out: Path, model: MaBERTForMaskedLM, log: list[dict]):
+def finish(
+    args: argparse.Namespace, data: Data, out: Path, model: MaBERTForMaskedLM, log: list[dict]
+):
     """Writes the model and says what came of the run."""
     loss, (unigram, uniform) = float(log[-1]["held_out_loss"]), data.baselines
     model.save_pretrained(out)
@@ -908,9 +1125,14 @@ def join_processes():
     store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's store keeps the addresses of the processes before a restart (pytorch issue 135712)
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+        )
         store = dist.PrefixStore(f"restart {RESTARTS}", store)
-    backend, day = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", datetime.timedelta(days=1)
+    backend, day = (
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        datetime.timedelta(days=1),
+    )
     dist.init_process_group(backend, store=store, rank=RANK, world_size=PROCESSES, timeout=day)
 
 
@@ -937,12 +1159,21 @@ def lock(out: Path):
 def run(args: argparse.Namespace):
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    if RESTARTS:  # by torchrun: what there is by now is worth more than what the command said at first
+    if (
+        RESTARTS
+    ):  # by torchrun: what there is by now is worth more than what the command said at first
         args.resume, args.overwrite = True, False
-    out, names = Path(args.out), ("log.csv", "loss.png", "args.json", "config.json", "model.pt", STEP_FOLDER)
+    out, names = (
+        Path(args.out),
+        ("log.csv", "loss.png", "args.json", "config.json", "model.pt", STEP_FOLDER),
+    )
     old = [path for name in names for path in out.glob(name)]  # all that a run writes
-    if old and not (args.profile or args.overwrite or args.resume or (args.demo and args.out == DEMO["out"])):
-        raise SystemExit(f"{out} holds a run or a model already; choose another --out, --overwrite it, or --resume it")
+    if old and not (
+        args.profile or args.overwrite or args.resume or (args.demo and args.out == DEMO["out"])
+    ):
+        raise SystemExit(
+            f"{out} holds a run or a model already; choose another --out, --overwrite it, or --resume it"
+        )
     folder = made_by = None
     if RANK == 0 and not args.profile:
         out.mkdir(parents=True, exist_ok=True)
@@ -952,9 +1183,13 @@ def run(args: argparse.Namespace):
     data = prepare(args, (folder or out) / "tokenizer.json")
     identity = identity_of(args, data)
     if any(other != identity for other in gathered(identity)):
-        raise SystemExit("the processes see different text; let them share --data and the cache of `datasets`")
+        raise SystemExit(
+            "the processes see different text; let them share --data and the cache of `datasets`"
+        )
     if folder and (differ := [name for name in identity if identity[name] != made_by.get(name)]):
-        said = "; ".join(f"{name} was {made_by.get(name)} and is now {identity[name]}" for name in differ)
+        said = "; ".join(
+            f"{name} was {made_by.get(name)} and is now {identity[name]}" for name in differ
+        )
         raise SystemExit(f"--resume: {folder} belongs to another run: {said}")
     if args.profile:
         profile(args, data)
@@ -962,7 +1197,7 @@ def run(args: argparse.Namespace):
     if RANK == 0:
         for path in [*([] if args.resume else old), *out.glob(STEP_FOLDER + ".partial")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_whole(out / "tokenizer.json", data.tokenizer.to_str(pretty=True))
+        write_atomically(out / "tokenizer.json", data.tokenizer.to_str(pretty=True))
     train(args, data, out, identity, folder)
 
 
@@ -973,15 +1208,23 @@ def main(argv: list[str]):
             join_processes()
         run(args)
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; what is whole of tokens and checkpoints is kept, and --resume goes on") from None
-    except UnicodeDecodeError as error:  # strings of JSON and parquet are looked at when they are read
+        raise SystemExit(
+            "interrupted; what is whole of tokens and checkpoints is kept, and --resume goes on"
+        ) from None
+    except (
+        UnicodeDecodeError
+    ) as error:  # strings of JSON and parquet are looked at when they are read
         refuse_not_utf8(local_files(args.data or []))
         raise SystemExit(f"--data: a document of a .parquet file is not UTF-8: {error}") from error
     except (OSError, RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|ALLOC_FAILED|allocate", str(error)):
+        if isinstance(error, MemoryError) or re.search(
+            "out of memory|ALLOC_FAILED|allocate", str(error)
+        ):
             advice = (f"out of memory: lower --micro-batch-size (now {args.micro_batch_size}; the batch stays) "
                       "or the lengths of --length-schedule; or pass --activation-checkpointing")  # fmt: skip
-        elif isinstance(error, OSError) or re.search("iostream|StreamWriter|inline_container", str(error)):
+        elif isinstance(error, OSError) or re.search(
+            "iostream|StreamWriter|inline_container", str(error)
+        ):
             advice = "cannot read or write: is the disk full? What is whole of tokens and checkpoints is kept"
         elif PROCESSES > 1 and "gloo" in str(error):
             advice = f"process {RANK} lost another, whose message says why"
@@ -1008,7 +1251,7 @@ def flops_per_token(config: MaBERTConfig, length: int, mask_rate: float) -> floa
 
 def profile(args: argparse.Namespace, data: Data, warm_up: int = 2):
     """Prints, for each row length, where the time of args.profile training steps goes. Writes nothing."""
-    model, shared, optimizer = build(args, data)
+    model, shared, optimizer = make_model(args, data)
     on_gpu, marks = torch.cuda.is_available(), []
 
     def mark(name):  # on a GPU by its own clock, without waiting
@@ -1022,7 +1265,9 @@ def profile(args: argparse.Namespace, data: Data, warm_up: int = 2):
             layer.register_forward_pre_hook(lambda *_: mark("forward, rest"))
             layer.register_forward_hook(lambda *_, kind=kind: mark(f"forward, {kind} layers"))
             layer.register_full_backward_pre_hook(lambda *_: mark("backward, rest"))
-            layer.register_full_backward_hook(lambda *_, kind=kind: mark(f"backward, {kind} layers"))
+            layer.register_full_backward_hook(
+                lambda *_, kind=kind: mark(f"backward, {kind} layers")
+            )
     for _, rows in data.phases:
         memory, parts, real, padded = "", {}, 0, 0
         for i, batch in enumerate(batches_ahead(args, [(0, rows)], range(warm_up + args.profile))):
@@ -1037,16 +1282,24 @@ def profile(args: argparse.Namespace, data: Data, warm_up: int = 2):
             torch.cuda.synchronize()
             memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
         for (_, begin), (name, end) in itertools.pairwise(marks):
-            parts[name] = parts.get(name, 0) + (begin.elapsed_time(end) / 1000 if on_gpu else end - begin)
+            parts[name] = parts.get(name, 0) + (
+                begin.elapsed_time(end) / 1000 if on_gpu else end - begin
+            )
         seconds = sum(parts.values())
-        tflops = flops_per_token(model.config, rows.length, args.mask_rate) * real / seconds / PROCESSES / 1e12
+        tflops = (
+            flops_per_token(model.config, rows.length, args.mask_rate)
+            * real
+            / seconds
+            / PROCESSES
+            / 1e12
+        )
         print(f"\nrows of {rows.length} tokens: {seconds / args.profile:.3f} s a step, {real / seconds:.0f} tokens/s, "
               f"{1 - real / padded:.1%} padding, {tflops:.3g} TFLOP/s a device{memory}")  # fmt: skip
         for name, part in parts.items():
             print(f"  {name:20}{1000 * part / args.profile:10.1f} ms a step{part / seconds:8.1%}")
 
 
-def machine(device: str | None = None) -> str:
+def describe_machine(device: str | None = None) -> str:
     """One line: the device ("cuda" or "cpu"; the GPU, if there is one), its driver, and the packages' versions."""
     if device == "cuda" or (device is None and torch.cuda.is_available()):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -1056,7 +1309,15 @@ def machine(device: str | None = None) -> str:
         info = Path("/proc/cpuinfo")
         model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
         found = [model[1] if model else platform.machine(), f"{torch.get_num_threads()} thread(s)"]
-    for package in ("torch", "triton", "datasets", "tokenizers", "transformers", "mamba-ssm", "mambapy"):
+    for package in (
+        "torch",
+        "triton",
+        "datasets",
+        "tokenizers",
+        "transformers",
+        "mamba-ssm",
+        "mambapy",
+    ):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{package} {importlib.metadata.version(package)}")
     return ", ".join(found)
