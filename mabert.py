@@ -1,33 +1,37 @@
-"""MaBERT in one file: a BERT-sized masked-language-model encoder that interleaves Mamba and Transformer layers.
+"""MaBERT in one file: a BERT-sized masked-language-model encoder of Mamba and Transformer layers.
 
-Paper: "MaBERT: A Padding-Safe Interleaved Transformer–Mamba Hybrid Encoder for Efficient Extended-Context Masked
-Language Modeling", Kim and Park, 2026, arXiv:2603.03001. Equation numbers below are the paper's.
+Paper: "MaBERT: A Padding-Safe Interleaved Transformer–Mamba Hybrid Encoder for Efficient
+Extended-Context Masked Language Modeling", Kim and Park, 2026, arXiv:2603.03001. This is not the
+authors' code. Equation numbers are the paper's, but our copy of it has lost the formulas: those
+below, and which line of the Mamba core has which of the numbers 4 to 9, are reconstructed from its
+prose.
 
-What is particular about it:
-- the layer pattern is a string, MMT four times: M is a Mamba layer (a selective state-space scan, left to right, linear
-  in length), T is a Transformer layer (bidirectional attention); not the paper's: W is M from right to left, H half of
-  an M and half of a T side by side;
-- padding-safe masking (PSM): the number of pads in a batch never changes what the model says about real tokens; the
-  paper's two stages, and a third that makes this exact;
-- mask-aware attention pooling (MAP) feeds the classifier.
+What is particular about the model:
+- The pattern of layers is a string, "MMT" four times. M is a Mamba layer: a state is carried along
+  the row from left to right, at a cost linear in its length. T is a Transformer layer: every token
+  sees every other. Two letters are ours: W is M on the flipped row, H is half an M and half a T.
+- Padding-safe masking (PSM): how many pads a batch holds never changes what the model says about
+  real tokens. The paper has two stages of it; a third makes it exact.
+- Mask-aware attention pooling (MAP) feeds the classifier.
 
-Letters in the shape comments, and their names in the config:
-    b  batch                        d  inner width of the Mamba core, expand * h
-    l  sequence length              n  state size per channel, d_state (16)
-    h  hidden size (768)            r  rank of Δ, dt_rank (⌈h / 16⌉)
-    c  chunks of the scan           k  width of the convolution, d_conv (4)
-Capitals A, B, C, D are the state-space matrices. `delta` is Δ before bias, softplus and mask; `rho` is what it is
-projected from. In the scan u is the input, x = Δ u, and h_t the state at step t. A row is a sequence of the batch.
-Masks are True at real tokens and False at pads.
+Letters in the comments on shapes, and the fields of the config that set them:
+    b  batch                        n  states of a channel, d_state (16)
+    l  sequence length              r  rank of Δ, dt_rank (⌈h / 16⌉)
+    h  hidden size (768)            k  width of the convolution, d_conv (4)
+    d  inner width of the Mamba core, also called its channels, expand * h (1536)
+A, B, C, D are the matrices of the state-space model, Δ is its step size, u its input, s its state
+(the paper's h) and z its gate. `rho` is what Δ is projected from; the argument `delta` of a scan is
+Δ before bias and softplus, as in mamba-ssm. A row is a sequence of the batch. A mask is True at
+real tokens and False at pads.
 
 Map of the file:
-    Part I, the model     MaBERTConfig · MambaMixer, MambaLayer · SelfAttention, TransformerLayer · HybridLayer ·
-                          saving, loading · MaBERT · Pooling · MaBERTForMaskedLM, MaBERTForSequenceClassification ·
-                          checks of arguments
-    Part II, the scan     reference_scan, the masked selective scan as its formula; the same as a faster loop, and as
-                          Triton kernels for a GPU, with a kernel for the short convolution, each with a backward pass;
-                          short_convolution and selective_scan, which pick
-    The command           python mabert.py FOLDER "text with a [MASK]"
+    Part I, the model       MaBERTConfig · MambaMixer, MambaLayer · SelfAttention, TransformerLayer
+                            · HybridLayer · MaBERT · Pooling · the two models with a head
+    Part II, the scan       the formula · reference_scan · selective_scan and short_convolution,
+                            which the model calls · how they are made fast: a loop for the CPU,
+                            Triton kernels for the GPU
+    Part III, the rest      checks of arguments · saving and loading · the command
+                            python mabert.py FOLDER "text with a [MASK]"
 """
 
 import argparse
@@ -52,108 +56,108 @@ from torch import Tensor, nn
 try:
     import triton
     import triton.language as tl
-except ImportError:
-    triton, tl = None, SimpleNamespace(constexpr=float)  # enough for the definitions below
+except ImportError:  # there is no Triton for this machine: the loop does without
+    triton = None
+    tl = SimpleNamespace(constexpr=float)  # enough for the definitions of the kernels below
 
 logger = logging.getLogger("mabert")
 
-# ================================================= Part I: the model ==================================================
+# ====================================== Part I: the model ======================================
 
 PSM_STAGES = ("pre", "scan", "post")  # see MambaLayer
-POOLINGS = ("map", "attn", "cls", "mean")
-SCAN_BACKENDS = (None, "loop", "triton")
+POOLINGS = ("map", "attn", "cls", "mean")  # see Pooling
+SCAN_BACKENDS = (None, "loop", "triton")  # see selective_scan
 
 
 @dataclasses.dataclass
 class MaBERTConfig:
-    """Sizes and variants of a MaBERT model. The defaults are the paper's where it gives them (psm adds one stage), else
-    BERT's and Mamba's. Raises ValueError that names the field, its value and what is allowed."""
+    """Sizes and variants of a MaBERT model.
+
+    The defaults are the paper's where it gives them (psm adds one stage), else BERT's and Mamba's.
+    Raises ValueError that names the field, its value and what is allowed.
+    """
 
     vocab_size: int = 30522
     hidden_size: int = 768
-    pattern: str = "MMTMMTMMTMMT"  # a letter for each layer: M, W, H or T (see LAYERS)
+    pattern: str = "MMTMMTMMTMMT"  # a letter for each layer, see LAYERS
     num_heads: int = 12
     intermediate_size: int = 3072
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
     dt_rank: int | None = None  # rank of Δ; None means ⌈hidden_size / 16⌉
-    causal_conv: bool = (
-        False  # the core's convolution looks back only, as Mamba's does; else to both sides
-    )
-    max_position: int = (
-        512  # the most real tokens that a row may have (`MaBERT.resize_positions` changes it)
-    )
+    causal_conv: bool = False  # True: the convolution looks back only, as Mamba's; False: both ways
+    max_position: int = 512  # the most real tokens in a row; MaBERT.resize_positions changes it
     type_vocab_size: int = 2
     dropout: float = 0.1
-    layer_norm_eps: float = 1e-12
+    layer_norm_eps: float = 1e-5
     pad_token_id: int = 0
-    psm: tuple[str, ...] = (
-        PSM_STAGES  # padding-safe masking; the paper has "pre" and "post", "scan" makes them exact
-    )
-    pooling: str = (
-        "map"  # what the classifier reads: "map", "attn", "cls" or "mean" (see `Pooling`)
-    )
+    psm: tuple[str, ...] = PSM_STAGES  # stages of padding-safe masking; the paper: "pre" and "post"
+    pooling: str = "map"  # what the classifier reads: "map", "attn", "cls" or "mean"
     num_labels: int = 2  # classes of the classifier; 1 means regression
-    scan_backend: str | None = None  # passed to `selective_scan` and `short_convolution`
+    scan_backend: str | None = None  # passed to selective_scan and short_convolution
 
     def __post_init__(self):
-        def positive(x):
-            return type(x) is int and x > 0
+        # sizes
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "num_heads",
+            "intermediate_size",
+            "d_state",
+            "d_conv",
+            "expand",
+            "max_position",
+            "type_vocab_size",
+            "num_labels",
+        ):
+            self._require(field, is_size(getattr(self, field)), "a positive integer")
+        rank_fits = self.dt_rank is None or is_size(self.dt_rank)
+        self._require("dt_rank", rank_fits, "a positive integer or None")
+        heads_divide = self.hidden_size % self.num_heads == 0
+        self._require("hidden_size", heads_divide, f"a multiple of num_heads ({self.num_heads})")
 
-        sizes = "vocab_size hidden_size num_heads intermediate_size d_state d_conv expand max_position type_vocab_size"
-        rules = [
-            (field, positive, "a positive integer") for field in (*sizes.split(), "num_labels")
-        ]
-        rules += [
-            (
-                "hidden_size",
-                lambda x: x % self.num_heads == 0,
-                f"a multiple of num_heads ({self.num_heads})",
-            ),
-            (
-                "pattern",
-                lambda x: isinstance(x, str) and x and {*x} <= {*LAYERS},
-                f"letters of {', '.join(LAYERS)}",
-            ),
-            (
-                "num_heads",
-                lambda x: x % 2 == 0 or "H" not in self.pattern,
-                "even, since a layer H takes half of them",
-            ),
-            ("dt_rank", lambda x: x is None or positive(x), "a positive integer or None"),
-            ("causal_conv", lambda x: isinstance(x, bool), "True or False"),
-            ("dropout", lambda x: isinstance(x, (int, float)) and 0 <= x < 1, "in [0, 1)"),
-            (
-                "layer_norm_eps",
-                lambda x: isinstance(x, float) and 0 < x < math.inf,
-                "a positive, finite float",
-            ),
-            (
-                "pad_token_id",
-                lambda x: type(x) is int and 0 <= x < self.vocab_size,
-                "an id below vocab_size",
-            ),
-            (
-                "psm",
-                lambda x: isinstance(x, (tuple, list)) and all(y in PSM_STAGES for y in x),
-                f"any of {PSM_STAGES}",
-            ),
-            ("pooling", lambda x: x in POOLINGS, f"one of {POOLINGS}"),
-            ("scan_backend", lambda x: x in SCAN_BACKENDS, f"one of {SCAN_BACKENDS}"),
-        ]
-        for field, fits, allowed in rules:
-            if not fits(getattr(self, field)):
-                raise ValueError(
-                    f"MaBERTConfig.{field} is {getattr(self, field)!r}; it must be {allowed}"
-                )
-        self.psm = tuple(
-            stage for stage in PSM_STAGES if stage in self.psm
-        )  # in order, each once; JSON brings a list
+        # the pattern; a layer H has half of the heads and half of the inner width
+        letters_fit = (
+            isinstance(self.pattern, str) and self.pattern and {*self.pattern} <= {*LAYERS}
+        )
+        self._require("pattern", letters_fit, f"letters of {', '.join(LAYERS)}")
+        for field in ("num_heads", "expand"):
+            halves = "H" not in self.pattern or getattr(self, field) % 2 == 0
+            self._require(field, halves, "even, since a layer H takes half of it")
+
+        # numbers with a range
+        dropout_fits = isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1
+        self._require("dropout", dropout_fits, "in [0, 1)")
+        eps_fits = isinstance(self.layer_norm_eps, float) and 0 < self.layer_norm_eps < math.inf
+        self._require("layer_norm_eps", eps_fits, "a positive, finite float")
+        pad_fits = type(self.pad_token_id) is int and 0 <= self.pad_token_id < self.vocab_size
+        self._require("pad_token_id", pad_fits, "an id below vocab_size")
+
+        # choices
+        self._require("causal_conv", isinstance(self.causal_conv, bool), "True or False")
+        self._require("pooling", self.pooling in POOLINGS, f"one of {POOLINGS}")
+        self._require("scan_backend", self.scan_backend in SCAN_BACKENDS, f"one of {SCAN_BACKENDS}")
+        is_sequence = isinstance(self.psm, (tuple, list))
+        stages_fit = is_sequence and all(stage in PSM_STAGES for stage in self.psm)
+        self._require("psm", stages_fit, f"any of {PSM_STAGES}")
+
+        # the stages in order, each once, as a tuple: JSON has lists
+        self.psm = tuple(stage for stage in PSM_STAGES if stage in self.psm)
+
+    def _require(self, field: str, fits: bool, allowed: str):
+        if not fits:
+            value = getattr(self, field)
+            raise ValueError(f"MaBERTConfig.{field} is {value!r}; it must be {allowed}")
+
+
+def is_size(x) -> bool:
+    """Whether x is a positive integer, and not True."""
+    return type(x) is int and x > 0
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
-    """With BERT's initialisation: weights normal(0, 0.02), biases 0."""
+    """A linear layer with BERT's initialisation: weights normal(0, 0.02), biases 0."""
     layer = nn.Linear(inputs, outputs, bias)
     nn.init.normal_(layer.weight, std=0.02)
     if bias:
@@ -161,103 +165,136 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     return layer
 
 
-class LayerNorm(nn.LayerNorm):
-    """PyTorch's, with eps ≥ 1e-7 in float16: on a zero vector (a pad) BERT's 1e-12 gives 1/√eps = 10⁶, an overflow."""
+def layer_norm(config: MaBERTConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        eps = max(self.eps, 1e-7) if x.dtype == torch.float16 else self.eps
-        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, eps)
+
+def feed_forward(config: MaBERTConfig) -> nn.Sequential:
+    """BERT's feed-forward network with its exact GELU: (b, l, h) -> (b, l, h)."""
+    return nn.Sequential(
+        linear(config.hidden_size, config.intermediate_size),
+        nn.GELU(),
+        linear(config.intermediate_size, config.hidden_size),
+    )
 
 
 class MambaMixer(nn.Module):
-    """The core of a Mamba layer (Eqs. 4–9): projections, a short convolution and the selective scan. (b, l, h) ->
-    (b, l, h); with a mask (b, l), bool, pads pass the scan's state through. With reverse it is mirrored: convolution
-    and scan run from right to left."""
+    """The core of a Mamba layer (Eqs. 4–9), the block of Mamba 1: x (b, l, h) -> (b, l, h).
 
-    def __init__(self, config: MaBERTConfig, reverse: bool = False):
+    Projections, a short convolution and the selective scan. With a mask (b, l), of dtype bool, the
+    state of the scan passes through pads unchanged.
+    """
+
+    def __init__(self, config: MaBERTConfig):
         super().__init__()
-        h, n, k = config.hidden_size, config.d_state, config.d_conv
-        d, r = config.expand * h, config.dt_rank or math.ceil(h / 16)
-        self.rho_B_C_sizes = (r, n, n)
-        left = k - 1 if config.causal_conv else (k - 1) // 2
-        self.conv_left = (
-            k - 1 - left if reverse else left
-        )  # so many tokens on the left the convolution sees
-        self.reverse, self.backend = reverse, config.scan_backend
+        h = config.hidden_size
+        n = config.d_state
+        k = config.d_conv
+        d = config.expand * h
+        r = config.dt_rank or math.ceil(h / 16)
+        self.backend = config.scan_backend
+
+        # projections and the convolution
         self.in_proj = linear(h, 2 * d, bias=False)
-        self.conv1d = nn.Conv1d(d, d, k, groups=d)
+        self.conv1d = nn.Conv1d(d, d, k, groups=d)  # a container: short_convolution does the work
+        self.conv_left = k - 1 if config.causal_conv else (k - 1) // 2  # tokens it sees to the left
         self.x_proj = linear(d, r + 2 * n, bias=False)
+        self.rho_B_C_sizes = (r, n, n)
         self.out_proj = linear(d, h, bias=False)
-        # Mamba's own initialisation of Δ, A and D
-        self.dt_proj = nn.Linear(
-            r, d
-        )  # PyTorch's weights, uniform ±1/√r, are Mamba's too; never called as a layer
-        delta = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(0.1)))
+
+        # Δ: at first softplus(bias) is log-uniform in [0.001, 0.1], as in Mamba. nn.Linear is only
+        # a container, as the scan adds the bias; PyTorch's initial weights, U(±1/√r), are Mamba's.
+        self.dt_proj = nn.Linear(r, d)
+        delta = torch.exp(torch.empty(d).uniform_(math.log(0.001), math.log(0.1)))
         self.dt_proj.bias = nn.Parameter(
             delta + torch.log(-torch.expm1(-delta))
-        )  # the inverse of softplus
+        )  # softplus inverse
+
+        # A and D, as in Mamba: −A is 1, 2, …, n in every channel
         self.A_log = nn.Parameter(torch.arange(1, n + 1).log().repeat(d, 1))
         self.D = nn.Parameter(torch.ones(d))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        # Eqs. 4–9, in their order
-        u, z = self.in_proj(x).chunk(2, dim=-1)  # both (b, l, d)
-        u = short_convolution(
-            u, self.conv1d.weight[:, 0], self.conv1d.bias, self.conv_left, self.backend
-        )
-        rho, B, C = self.x_proj(u).split(
-            self.rho_B_C_sizes, dim=-1
-        )  # (b, l, r), (b, l, n), (b, l, n)
-        delta = F.linear(
-            rho, self.dt_proj.weight
-        )  # (b, l, d); its bias and softplus join in the scan
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # Eq. 4: (b, l, d), (b, l, d)
+
+        taps = self.conv1d.weight[:, 0]  # (d, k)
+        u = short_convolution(u, taps, self.conv1d.bias, self.conv_left, self.backend)  # Eq. 5
+
+        rho, B, C = self.x_proj(u).split(self.rho_B_C_sizes, dim=-1)  # Eq. 6: (b, l, r), n, n
+        delta = F.linear(rho, self.dt_proj.weight)  # Eq. 7: (b, l, d); the scan adds the rest
         A = -torch.exp(self.A_log)  # (d, n)
-        # the scan, + D u, · SiLU(z)
-        how = dict(delta_softplus=True, mask=mask, reverse=self.reverse, backend=self.backend)
-        y = selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, **how)  # (b, l, d)
-        return self.out_proj(y)
 
-
-def feed_forward(config: MaBERTConfig) -> nn.Sequential:
-    h, inner = config.hidden_size, config.intermediate_size
-    return nn.Sequential(linear(h, inner), nn.GELU(), linear(inner, h))
+        y = selective_scan(  # Eq. 8, D u and the gate SiLU(z) in one fused call: (b, l, d)
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D=self.D,
+            z=z,
+            delta_bias=self.dt_proj.bias,
+            delta_softplus=True,
+            mask=mask,
+            backend=self.backend,
+        )
+        return self.out_proj(y)  # Eq. 9: (b, l, h)
 
 
 class MambaLayer(nn.Module):
-    """A pre-LN Mamba layer with padding-safe masking (Eqs. 2–3, 10): x (b, l, h), mask (b, l) -> (b, l, h).
+    """A pre-LN Mamba layer with padding-safe masking (Eqs. 2–3, 10).
 
-    The three stages, any of which config.psm selects:
-    - pre:  the core's input is zero at pads, so the convolution sees zeros there, as it does beyond a row's ends;
-    - scan: at pads Δ = 0, so exp(Δ A) = 1 and nothing enters the state: it passes through untouched. Without this
-            stage, zeroed input is not enough: the convolution's bias makes u, B and Δ non-zero at pads;
-    - post: the block's output is zero at pads, residual path and feed-forward included.
+    x (b, l, h), mask (b, l) of dtype bool or None -> (b, l, h). The field psm selects any of three
+    stages:
+    - pre:  the core's input is zero at pads, so that the convolution sees there what it sees beyond
+            the ends of a row;
+    - scan: at pads Δ = 0, so that exp(Δ A) = 1 and nothing is added to the state, which passes
+            through unchanged. Zeros as input are not enough: the convolution's bias makes u, B and
+            Δ non-zero at pads;
+    - post: the layer's output is zero at pads, residual path and feed-forward included.
 
-    With reverse, the layer is mirrored, so that it sees what is on the right. Pads on the right then come first.
+    A mirrored layer (letter W) reads the row from right to left, by flipping it.
     """
 
-    def __init__(self, config: MaBERTConfig, reverse: bool = False):
+    def __init__(self, config: MaBERTConfig, mirrored: bool = False):
         super().__init__()
         self.psm = config.psm
-        self.norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mixer = MambaMixer(config, reverse)
-        self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mirrored = mirrored
+        self.norm1 = layer_norm(config)
+        self.mixer = MambaMixer(config)
+        self.norm2 = layer_norm(config)
         self.ffn = feed_forward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def mix(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return self.mixer(x, mask if "scan" in self.psm else None)
-
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        def masked(stage, x):
-            return x if mask is None or stage not in self.psm else x * mask[..., None]
+        mixed = self.mix(self.masked("pre", self.norm1(x), mask), mask)
+        x = x + self.dropout(mixed)  # Eq. 2
 
-        x = x + self.dropout(self.mix(masked("pre", self.norm1(x)), mask))  # Eq. 2
-        return masked("post", x + self.dropout(self.ffn(self.norm2(x))))  # Eq. 3
+        x = x + self.dropout(self.ffn(self.norm2(x)))
+        return self.masked("post", x, mask)  # Eq. 3
+
+    def masked(self, stage: str, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x with zeros at pads, if there is a mask and the config has this stage."""
+        if mask is None or stage not in self.psm:
+            return x
+        return x * mask[..., None]
+
+    def mix(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The layer's core, which lets tokens see each other. HybridLayer adds attention to it."""
+        if "scan" not in self.psm:
+            mask = None
+        if not self.mirrored:
+            return self.mixer(x, mask)
+        if mask is not None:
+            mask = mask.flip(1)
+        return self.mixer(x.flip(1), mask).flip(1)
 
 
 class SelfAttention(nn.Module):
-    """Bidirectional multi-head self-attention; pads get no weight as keys: x (b, l, h), mask (b, l) -> (b, l, h).
-    With `heads`, only so many of config.num_heads."""
+    """Bidirectional multi-head self-attention, in which pads get no weight as keys.
+
+    x (b, l, h), mask (b, l) of dtype bool or None -> (b, l, h). `heads`: use this many heads, each
+    as wide as usual, instead of config.num_heads.
+    """
 
     def __init__(self, config: MaBERTConfig, heads: int | None = None):
         super().__init__()
@@ -268,27 +305,27 @@ class SelfAttention(nn.Module):
         self.out_proj = linear(inner, config.hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (
-            self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # each (b, heads, l, width)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (b, l, 3, heads, width)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, heads, l, width)
+
         if mask is not None:
-            mask = mask | ~mask.any(
-                dim=-1, keepdim=True
-            )  # a row of pads sees its pads: softmax over nothing is NaN
+            # a row that is all padding attends to itself: a softmax over nothing gives NaN
+            mask = mask | ~mask.any(dim=-1, keepdim=True)
             mask = mask[:, None, None]  # (b, 1, 1, l)
+
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
 class TransformerLayer(nn.Module):
-    """A pre-LN Transformer layer (Eq. 1): x (b, l, h), mask (b, l) -> (b, l, h)."""
+    """A pre-LN Transformer layer (Eq. 1): x (b, l, h), mask (b, l) or None -> (b, l, h)."""
 
     def __init__(self, config: MaBERTConfig):
         super().__init__()
-        self.norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm1 = layer_norm(config)
         self.attention = SelfAttention(config)
-        self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm2 = layer_norm(config)
         self.ffn = feed_forward(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -298,145 +335,69 @@ class TransformerLayer(nn.Module):
 
 
 class HybridLayer(MambaLayer):
-    """Attention and a Mamba mixer side by side, each half of a layer (half of the heads, expand 1): x (b, l, h), mask
-    (b, l) -> (b, l, h). Both read the same normalised, pre-masked input; their outputs are normalised and averaged (as
-    in Hymba, arXiv 2411.13676, and arXiv 2510.04800), at first with a gain of 0.1, about what attention or a mixer adds
-    to x in the other layers. The stages of PSM are those of MambaLayer."""
+    """Half a Mamba layer and half a Transformer layer side by side, with MambaLayer's masking.
+
+    x (b, l, h), mask (b, l) or None -> (b, l, h). Half of the config's inner width and half of its
+    heads read the same normalised, pre-masked input; their outputs are normalised and averaged, as
+    in Hymba (arXiv 2411.13676) and arXiv 2510.04800. The norms' gain begins at 0.1, which is about
+    what attention or a mixer adds to x in the other layers.
+    """
 
     def __init__(self, config: MaBERTConfig):
-        super().__init__(dataclasses.replace(config, expand=1))
+        super().__init__(dataclasses.replace(config, expand=config.expand // 2))
         self.attention = SelfAttention(config, heads=config.num_heads // 2)
-        self.norms = nn.ModuleList(
-            LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(2)
-        )
+        self.norms = nn.ModuleList([layer_norm(config), layer_norm(config)])
         for norm in self.norms:
             nn.init.constant_(norm.weight, 0.1)
 
     def mix(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return (self.norms[0](self.attention(x, mask)) + self.norms[1](super().mix(x, mask))) / 2
+        attended = self.norms[0](self.attention(x, mask))
+        scanned = self.norms[1](super().mix(x, mask))
+        return (attended + scanned) / 2
 
 
 LAYERS = {  # the letters of config.pattern
     "M": MambaLayer,
-    "W": functools.partial(MambaLayer, reverse=True),
+    "W": functools.partial(MambaLayer, mirrored=True),
     "H": HybridLayer,
     "T": TransformerLayer,
 }
 
 
-# ---- Saving and loading, which the models below share ----
-
-
-def torch_load(file: Path) -> dict:
-    """A dict that torch.save wrote, on the CPU; nothing in the file is executed. ValueError where it is damaged."""
-    try:
-        if part := zipfile.ZipFile(file).testzip():  # torch.load does not look at checksums
-            raise ValueError(f"the checksum of {part} is wrong")
-        return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:  # a truncated or foreign file fails in any of a dozen ways
-        raise ValueError(
-            f"{file} is damaged or not ours: {textwrap.shorten(str(error), 300)}"
-        ) from error
-
-
 class PretrainedModel(nn.Module):
-    """A model with a config, saved in a folder as config.json and model.pt, its state dict. The encoder's names begin
-    with "encoder." in a model with a head."""
+    """A model with a config that can be saved in a folder and read from it; Part III says how."""
 
     def save_pretrained(self, folder: str | Path):
-        """Writes config.json and model.pt; each file appears whole or not at all."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as partial:
-            torch.save(self.state_dict(), Path(partial, "model.pt"))
-            Path(partial, "config.json").write_text(
-                json.dumps(dataclasses.asdict(self.config), indent=2) + "\n"
-            )
-            for file in Path(partial).iterdir():
-                file.replace(Path(folder, file.name))
+        """Writes config.json and model.pt into a folder, which is made if it is not there."""
+        save_model(self, Path(folder))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **overrides):
-        """Reads a folder that save_pretrained wrote, of this class or another, into a model on the CPU in eval mode.
-        PretrainedModel.from_pretrained gives the class whose weights these are.
-
-        overrides replace config fields (num_labels, pooling, psm, dropout, ...). The encoder's weights must fit the
-        config; a head that the file lacks, or has in another shape, is new, and a warning says what was not loaded.
-        Nothing in the file is executed. Raises FileNotFoundError; ValueError where a file is damaged or does not fit.
-        """
-        config_file, weights_file = Path(folder, "config.json"), Path(folder, "model.pt")
-        for file in (config_file, weights_file):
-            if not file.is_file():
-                raise FileNotFoundError(
-                    f"{file} is missing: give a folder that save_pretrained wrote"
-                )
-        try:
-            config = MaBERTConfig(**json.loads(config_file.read_text(encoding="utf-8")) | overrides)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{config_file} with the overrides {overrides} is no valid config: {error}"
-            ) from error
-        saved = torch_load(weights_file)
-        if not all(
-            isinstance(weight, Tensor) and weight.is_floating_point() for weight in saved.values()
-        ):
-            raise ValueError(
-                f"{weights_file} is damaged or not written by save_pretrained: not all of it are weights"
-            )
-        if not any(name.startswith("encoder.") for name in saved):  # a bare encoder's
-            saved = {f"encoder.{name}": weight for name, weight in saved.items()}
-        if cls is PretrainedModel:
-            classes = {
-                "classifier.weight": MaBERTForSequenceClassification,
-                "decoder_bias": MaBERTForMaskedLM,
-            }
-            cls = next((classes[name] for name in classes if name in saved), MaBERT)
-        model = cls(config)
-        whole = nn.ModuleDict({"encoder": model}) if isinstance(model, MaBERT) else model
-        head = {
-            name: weight
-            for name, weight in whole.state_dict().items()
-            if not name.startswith("encoder.")
-        }
-        fits = [name for name in head if name in saved and saved[name].shape == head[name].shape]
-        used = {
-            name: weight
-            for name, weight in saved.items()
-            if name.startswith("encoder.") or name in fits
-        }
-        try:
-            whole.load_state_dict(head | used)
-        except RuntimeError as error:  # it names all that does not fit
-            raise ValueError(
-                f"{weights_file} does not fit its config: {textwrap.shorten(str(error), 300)}"
-            ) from None
-        new, unused = (", ".join(sorted(names.keys() - used.keys())) for names in (head, saved))
-        if new or unused:
-            said = f"new and untrained: {new or 'nothing'}; in the file but not used: {unused or 'nothing'}"
-            logger.warning("%s: encoder loaded; %s", folder, said)
-        return model.eval()
+        """A model of this class from a folder that save_pretrained wrote: see `load_model`."""
+        return load_model(cls, Path(folder), overrides)
 
 
 class MaBERT(PretrainedModel):
     """The encoder: embeddings, the layers that config.pattern spells, a final LayerNorm.
 
     forward(input_ids, attention_mask=None, token_type_ids=None) -> hidden states (b, l, h)
-    - input_ids, token_type_ids: int64 or int32 (b, l); types default to 0
-    - attention_mask: (b, l), bool or 0/1 of any dtype, 1 at real tokens; None means that all are real
+    - input_ids, token_type_ids: int64 or int32 (b, l); the types are 0 where they are not given
+    - attention_mask: (b, l), bool or 0/1 of any dtype, 1 at real tokens; None means all are real
 
-    Positions count real tokens only, so padding on either side changes nothing; hidden states at pads mean nothing.
-    Raises ValueError for wrong types or shapes, a mask or ids with wrong values (CPU, eager mode), or more than
-    max_position real tokens in a row; the padded length may be larger.
+    Positions count real tokens only, so that padding on either side changes nothing. Hidden states
+    at pads mean nothing. The padded length of a row may exceed max_position, the number of its real
+    tokens may not. Raises ValueError for that, for wrong types and shapes, and (on a CPU, outside
+    torch.compile) for ids or masks with wrong values.
     """
 
     def __init__(self, config: MaBERTConfig):
         super().__init__()
         if not isinstance(config, MaBERTConfig):
-            raise ValueError(
-                f"config is {textwrap.shorten(repr(config), 100)}; it must be a MaBERTConfig"
-            )
-        self.config = config = dataclasses.replace(
-            config
-        )  # our own copy: resize_positions changes it
+            value = textwrap.shorten(repr(config), 100)
+            raise ValueError(f"config is {value}; it must be a MaBERTConfig")
+        self.config = dataclasses.replace(config)  # a copy, since resize_positions changes it
+
+        # embeddings, normal(0, 0.02) as in BERT; the pad's is zero
         h = config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, h, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position, h)
@@ -444,74 +405,86 @@ class MaBERT(PretrainedModel):
         for table in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings):
             nn.init.normal_(table.weight, std=0.02)
         self.word_embeddings.weight.data[config.pad_token_id] = 0
-        self.embedding_norm = LayerNorm(h, eps=config.layer_norm_eps)
+        self.embedding_norm = layer_norm(config)
         self.dropout = nn.Dropout(config.dropout)
+
+        # layers
         self.layers = nn.ModuleList(LAYERS[letter](config) for letter in config.pattern)
-        self.final_norm = LayerNorm(h, eps=config.layer_norm_eps)
+        self.final_norm = layer_norm(config)
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None) -> Tensor:
-        mask = self.check_inputs(input_ids, attention_mask, token_type_ids)
+        self.check_ids(input_ids, token_type_ids)
+        mask = as_mask("attention_mask", attention_mask, input_ids.shape)  # bool or None
+        self.check_length(input_ids, mask)
+
+        # positions of the real tokens: 0, 1, 2, …
         if mask is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, l)
         else:
             positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)  # (b, l)
+
+        # embeddings
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         x = self.word_embeddings(input_ids) + self.position_embeddings(positions)
-        x = self.dropout(
-            self.embedding_norm(x + self.token_type_embeddings(token_type_ids))
-        )  # (b, l, h)
+        x = x + self.token_type_embeddings(token_type_ids)
+        x = self.dropout(self.embedding_norm(x))  # (b, l, h)
+
+        # layers
         for layer in self.layers:
             x = layer(x, mask)
         return self.final_norm(x)
 
-    def check_inputs(self, input_ids, attention_mask, token_type_ids) -> Tensor | None:
-        """The mask as bool, after looking at all three."""
-        check("input_ids", input_ids, "int64 or int32", ("batch", "length"), self.config.vocab_size)
-        if token_type_ids is not None:
-            check(
-                "token_type_ids",
-                token_type_ids,
-                "int64 or int32",
-                input_ids.shape,
-                self.config.type_vocab_size,
-            )
-        mask = check_mask("attention_mask", attention_mask, input_ids.shape)
+    def check_ids(self, input_ids, token_type_ids):
+        integers = "int64 or int32"
+        check("input_ids", input_ids, integers, ("batch", "length"), self.config.vocab_size)
         if input_ids.numel() == 0:
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}; there is nothing in it"
-            )
-        length, limit = input_ids.shape[1], self.config.max_position
-        if (
-            length > limit and mask is not None
-        ):  # to count costs a GPU a synchronisation, and breaks a compiled graph
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it is empty")
+        if token_type_ids is not None:
+            types = self.config.type_vocab_size
+            check("token_type_ids", token_type_ids, integers, input_ids.shape, types)
+
+    def check_length(self, input_ids: Tensor, mask: Tensor | None):
+        """Raises ValueError where a row has more real tokens than there are positions.
+
+        Counting them makes a GPU wait and breaks a compiled graph, so nothing is counted where the
+        padded length is within max_position, or under torch.compile.
+        """
+        limit = self.config.max_position
+        length = input_ids.shape[1]
+        if length > limit and mask is not None:
             length = 0 if torch.compiler.is_compiling() else int(mask.sum(dim=-1).max())
         if length > limit:
-            raise ValueError(
-                f"a row has {length} real tokens; max_position is {limit} (see MaBERT.resize_positions)"
-            )
-        return mask
+            advice = "see MaBERT.resize_positions"
+            raise ValueError(f"a row has {length} real tokens; max_position is {limit} ({advice})")
 
     @torch.no_grad()
     def resize_positions(self, max_position: int):
-        """Stretches the position table to max_position rows by 1-D linear interpolation; the two ends stay the same.
-        The table is a new parameter: make an optimizer afterwards. ValueError if it is not a positive integer."""
+        """Stretches the position table to max_position rows by linear interpolation.
+
+        The first and the last row stay the same. The table is a new parameter: make an optimizer
+        afterwards. Raises ValueError if max_position is not a positive integer.
+        """
         config = dataclasses.replace(self.config, max_position=max_position)  # checks the value
         table = self.position_embeddings.weight  # (old, h)
-        new = F.interpolate(
-            table.T[None], size=max_position, mode="linear", align_corners=True
-        )  # (1, h, new)
-        self.position_embeddings = nn.Embedding.from_pretrained(
-            new[0].T.contiguous(), freeze=not table.requires_grad
+        stretched = F.interpolate(
+            table.T[None],  # (1, h, old)
+            size=max_position,
+            mode="linear",
+            align_corners=True,
         )
+        weight = stretched[0].T.contiguous()  # (max_position, h)
+        frozen = not table.requires_grad
+        self.position_embeddings = nn.Embedding.from_pretrained(weight, freeze=frozen)
         self.config.max_position = config.max_position
 
 
 class Pooling(nn.Module):
-    """One vector per row from its hidden states: forward(x, mask=None), x (b, l, h), mask (b, l) -> (b, h).
+    """One vector for each row: x (b, l, h), mask (b, l) or None -> (b, h).
 
-    - map:  mask-aware attention pooling (Eqs. 11–13): softmax over real tokens of a learned score, weighted sum
-    - attn: the same without the mask: pads get weight too (one of the paper's variants for comparison)
+    - map:  mask-aware attention pooling (Eqs. 11–13): softmax over the real tokens of a learned
+            score, then the weighted sum
+    - attn: the same without the mask, so that pads get weight too (a variant of the paper's)
     - cls:  the first real token
     - mean: the mean of the real tokens
     A row that is all padding pools to zero, whatever the kind.
@@ -521,32 +494,32 @@ class Pooling(nn.Module):
         super().__init__()
         self.kind = config.pooling
         if self.kind in ("map", "attn"):
-            self.score = linear(
-                config.hidden_size, 1, bias=False
-            )  # Eq. 11's bias would cancel in the softmax
+            # without Eq. 11's bias, which cancels in the softmax
+            self.score = linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        check("x", x, "floating-point", ("batch", "length", "hidden_size"))
+        mask = as_mask("mask", mask, x.shape[:2])
+        if mask is None:
+            mask = x.new_ones(x.shape[:2], dtype=torch.bool)
+        weights = self.weights(x, mask)  # (b, l)
+        weights = weights * mask.any(dim=-1, keepdim=True)  # zero in a row that is all padding
+        return (weights[..., None] * x).sum(dim=1)  # Eq. 13
 
     def weights(self, x: Tensor, mask: Tensor) -> Tensor:
         """The weight of each token, (b, l)."""
         if self.kind == "cls":
-            return F.one_hot(mask.int().argmax(dim=-1), mask.shape[1]).to(x.dtype)
+            first = mask.int().argmax(dim=-1)  # (b,)
+            return F.one_hot(first, mask.shape[1]).to(x.dtype)
         if self.kind == "mean":
-            return mask / mask.sum(dim=-1, keepdim=True).clamp(min=1).to(x.dtype)
+            count = mask.sum(dim=-1, keepdim=True).clamp(min=1)
+            return mask / count.to(x.dtype)
+
         scores = self.score(x).squeeze(-1)  # Eq. 11
         if self.kind == "map":
-            scores = scores.masked_fill(
-                ~mask, torch.finfo(scores.dtype).min
-            )  # Eq. 12; −∞ would make a row of pads NaN
+            # Eq. 12, with the lowest finite number: −∞ would make a row that is all padding NaN
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         return scores.softmax(dim=-1)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        check("x", x, "floating-point", ("batch", "length", "hidden_size"))
-        mask = check_mask("mask", mask, x.shape[:2])
-        if mask is None:
-            mask = x.new_ones(x.shape[:2], dtype=torch.bool)
-        weights = self.weights(x, mask) * mask.any(
-            dim=-1, keepdim=True
-        )  # (b, l), zero in a row of pads
-        return (weights[..., None] * x).sum(dim=1)  # Eq. 13
 
 
 class Output(NamedTuple):
@@ -554,15 +527,21 @@ class Output(NamedTuple):
     logits: Tensor
 
 
-class MaBERTForMaskedLM(PretrainedModel):
-    """The encoder with BERT's masked-language-model head; the decoder's matrix is the word embedding's.
+IGNORED_LABEL = -100  # PyTorch's value for a place where there is nothing to predict
 
-    forward(input_ids, attention_mask=None, token_type_ids=None, labels=None, reduction="mean") -> Output(loss, logits)
-    - without labels: loss None, logits (b, l, vocab)
-    - with labels, int64 or int32 (b, l), -100 where there is nothing to predict: the vocabulary projection runs on
-      the labelled positions alone, and logits are (number labelled, vocab) in row-major order. The loss is the mean
-      cross-entropy in nats over them (0 where there are none), or their sum with reduction="sum". Labels may be on
-      the CPU while the rest is on a GPU: counting them then does not wait for the GPU.
+
+class MaBERTForMaskedLM(PretrainedModel):
+    """The encoder with BERT's masked-language-model head, whose decoder is the word embedding.
+
+    forward(input_ids, attention_mask=None, token_type_ids=None, labels=None, reduction="mean")
+    -> Output(loss, logits)
+    - without labels: the loss is None, logits are (b, l, vocab)
+    - labels: int64 or int32 (b, l), -100 where there is nothing to predict. The projection to the
+      vocabulary then runs on the labelled positions alone: logits are (labelled, vocab), in
+      row-major order. Labels may lie on the CPU while the model is on a GPU, which then need not be
+      waited for to count them.
+    - loss: the mean cross-entropy over the labelled positions in nats, 0 where there are none; or
+      with reduction="sum" their sum.
     """
 
     def __init__(self, config: MaBERTConfig):
@@ -570,9 +549,7 @@ class MaBERTForMaskedLM(PretrainedModel):
         self.encoder = MaBERT(config)
         self.config = self.encoder.config
         h = config.hidden_size
-        self.transform = nn.Sequential(
-            linear(h, h), nn.GELU(), LayerNorm(h, eps=config.layer_norm_eps)
-        )
+        self.transform = nn.Sequential(linear(h, h), nn.GELU(), layer_norm(config))
         self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(
@@ -581,30 +558,38 @@ class MaBERTForMaskedLM(PretrainedModel):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'")
         x = self.encoder(input_ids, attention_mask, token_type_ids)  # (b, l, h)
-        if labels is not None:
-            check(
-                "labels", labels, "int64 or int32", x.shape[:2], self.config.vocab_size, also=-100
-            )
-            places = (labels.flatten() != -100).nonzero().squeeze(1)  # (number labelled,)
-            labels = labels.flatten()[places].long().to(x.device, non_blocking=True)
-            x = x.flatten(0, 1).index_select(
-                0, places.to(x.device, non_blocking=True)
-            )  # (number labelled, h)
-        logits = F.linear(self.transform(x), self.encoder.word_embeddings.weight, self.decoder_bias)
         if labels is None:
-            return Output(None, logits)
-        loss = F.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum"
-        )
-        return Output(loss / max(1, labels.numel()) if reduction == "mean" else loss, logits)
+            return Output(None, self.predict(x))
+
+        # the labelled positions
+        vocabulary = self.config.vocab_size
+        check("labels", labels, "int64 or int32", x.shape[:2], vocabulary, also=IGNORED_LABEL)
+        labels = labels.flatten()
+        places = (labels != IGNORED_LABEL).nonzero().squeeze(1)  # (labelled,)
+        labels = labels[places].long().to(x.device, non_blocking=True)
+        places = places.to(x.device, non_blocking=True)
+        logits = self.predict(x.flatten(0, 1).index_select(0, places))  # (labelled, vocab)
+
+        # the loss, in float32 at least
+        loss = F.cross_entropy(in_float32(logits), labels, reduction="sum")
+        if reduction == "mean":
+            loss = loss / max(1, labels.numel())
+        return Output(loss, logits)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Hidden states (..., h) -> logits over the vocabulary (..., vocab)."""
+        words = self.encoder.word_embeddings.weight  # (vocab, h)
+        return F.linear(self.transform(x), words, self.decoder_bias)
 
 
 class MaBERTForSequenceClassification(PretrainedModel):
     """The encoder with pooling and a linear classifier (Eq. 14).
 
-    forward(input_ids, attention_mask=None, token_type_ids=None, labels=None) -> Output(loss, logits (b, num_labels))
-    - labels: classes, int64 or int32 (b,), for the mean cross-entropy in nats; rows with -100 do not count
-    - with num_labels=1: numbers of any dtype (b,), for the mean squared error
+    forward(input_ids, attention_mask=None, token_type_ids=None, labels=None)
+    -> Output(loss, logits (b, num_labels))
+    - labels: classes, int64 or int32 (b,); the loss is the mean cross-entropy in nats, over the
+      rows whose label is not -100
+    - with num_labels=1: numbers of any dtype (b,); the loss is the mean squared error
     """
 
     def __init__(self, config: MaBERTConfig):
@@ -617,19 +602,1443 @@ class MaBERTForSequenceClassification(PretrainedModel):
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None) -> Output:
         x = self.encoder(input_ids, attention_mask, token_type_ids)  # (b, l, h)
-        logits = self.classifier(self.dropout(self.pooling(x, attention_mask)))  # (b, num_labels)
+        pooled = self.pooling(x, attention_mask)  # (b, h)
+        logits = self.classifier(self.dropout(pooled))  # Eq. 14: (b, num_labels)
         if labels is None:
             return Output(None, logits)
-        predicted = logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+        # regression
+        predicted = in_float32(logits)
         if self.config.num_labels == 1:
             check("labels", labels, "not complex", x.shape[:1])
-            return Output(F.mse_loss(predicted.squeeze(-1), labels.to(predicted.dtype)), logits)
-        check("labels", labels, "int64 or int32", x.shape[:1], self.config.num_labels, also=-100)
-        loss = F.cross_entropy(
-            predicted, labels.long(), reduction="sum"
-        )  # "mean" would be NaN where no row counts
-        return Output(loss / (labels != -100).sum().clamp(min=1), logits)
+            loss = F.mse_loss(predicted.squeeze(-1), labels.to(predicted.dtype))
+            return Output(loss, logits)
 
+        # classes; cross_entropy's own mean would be NaN where no row has a label
+        classes = self.config.num_labels
+        check("labels", labels, "int64 or int32", x.shape[:1], classes, also=IGNORED_LABEL)
+        loss = F.cross_entropy(predicted, labels.long(), reduction="sum")
+        labelled = (labels != IGNORED_LABEL).sum().clamp(min=1)
+        return Output(loss / labelled, logits)
+
+
+def in_float32(x: Tensor) -> Tensor:
+    """x in float32, or as it is where it is float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ============================ Part II: the masked selective scan ===============================
+#
+# What to read: the formula and `reference_scan`. `selective_scan` and `short_convolution`, the two
+# functions that the model calls, follow at once. All after that, a loop and the kernels, computes
+# the same numbers faster, and is for those who want to change it.
+#
+# The formula, for one row and one channel, whose state s_t is n numbers, as are A, B_t and C_t.
+# m_t is the mask, 1 at real tokens and 0 at pads:
+#
+#     Δ_t = m_t · softplus(delta_t + delta_bias)
+#     s_t = exp(Δ_t A) s_{t−1} + Δ_t u_t B_t           s_{−1} = 0
+#     v_t = C_t · s_t + D u_t                          a sum over the n states
+#     y_t = m_t · SiLU(z_t) · v_t
+#
+# At a pad Δ_t = 0, so that s_t = exp(0) s_{t−1} + 0: the state passes through. The softplus is left
+# out unless delta_softplus is true.
+
+
+def reference_scan(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, mask=None
+):
+    """The formula, one step at a time, in plain PyTorch: on any device, with autograd, and slow.
+
+    Arguments, result and errors are those of `selective_scan`, below.
+    """
+    check_scan(u, delta, A, B, C, D, z, delta_bias)
+    mask = as_mask("mask", mask, u.shape[:2])
+    out_dtype = u.dtype
+    u, delta, A, B, C = map(in_float32, (u, delta, A, B, C))
+    mask = 1 if mask is None else mask[..., None]  # (b, l, 1)
+
+    # Δ; from here on `delta` is Δ itself
+    raw = delta if delta_bias is None else delta + in_float32(delta_bias)
+    delta = mask * (F.softplus(raw) if delta_softplus else raw)  # (b, l, d)
+
+    # the recurrence
+    delta_u = delta * u
+    state = 0
+    sums = []
+    for t in range(u.shape[1]):
+        decay = torch.exp(delta[:, t, :, None] * A)  # (b, d, n)
+        state = decay * state + delta_u[:, t, :, None] * B[:, t, None]  # (b, d, n)
+        sums.append((state * C[:, t, None]).sum(dim=-1))  # (b, d)
+
+    # D, the gate and the mask
+    v = torch.stack(sums, dim=1)  # (b, l, d)
+    if D is not None:
+        v = v + in_float32(D) * u
+    gate = 1 if z is None else F.silu(in_float32(z))
+    return (mask * gate * v).to(out_dtype)
+
+
+def selective_scan(
+    u, delta, A, B, C, D=None, z=None,
+    delta_bias=None, delta_softplus=False, mask=None, backend=None,
+) -> Tensor:  # fmt: skip
+    """The masked selective scan, the formula above: u, delta, A, B, C, … -> y (b, l, d).
+
+    The names are those of mamba-ssm's selective_scan_fn, the layout has channels last.
+    - u, delta, z: (b, l, d). A: (d, n), negative. B, C: (b, l, n). D, delta_bias: (d,).
+      Floating-point numbers of any kind, and finite, also at pads; y has the dtype of u. The
+      arithmetic is in float32, or in float64 where u is float64.
+    - mask: (b, l), bool or 0/1. At a pad (0) the state passes through, y is 0, and so are the
+      gradients of u, delta, B, C and z. None means that all tokens are real.
+    - backend: "triton" (needs a GPU; no float64), "loop", or None, which takes Triton where it can
+      run and else the loop.
+
+    Raises ValueError for arguments that do not fit (values of the mask are looked at on a CPU
+    only), RuntimeError for a backend that cannot run. There are no gradients of gradients.
+    """
+    check_scan(u, delta, A, B, C, D, z, delta_bias)
+    mask = as_mask("mask", mask, u.shape[:2])
+    zeros = A.new_zeros(A.shape[0])
+    D = zeros if D is None else D
+    bias = zeros if delta_bias is None else delta_bias
+
+    # states are kept for the backward pass only if there will be one
+    inputs = (u, delta, A, B, C, D, z, bias)
+    needs_gradients = any(x is not None and x.requires_grad for x in inputs)
+    keep = torch.is_grad_enabled() and needs_gradients
+
+    if not use_triton(u, backend):
+        options = (mask, delta_softplus, LOOP_CHUNK, keep, u.dtype)
+        y, _ = _scan_loop(u, delta, A, B, C, D, z, bias, *options)
+        return y
+
+    # The kernels take up to 16 states, since a thread has no registers for more. With more, y is a
+    # sum over groups of 16 in float32: SiLU(z) gates each part, and D joins the first.
+    n = A.shape[1]
+    options = (mask, delta_softplus, _chunk_length(n), keep, u.dtype if n <= 16 else torch.float32)
+    y = 0
+    for i in range(0, n, 16):
+        A_, B_, C_ = A[:, i : i + 16], B[..., i : i + 16], C[..., i : i + 16]
+        part, _ = _scan_triton(u, delta, A_, B_, C_, D if i == 0 else zeros, z, bias, *options)
+        y = part if i == 0 else y + part
+    return y.to(u.dtype)
+
+
+def short_convolution(
+    u: Tensor, weight: Tensor, bias: Tensor, left: int, backend: str | None = None
+) -> Tensor:
+    """SiLU of a depthwise convolution over time: u (b, l, d) -> (b, l, d).
+
+    weight (d, k), bias (d,). A token sees the `left` tokens before it and the k − 1 − left after
+    it, and zeros beyond the ends of a row. `backend` is that of `selective_scan`: on a GPU it is a
+    kernel, since PyTorch's goes through memory several times, to pad, to transpose and to copy.
+    """
+    if use_triton(u, backend):
+        return _conv_triton(u, weight, bias, left)
+    right = weight.shape[1] - 1 - left
+    u = F.pad(u, (0, 0, left, right)).transpose(1, 2)  # (b, d, l + k - 1)
+    # PyTorch's two-dimensional convolution is faster than its one-dimensional one
+    y = F.conv2d(u[:, :, None], weight[:, None, None], bias, groups=bias.shape[0])  # (b, d, 1, l)
+    return F.silu(y)[:, :, 0].transpose(1, 2)
+
+
+def use_triton(u: Tensor, backend: str | None) -> bool:
+    """Whether the kernels run for u, the scan's input or the convolution's; else it is the loop."""
+    if backend not in SCAN_BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of {SCAN_BACKENDS}")
+    can_run = triton and (u.is_cuda or INTERPRETED) and u.dtype != torch.float64
+    if backend == "triton" and not can_run:
+        if triton:
+            dtype = str(u.dtype).removeprefix("torch.")
+            reason = "it needs a GPU (or TRITON_INTERPRET=1), and not float64; "
+            reason += f"u is {dtype} on {u.device}"
+        else:
+            reason = "the package triton is not installed"
+        raise RuntimeError(
+            f"backend='triton' cannot run here (backend='loop' or None can): {reason}"
+        )
+    return backend == "triton" or (backend is None and u.is_cuda and can_run)
+
+
+# ---- A loop, for the CPU ----
+#
+# Two ops, forward and backward, that compute the whole formula as the kernels below do: a few rows
+# and a chunk of steps at a time, so that all intermediate values stay in the caches of a core.
+# Forward, the state at the start of each chunk is kept. Backward, chunks are taken from the right;
+# each is replayed from the state at its start, then traversed from its end.
+
+LOOP_CHUNK = 16  # steps; with n = 16 the kept states are then as many numbers as u
+LOOP_BLOCK = 2**19  # numbers in a buffer, for each thread: 2 MB; the backward pass has three
+
+
+def _row_blocks(u, A, chunk):
+    """Slices of the batch whose buffers fit the caches; one slice on a GPU, where launches cost."""
+    b = u.shape[0]
+    size = LOOP_BLOCK * torch.get_num_threads() // (chunk * A.numel())
+    if u.is_cuda:
+        size = b
+    size = max(1, size)
+    return [slice(i, min(i + size, b)) for i in range(0, b, size)]
+
+
+def _chunks(rows, chunk, *tensors):
+    """The chunks of these rows of each tensor (b, l, …), in order: tuples of one view a tensor.
+
+    A view has time first, (steps, rows, …), so that a step is contiguous. None gives None.
+    """
+    views = []
+    for x in tensors:
+        if x is None:
+            views.append(itertools.repeat(None))
+        else:
+            views.append(x[rows].transpose(0, 1).split(chunk))
+    return list(zip(*views))
+
+
+def _chunk_states(buffers, u, raw, A, B, bias, mask, state, softplus):
+    """The forward recurrence over a chunk: (Δ, the decays exp(Δ A), the states).
+
+    u, raw (steps, rows, d): the inputs, and Δ before bias and softplus; A (n, d), times log2(e),
+    since exp2 is faster than exp on a CPU; B (steps, rows, n); bias (d,); mask (steps, rows) or
+    None; state (rows, n, d), the one before the chunk. Returns Δ (steps, rows, d), the decays
+    (steps, rows, n, d) in the second of the buffers, and in the first the states
+    (steps + 1, rows, n, d): before the chunk, and after each step.
+    """
+    # Δ
+    delta = raw + bias
+    if softplus:
+        delta = F.softplus(delta)
+    if mask is not None:
+        delta = delta * mask[..., None]
+
+    # what each step multiplies the state by, and what it adds; the given state, which may be the
+    # last one in the buffer, is copied before anything is written
+    steps = u.shape[0]
+    decays = buffers[1, :steps]
+    states = buffers[0, : steps + 1]
+    states[0] = state
+    torch.mul(delta[:, :, None], A, out=decays).exp2_()
+    torch.mul((delta * u)[:, :, None], B[..., None], out=states[1:])
+
+    # the recurrence, in place
+    for decay, before, after in zip(decays, states[:-1], states[1:]):
+        after.addcmul_(decay, before)
+    return delta, decays, states
+
+
+@torch.library.custom_op("mabert::scan_loop", mutates_args=())
+def _scan_loop(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
+    bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int, keep: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (b, l, d) of the dtype; and if `keep`, the state before each chunk, (b, chunks, n, d)."""
+    b, l, d = u.shape
+    n = A.shape[1]
+
+    # everything in float32, or in float64 if u is float64
+    kind = torch.promote_types(u.dtype, torch.float32)
+    A2 = (A.T.to(kind) / math.log(2)).contiguous()  # (n, d)
+    D = D.to(kind)
+    bias = bias.to(kind)
+    inputs = [None if x is None else x.to(kind) for x in (u, delta, B, C, z, mask)]
+    y = u.new_empty(b, l, d, dtype=dtype)
+    kept = A2.new_empty(b, _ceil_div(l, chunk) if keep else 0, n, d)
+
+    with torch.autocast(u.device.type, enabled=False):  # else @ would be in half precision
+        for rows in _row_blocks(u, A2, chunk):
+            buffers = A2.new_empty(2, chunk + 1, rows.stop - rows.start, n, d)
+            state = torch.zeros_like(buffers[0, 0])
+            for i, views in enumerate(_chunks(rows, chunk, y, *inputs)):
+                y_, u_, raw_, B_, C_, z_, mask_ = views
+
+                # the states of the chunk
+                if keep:
+                    kept[rows, i] = state
+                arguments = (u_, raw_, A2, B_, bias, mask_, state, softplus)
+                _, _, states = _chunk_states(buffers, *arguments)
+                state = states[-1]
+
+                # v = C s + D u, then the gate and the mask
+                v = (C_[:, :, None] @ states[1:]).squeeze(2)  # (…, 1, n) @ (…, n, d)
+                v.addcmul_(u_, D)
+                if z_ is not None:
+                    v.mul_(F.silu(z_))
+                if mask_ is not None:
+                    v.mul_(mask_[..., None])
+                y_.copy_(v)
+    return y, kept
+
+
+# Gradients, with dx for the gradient of the loss with respect to x. Time runs backwards:
+#
+#     dv_t = m_t SiLU(z_t) dy_t                        dz_t = m_t SiLU'(z_t) v_t dy_t
+#     g_t  = C_t dv_t + q_{t+1}                        g is ds, with all later steps in it
+#     q_t  = exp(Δ_t A) g_t                            what step t hands to step t − 1
+#
+#     dC_t = Σ_d dv_t s_t                              dB_t = Σ_d g_t Δ_t u_t
+#     d(Δu)_t = Σ_n g_t B_t                            du_t = Δ_t d(Δu)_t + D dv_t
+#     w_t  = q_t s_{t−1}                               dA = Σ_{b,t} Δ_t w_t
+#     dΔ_t = Σ_n A w_t + u_t d(Δu)_t                   dD = Σ_{b,t} u_t dv_t
+#     ddelta_t = m_t softplus'(…) dΔ_t                 dbias = Σ_{b,t} ddelta_t
+
+
+@torch.library.custom_op("mabert::scan_loop_backward", mutates_args=())
+def _scan_loop_backward(
+    dy: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+    z: Tensor | None, bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of u, delta, A, B, C, D, z and bias; z's is empty where there is no z."""
+    d = u.shape[2]
+    n = A.shape[1]
+
+    # everything in float32, or in float64 if u is float64
+    kind = torch.promote_types(u.dtype, torch.float32)
+    A_ = A.T.to(kind).contiguous()  # (n, d)
+    A2 = A_ / math.log(2)
+    D_ = D.to(kind)
+    bias_ = bias.to(kind)
+    inputs = [None if x is None else x.to(kind) for x in (dy, u, delta, B, C, z, mask)]
+
+    # the gradients, which the loop fills or adds up
+    outputs = [None if x is None else _empty_like(x) for x in (u, delta, B, C, z)]
+    dA = torch.zeros_like(A_)
+    dD = torch.zeros_like(D_)
+    dbias = torch.zeros_like(bias_)
+
+    with torch.autocast(u.device.type, enabled=False):
+        for rows in _row_blocks(u, A, chunk):
+            buffers = dA.new_empty(3, chunk + 1, rows.stop - rows.start, n, d)
+            q = torch.zeros_like(buffers[0, 0])
+            chunks = _chunks(rows, chunk, *inputs, *outputs)
+            for i, views in reversed(list(enumerate(chunks))):
+                dy_, u_, raw_, B_, C_, z_, mask_, du_, ddelta_, dB_, dC_, dz_ = views
+
+                # replay the chunk
+                arguments = (u_, raw_, A2, B_, bias_, mask_, kept[rows, i], softplus)
+                delta_, decays, states = _chunk_states(buffers, *arguments)
+                after = states[1:]
+
+                # dv, dz
+                dv = dy_ if mask_ is None else dy_ * mask_[..., None]
+                if z_ is not None:
+                    v = (C_[:, :, None] @ after).squeeze(2).addcmul_(u_, D_)
+                    dz_.copy_(torch.ops.aten.silu_backward(v.mul_(dv), z_))
+                    dv = dv * F.silu(z_)
+
+                # dC
+                dC_.copy_((dv[:, :, None] @ after.mT).squeeze(2))  # (…, 1, d) @ (…, d, n)
+
+                # g and q, step by step from the end; q_t takes the place of the decay
+                g = buffers[2, : dv.shape[0]]  # (steps, rows, n, d)
+                steps = zip(decays, g, C_[..., None], dv[:, :, None])
+                for decay, g_t, C_t, dv_t in reversed(list(steps)):
+                    torch.addcmul(q, C_t, dv_t, out=g_t)
+                    q = decay.mul_(g_t)
+                q = q.clone()  # since the next line writes over it
+
+                # w takes the place of q
+                w = decays.mul_(states[:-1])
+
+                # dB, d(Δu)
+                dB_.copy_(((delta_ * u_)[:, :, None] @ g.mT).squeeze(2))
+                ddelta_u = (B_[:, :, None] @ g).squeeze(2)  # (steps, rows, d)
+
+                # dA; g is used up, and its buffer takes the products
+                dA += torch.mul(w, delta_[:, :, None], out=g).sum(dim=(0, 1))
+
+                # dΔ, then ddelta; A w takes the place of w
+                grad = w.mul_(A_).sum(dim=2).addcmul_(u_, ddelta_u)
+                if softplus:
+                    grad *= -torch.expm1(-delta_)  # softplus' slope is 1 − exp(−Δ): 0 at pads
+                elif mask_ is not None:
+                    grad *= mask_[..., None]
+                ddelta_.copy_(grad)
+                dbias += grad.sum(dim=(0, 1))
+
+                # du, dD; Δ d(Δu) takes the place of d(Δu)
+                torch.addcmul(ddelta_u.mul_(delta_), dv, D_, out=du_)
+                dD += (dv * u_).sum(dim=(0, 1))
+
+    du, ddelta, dB, dC, dz = outputs
+    if dz is None:
+        dz = u.new_empty(0)
+    dA = dA.T.contiguous().to(A.dtype)
+    return du, ddelta, dA, dB, dC, dD.to(D.dtype), dz, dbias.to(bias.dtype)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# ---- The same in Triton, for the GPU ----
+#
+# What the kernels do, without the tricks. A program is one warp, which takes a row, 32 channels (a
+# thread each) and a stretch of time, with the n states of its channels in registers:
+#
+#     for row, 32 channels in parallel:
+#         states = 0
+#         for each tile of 8 steps:
+#             load u, delta, z (8 × 32), and B, C, mask (which all channels share)
+#             for i in 0 … n − 1:
+#                 for each of the 8 steps:
+#                     states[i] = exp(Δ A[i]) states[i] + Δ u B[i]
+#                     v += C[i] states[i]
+#             store y = mask · SiLU(z) · (v + D u)
+#
+# Time is cut in three ways, one inside the other:
+#
+#     row      0 ─────────────────────────────────────────────────────────────────────────────── l
+#     segment  0 ────────────────────────────────────── 1 ──────────────────────────────────────
+#     chunk    0 ─────────── 1 ─────────── 2 ────────── 3 ─────────── 4 ─────────── 5 ──────────
+#     tile     0 ── 1 ── 2 ─ 3 ── 4 ── 5 ─ …
+#     step     · · · · · · · …
+#
+# - A tile (8 steps forward, 4 backward) is what a program holds in registers at once: enough steps
+#   that loading them is not waited for one by one.
+# - A chunk (16 steps) is what the backward pass replays: forward keeps the state at its start only,
+#   since all states together would be n times as large as u.
+# - A segment (whole chunks) is what a program does. Where rows × channels fill the GPU, a row is
+#   one segment; else several programs share a row.
+# A segment is whole chunks and a chunk whole tiles; only the last of a row may be cut off by l.
+#
+# Segments need the state at their start, which is the end of another. So there are three phases, of
+# which the first two run only where a row has several segments. Subscripts number segments, e is
+# the end of a segment that starts from zero, a = exp(A Σ Δ) its decay; g and q are in the formulas
+# above `_scan_loop_backward`.
+#
+#     forward       segment 0             segment 1             segment 2
+#     1.         0 ───────────▶ e₀     0 ───────────▶ e₁                             _state_ends
+#     2.         s₀ = 0      ···▶      s₁ = a₀ s₀ + e₀ ···▶  s₂ = a₁ s₁ + e₁         _segment_starts
+#     3.         s₀ ─────▶ y           s₁ ─────▶ y           s₂ ─────▶ y             _outputs
+#
+#     backward
+#     1.                               e₁ ◀─────────── 0     e₂ ◀─────────── 0       _gradient_ends
+#     2.         q₀ = a₁ q₁ + e₁ ◀···  q₁ = a₂ q₂ + e₂ ◀···           q₂ = 0         _segment_starts
+#     3.         gradients ◀── q₀      gradients ◀── q₁      gradients ◀── q₂        _gradients
+#
+# Nothing is added atomically: the same call gives the same bits. u, delta, z, dy (b, l, d) may be
+# slices: a step's channels lie side by side, and *_stride numbers further the next step's. Between
+# the kernels lie, all in float32:
+#
+#     A           (n, d)                                          log2(e) A: exp2 is an instruction
+#     packed      (b, tiles, 2 n + 1, TILE)     _pack             B, C and the mask of each tile
+#     ends        (b, segments, n, d)           phases 1, 2       e; then s or q, in its place
+#     delta_sums  (b, segments, d)              phase 1           Σ Δ
+#     kept        (b, chunks, n, d)             _outputs          the state before each chunk
+#     scratch     (programs, CHUNK/TILE, n, 32) _gradients        the states before a chunk's tiles
+#     parts       (b, segments, n + 2, d)       _gradients        a segment's part of dA, dD, dbias
+#     dBC         (b, blocks, tiles, n, 2, 4)   _gradients        32 channels' part of dB and dC
+#
+# What is said of machine code below is what `python bench.py scan --static` prints.
+
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on a CPU
+constexpr = tl.constexpr
+LOG2E = constexpr(1 / math.log(2))
+LN2 = constexpr(math.log(2))
+
+
+def jit(function):
+    """triton.jit, where there is Triton; one compilation serves rows of all lengths."""
+    if not triton:
+        return function
+    return triton.jit(function, do_not_specialize=["l", "segment", "segments"])
+
+
+# -- functions of numbers --
+
+
+@jit
+def _sigmoid(x):
+    """1 / (1 + e^−x), as the square of rsqrt: one instruction, where a division is several."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
+    return root * root
+
+
+@jit
+def _softplus(x):
+    """log(1 + e^x) = max(x, 0) + log(1 + e), with e = exp(−|x|), accurate for tiny e too.
+
+    log(1 + e) = 2 artanh(e / (2 + e)), as a series whose last coefficient makes up for the rest.
+    """
+    e = tl.exp2(tl.abs(x) * -LOG2E)
+    root = tl.rsqrt(2.0 + e)
+    ratio = e * (root * root)
+    square = ratio * ratio
+    series = 2 / 3 + square * (2 / 5 + square * (2 / 7 + square * (2 / 9 + square * 0.215)))
+    return tl.maximum(x, 0.0) + ratio * (2.0 + square * series)
+
+
+@jit
+def _delta(raw, mask, SOFTPLUS: constexpr):
+    """Δ, zero at pads; raw is delta with its bias."""
+    return (_softplus(raw) if SOFTPLUS else raw) * mask
+
+
+# -- where a program works --
+
+
+@jit
+def _place(l, segment, d: constexpr):
+    """(row, index of its segment in (b, segments), channels, which of them exist, begin, end).
+
+    The program's channels are 32 numbers, its segment the steps from begin to end.
+    """
+    blocks = tl.cdiv(d, 32)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    channel = tl.program_id(0) % blocks * 32 + tl.arange(0, 32)
+    exists = channel < d if d % 32 else tl.full((32,), True, tl.int1)
+
+    begin = tl.program_id(1) * segment
+    end = tl.minimum(begin + segment, l)
+    row_segment = b * tl.num_programs(1) + tl.program_id(1)
+    return b, row_segment, channel, exists, begin, end
+
+
+# -- tiles: TILE steps × 32 channels --
+
+
+@jit
+def _in_range(exists, t, end, TILE: constexpr):
+    """Which numbers of the tile at step t exist: those of existing channels, before the end."""
+    return exists[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
+
+
+@jit
+def _pointers(ptr, step, STRIDE: constexpr, TILE: constexpr):
+    """Pointers to a tile, (TILE, 32); ptr has one for each channel, step counts through the batch.
+
+    They claim to be aligned to one element only. Triton then gives each thread a whole channel, all
+    steps of the tile, and the recurrence over time needs no exchange between threads.
+    """
+    steps = tl.arange(0, TILE).to(tl.int64)[:, None]
+    pointers = (ptr + step * STRIDE)[None, :] + steps * STRIDE
+    return tl.multiple_of(pointers, (1, ptr.dtype.element_ty.primitive_bitwidth // 8))
+
+
+@jit
+def _load(ptr, step, in_range, STRIDE: constexpr, TILE: constexpr):
+    return tl.load(_pointers(ptr, step, STRIDE, TILE), mask=in_range, other=0.0)
+
+
+@jit
+def _store(ptr, tile, step, in_range, STRIDE: constexpr, TILE: constexpr):
+    pointers = _pointers(ptr, step, STRIDE, TILE)
+    tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=in_range)
+
+
+@jit
+def _step(tile, i):
+    """Step i of a tile, (32,).
+
+    Triton cannot index a tile that is in registers. So all other steps are replaced by zeros, and
+    the tile is summed over time. As each thread holds all steps of a channel, the compiler drops
+    every "+ 0" and nothing is computed: but only of integers, since −0.0 + 0.0 is not −0.0. Hence
+    the detour over the bit pattern.
+    """
+    steps = tl.arange(0, tile.shape[0])
+    bits = tile.to(tl.int32, bitcast=True)
+    return tl.sum(tl.where((steps == i)[:, None], bits, 0), 0).to(tl.float32, bitcast=True)
+
+
+@jit
+def _tile_forward(a, x, state, TILE: constexpr):
+    """s_t = a_t s_{t−1} + x_t over a tile, from the state before it.
+
+    Returns the states after each step, the states before each step (tiles), and the last (32,).
+    """
+    steps = tl.arange(0, TILE)
+    after = x
+    before = x
+    for i in tl.static_range(TILE):
+        here = (steps == i)[:, None]
+        before = tl.where(here, state[None, :], before)
+        state = _step(a, i) * state + _step(x, i)
+        after = tl.where(here, state[None, :], after)
+    return after, before, state
+
+
+@jit
+def _tile_backward(a, x, q, TILE: constexpr):
+    """g_t = x_t + q_{t+1} and q_t = a_t g_t over a tile, from its end; q is the one after it.
+
+    Returns all g and all q (tiles), and the first q (32,).
+    """
+    steps = tl.arange(0, TILE)
+    all_g = x
+    all_q = x
+    for i in tl.static_range(TILE - 1, -1, -1):
+        here = (steps == i)[:, None]
+        g = _step(x, i) + q
+        q = _step(a, i) * g
+        all_g = tl.where(here, g[None, :], all_g)
+        all_q = tl.where(here, q[None, :], all_q)
+    return all_g, all_q, q
+
+
+# -- states: a tuple of n vectors, one number for each of the 32 channels --
+
+
+@jit
+def _load_states(ptr, offset, exists, STRIDE: constexpr, n: constexpr):
+    """n vectors, STRIDE apart; zeros where ptr is None."""
+    states = ()
+    for i in tl.static_range(n):
+        zeros = tl.zeros((32,), tl.float32)
+        if ptr is None:
+            states += (zeros,)
+        else:
+            states += (tl.load(ptr + offset + i * STRIDE, mask=exists, other=0.0),)
+    return states
+
+
+@jit
+def _store_states(ptr, states, exists, STRIDE: constexpr, n: constexpr):
+    for i in tl.static_range(n):
+        tl.store(ptr + i * STRIDE, states[i], mask=exists)
+
+
+# -- packed: B, C and the mask, a tile after the other --
+
+
+@jit
+def _pack(
+    # inputs: B, C (b l, n) of any strides, the mask (b l,) or None
+    B_ptr, C_ptr, mask_ptr, B_stride, B_state_stride, C_stride, C_state_stride,
+    # output and sizes; N is the power of 2 from n on
+    packed_ptr, l, n: constexpr, N: constexpr, TILE: constexpr,
+):  # fmt: skip
+    """A tile of packed: n lines of B, n lines of C and one of the mask, each of TILE numbers.
+
+    All channels read the same B and C: packed in the order of their use, in float32 and with zeros
+    beyond l, they cost a load each and no arithmetic.
+    """
+    # -- the tile's steps, counted in the row and through the batch --
+    tiles = tl.cdiv(l, TILE)
+    program = tl.program_id(0).to(tl.int64)
+    t = program % tiles * TILE + tl.arange(0, TILE)
+    step = program // tiles * l + t
+    in_row = t < l
+
+    # -- load --
+    i = tl.arange(0, N).to(tl.int64)[:, None]
+    in_range = in_row[None, :] & (i < n)
+    B = tl.load(B_ptr + step[None, :] * B_stride + i * B_state_stride, mask=in_range, other=0.0)
+    C = tl.load(C_ptr + step[None, :] * C_stride + i * C_state_stride, mask=in_range, other=0.0)
+    mask = in_row
+    if mask_ptr is not None:
+        mask = tl.load(mask_ptr + step, mask=in_row, other=0) != 0
+
+    # -- write --
+    packed_ptr += program * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
+    tl.store(packed_ptr[None, :] + i * TILE, B.to(tl.float32), mask=i < n)
+    tl.store(packed_ptr[None, :] + (n + i) * TILE, C.to(tl.float32), mask=i < n)
+    tl.store(packed_ptr + 2 * n * TILE, mask.to(tl.float32))
+
+
+@jit
+def _packed_row(packed_ptr, b, l, n: constexpr, TILE: constexpr):
+    """Where the packed tiles of row b begin."""
+    return packed_ptr + b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE)
+
+
+@jit
+def _packed_tile(packed_ptr, t, n: constexpr, TILE: constexpr):
+    """Pointers to the first line of the packed tile at step t of a row."""
+    return packed_ptr + t // TILE * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
+
+
+@jit
+def _line(packed, i, TILE: constexpr):
+    """Line i of a packed tile, (TILE, 1): i for B of state i, n + i for C, 2 n for the mask."""
+    return tl.load(packed + i * TILE)[:, None]
+
+
+@jit
+def _prefetch(packed_ptr, t, l, n: constexpr, TILE: constexpr):
+    """Loads one number in each 32 bytes of the packed tile at step t, if there is one.
+
+    All of it is then in the L1 cache when it is needed. Without this, waiting for B and C was half
+    of the kernel's time on an H100.
+    """
+    i = tl.arange(0, 8 * TILE) * 8
+    size = tl.where(t < l, (2 * n + 1) * TILE, 0)
+    return tl.load(packed_ptr + t // TILE * ((2 * n + 1) * TILE) + i, mask=i < size, other=0.0)
+
+
+@jit
+def _keep_alive(ptr, prefetched, l, TILE: constexpr):
+    """Keeps the prefetch from being removed: a store whose mask is never true, i < −l, which the
+    compiler cannot prove."""
+    i = tl.arange(0, 8 * TILE)
+    tl.store(ptr + i, prefetched, mask=i < -l)
+
+
+# -- phases 1 and 2: what segments start from --
+
+
+@jit
+def _state_ends(
+    # inputs
+    u_ptr, delta_ptr, packed_ptr, A_ptr, bias_ptr, u_stride: constexpr, delta_stride: constexpr,
+    # outputs and sizes
+    ends_ptr, delta_sums_ptr, l, segment, d: constexpr, n: constexpr,
+    SOFTPLUS: constexpr, TILE: constexpr,
+):  # fmt: skip
+    """Phase 1, forward: the last state of each segment that starts from zero, and its Σ Δ."""
+    # -- where this program works --
+    b, row_segment, channel, exists, begin, end = _place(l, segment, d)
+    packed_ptr = _packed_row(packed_ptr, b, l, n, TILE)
+    u_ptr += channel
+    delta_ptr += channel
+
+    # -- in registers for the whole segment --
+    states = _load_states(None, 0, exists, 0, n)
+    delta_sums = tl.zeros((32,), tl.float32)
+    bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
+
+    # -- memory is far: each tile is loaded while the one before it is in work --
+    in_range = _in_range(exists, begin, end, TILE)
+    next_u = _load(u_ptr, b * l + begin, in_range, u_stride, TILE)
+    next_delta = _load(delta_ptr, b * l + begin, in_range, delta_stride, TILE)
+    prefetched = _prefetch(packed_ptr, begin, l, n, TILE)
+
+    for t in tl.range(begin, end, TILE, num_stages=1):
+        # -- this tile, and loads for the next --
+        u = next_u.to(tl.float32)
+        raw = next_delta.to(tl.float32) + bias
+        packed = _packed_tile(packed_ptr, t, n, TILE)
+        prefetched = _prefetch(packed_ptr, t + TILE, l, n, TILE)
+        in_range = _in_range(exists, t + TILE, end, TILE)
+        next_u = _load(u_ptr, b * l + t + TILE, in_range, u_stride, TILE)
+        next_delta = _load(delta_ptr, b * l + t + TILE, in_range, delta_stride, TILE)
+
+        # -- Δ --
+        delta = _delta(raw, _line(packed, 2 * n, TILE), SOFTPLUS)
+        delta_sums += tl.sum(delta, 0)
+        delta_u = delta * u
+
+        # -- the recurrence, one state after the other --
+        new_states = ()
+        for i in tl.static_range(n):
+            if i % 8 == 0:
+                tl.debug_barrier()  # or all lines are loaded at once, and registers do not suffice
+            A = tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :]
+            x = delta_u * _line(packed, i, TILE)
+            new_states += (_tile_forward(tl.exp2(delta * A), x, states[i], TILE)[2],)
+        states = new_states
+
+    # -- write --
+    _keep_alive(delta_sums_ptr, prefetched, l, TILE)
+    _store_states(ends_ptr + row_segment * (n * d) + channel, states, exists, d, n)
+    tl.store(delta_sums_ptr + row_segment * d + channel, delta_sums, mask=exists)
+
+
+@jit
+def _gradient_ends(
+    # inputs; z_ptr may be None
+    dy_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, bias_ptr,
+    dy_stride: constexpr, delta_stride: constexpr, z_stride: constexpr,
+    # outputs and sizes
+    ends_ptr, delta_sums_ptr, l, segment, d: constexpr, n: constexpr,
+    SOFTPLUS: constexpr, TILE: constexpr,
+):  # fmt: skip
+    """Phase 1, backward: q of the first step of each segment, from zero at its end; and its Σ Δ."""
+    # -- where this program works --
+    b, row_segment, channel, exists, begin, end = _place(l, segment, d)
+    packed_ptr = _packed_row(packed_ptr, b, l, n, TILE)
+    dy_ptr += channel
+    delta_ptr += channel
+
+    # -- in registers for the whole segment --
+    q = _load_states(None, 0, exists, 0, n)
+    delta_sums = tl.zeros((32,), tl.float32)
+    bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
+
+    # -- the last tile of the segment is the first in work --
+    t = (end - 1) // TILE * TILE
+    in_range = _in_range(exists, t, end, TILE)
+    next_dy = _load(dy_ptr, b * l + t, in_range, dy_stride, TILE)
+    next_delta = _load(delta_ptr, b * l + t, in_range, delta_stride, TILE)
+    prefetched = _prefetch(packed_ptr, t, l, n, TILE)
+
+    for _ in tl.range(begin, end, TILE, num_stages=1):
+        # -- this tile, and loads for the one on its left --
+        dv = next_dy.to(tl.float32)
+        raw = next_delta.to(tl.float32) + bias
+        if z_ptr is not None:
+            z = _load(z_ptr + channel, b * l + t, in_range, z_stride, TILE).to(tl.float32)
+            dv *= z * _sigmoid(z)
+        packed = _packed_tile(packed_ptr, t, n, TILE)
+        t = tl.maximum(t - TILE, 0)
+        prefetched = _prefetch(packed_ptr, t, l, n, TILE)
+        in_range = _in_range(exists, t, end, TILE)
+        next_dy = _load(dy_ptr, b * l + t, in_range, dy_stride, TILE)
+        next_delta = _load(delta_ptr, b * l + t, in_range, delta_stride, TILE)
+
+        # -- Δ; dv is zero at pads --
+        mask = _line(packed, 2 * n, TILE)
+        delta = _delta(raw, mask, SOFTPLUS)
+        delta_sums += tl.sum(delta, 0)
+        dv *= mask
+
+        # -- the recurrence, one state after the other --
+        new_q = ()
+        for i in tl.static_range(n):
+            if i % 8 == 0:
+                tl.debug_barrier()  # as in _state_ends
+            A = tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :]
+            x = dv * _line(packed, n + i, TILE)
+            new_q += (_tile_backward(tl.exp2(delta * A), x, q[i], TILE)[2],)
+        q = new_q
+
+    # -- write --
+    _keep_alive(delta_sums_ptr, prefetched, l, TILE)
+    _store_states(ends_ptr + row_segment * (n * d) + channel, q, exists, d, n)
+    tl.store(delta_sums_ptr + row_segment * d + channel, delta_sums, mask=exists)
+
+
+@jit
+def _segment_starts(
+    ends_ptr, delta_sums_ptr, A_ptr, segments,
+    d: constexpr, n: constexpr, BACKWARD: constexpr, TILE: constexpr,
+):  # fmt: skip
+    """Phase 2: what each segment starts from, in the place of its end; here a step is a segment.
+
+    s, from the first segment of a row to the last; or with BACKWARD q, from the last to the first.
+    """
+    # -- 32 of the n × d numbers of a row --
+    j = tl.program_id(0) % tl.cdiv(n * d, 32) * 32 + tl.arange(0, 32)
+    exists = j < n * d if n * d % 32 else tl.full((32,), True, tl.int1)
+    A = tl.load(A_ptr + j, mask=exists, other=0.0)[None, :]
+
+    # -- the segment that comes first, and the way to the next --
+    WAY: constexpr = -1 if BACKWARD else 1
+    first = tl.program_id(0).to(tl.int64) // tl.cdiv(n * d, 32) * segments
+    if BACKWARD:
+        first += segments - 1
+    ends_ptr += first * (n * d) + j
+    delta_sums_ptr += first * d + j % d
+
+    state = tl.zeros((32,), tl.float32)
+    for t in tl.range(0, segments, TILE, num_stages=1):
+        in_range = _in_range(exists, t, segments, TILE)
+        a = tl.exp2(A * _load(delta_sums_ptr, t, in_range, WAY * d, TILE))
+        ends = _load(ends_ptr, t, in_range, WAY * n * d, TILE)
+        _, starts, state = _tile_forward(a, ends, state, TILE)
+        _store(ends_ptr, starts, t, in_range, WAY * n * d, TILE)
+
+
+# -- phase 3, forward --
+
+
+@jit
+def _outputs(
+    # inputs; z_ptr may be None, starts_ptr too: segments then start from zero
+    u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, starts_ptr,
+    u_stride: constexpr, delta_stride: constexpr, z_stride: constexpr,
+    # outputs and sizes; kept_ptr may be None
+    y_ptr, kept_ptr, l, segment, d: constexpr, n: constexpr,
+    SOFTPLUS: constexpr, CHUNK: constexpr, TILE: constexpr,
+):  # fmt: skip
+    """Phase 3, forward: y, and if kept_ptr is given the state before each chunk."""
+    # -- where this program works --
+    b, row_segment, channel, exists, begin, end = _place(l, segment, d)
+    packed_ptr = _packed_row(packed_ptr, b, l, n, TILE)
+    u_ptr += channel
+    delta_ptr += channel
+
+    # -- in registers for the whole segment --
+    states = _load_states(starts_ptr, row_segment * (n * d) + channel, exists, d, n)
+    bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
+    D = tl.load(D_ptr + channel, mask=exists, other=0.0)[None, :]
+
+    # -- memory is far: each tile is loaded while the one before it is in work --
+    in_range = _in_range(exists, begin, end, TILE)
+    next_u = _load(u_ptr, b * l + begin, in_range, u_stride, TILE)
+    next_delta = _load(delta_ptr, b * l + begin, in_range, delta_stride, TILE)
+    prefetched = _prefetch(packed_ptr, begin, l, n, TILE)
+
+    for t in tl.range(begin, end, TILE, num_stages=1):
+        # -- this tile, and loads for the next --
+        prefetched = _prefetch(packed_ptr, t + TILE, l, n, TILE)
+        u = next_u.to(tl.float32)
+        raw = next_delta.to(tl.float32) + bias
+        in_range = _in_range(exists, t + TILE, end, TILE)
+        next_u = _load(u_ptr, b * l + t + TILE, in_range, u_stride, TILE)
+        next_delta = _load(delta_ptr, b * l + t + TILE, in_range, delta_stride, TILE)
+        in_range = _in_range(exists, t, end, TILE)
+        if z_ptr is not None:
+            z = _load(z_ptr + channel, b * l + t, in_range, z_stride, TILE)
+
+        # -- keep the state before a chunk --
+        if kept_ptr is not None:
+            if t % CHUNK == 0:
+                chunk = b * tl.cdiv(l, CHUNK) + t // CHUNK
+                _store_states(kept_ptr + chunk * (n * d) + channel, states, exists, d, n)
+
+        # -- Δ --
+        packed = _packed_tile(packed_ptr, t, n, TILE)
+        mask = _line(packed, 2 * n, TILE)
+        delta = _delta(raw, mask, SOFTPLUS)
+        delta_u = delta * u
+
+        # -- the recurrence, one state after the other; v = C s + D u --
+        v = D * u
+        new_states = ()
+        for i in tl.static_range(n):
+            if i % 8 == 0:
+                tl.debug_barrier()  # as in _state_ends
+            B = _line(packed, i, TILE)
+            C = _line(packed, n + i, TILE)
+            A = tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :]
+            after, _, state = _tile_forward(tl.exp2(delta * A), delta_u * B, states[i], TILE)
+            v += after * C
+            new_states += (state,)
+        states = new_states
+
+        # -- the gate and the mask; write y --
+        y = v * mask
+        if z_ptr is not None:
+            z = z.to(tl.float32)
+            y *= z * _sigmoid(z)
+        _store(y_ptr + channel, y, b * l + t, in_range, d, TILE)
+
+    _keep_alive(packed_ptr, prefetched, l, TILE)
+
+
+# -- phase 3, backward --
+
+
+@jit
+def _gradients(
+    # inputs; z_ptr may be None, q_ptr too: segments then start from zero at their end
+    dy_ptr, u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, kept_ptr, q_ptr,
+    dy_stride: constexpr, u_stride: constexpr, delta_stride: constexpr, z_stride: constexpr,
+    # scratch, outputs and sizes
+    scratch_ptr, du_ptr, ddelta_ptr, dz_ptr, dBC_ptr, parts_ptr, l, segment,
+    d: constexpr, n: constexpr, SOFTPLUS: constexpr, CHUNK: constexpr, TILE: constexpr,
+):  # fmt: skip
+    """Phase 3, backward: the gradients of u, delta and z, and this program's part of the others'.
+
+    Takes the chunks of the segment from the right. Each is replayed from the state before it, which
+    writes the states before its tiles to scratch. Then the tiles are taken from the right: all
+    states of a tile are computed again from scratch, and g and q with them.
+    """
+    # -- where this program works --
+    b, row_segment, channel, exists, begin, end = _place(l, segment, d)
+    packed_ptr = _packed_row(packed_ptr, b, l, n, TILE)
+    u_ptr += channel
+    delta_ptr += channel
+    A_ptr += channel
+    kept_ptr += b * tl.cdiv(l, CHUNK) * (n * d) + channel
+    dBC_ptr += tl.program_id(0).to(tl.int64) * tl.cdiv(l, TILE) * (n * 8) + tl.arange(0, 32) // 4
+    program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    scratch_ptr += program * (CHUNK // TILE * n * 32) + tl.arange(0, 32)
+
+    # -- in registers for the whole segment --
+    bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
+    D = tl.load(D_ptr + channel, mask=exists, other=0.0)[None, :]
+    q = _load_states(q_ptr, row_segment * (n * d) + channel, exists, d, n)
+    dA = _load_states(None, 0, exists, 0, n)
+    dD = tl.zeros((32,), tl.float32)
+    dbias = tl.zeros((32,), tl.float32)
+
+    for done in tl.range(0, end - begin, CHUNK, num_stages=1):
+        # -- the next chunk from the right: steps first to last --
+        first = begin + (end - 1 - begin) // CHUNK * CHUNK - done
+        last = tl.minimum(first + CHUNK, end)
+
+        # -- replay it --
+        kept = tl.cast(first // CHUNK, tl.int64) * (n * d)
+        states = _load_states(kept_ptr, kept, exists, d, n)
+        _replay(
+            u_ptr, delta_ptr, packed_ptr, A_ptr, scratch_ptr, states, bias, exists,
+            b * l, first, last, d, n, u_stride, delta_stride, SOFTPLUS, TILE,
+        )  # fmt: skip
+
+        for back in tl.range(0, last - first, TILE, num_stages=1):
+            # -- the next tile from the right --
+            t = first + (last - 1 - first) // TILE * TILE - back
+            in_range = _in_range(exists, t, last, TILE)
+            raw = _load(delta_ptr, b * l + t, in_range, delta_stride, TILE).to(tl.float32) + bias
+            u = _load(u_ptr, b * l + t, in_range, u_stride, TILE).to(tl.float32)
+            dy = _load(dy_ptr + channel, b * l + t, in_range, dy_stride, TILE).to(tl.float32)
+            packed = _packed_tile(packed_ptr, t, n, TILE)
+            mask = _line(packed, 2 * n, TILE)
+            delta = _delta(raw, mask, SOFTPLUS)
+            delta_u = delta * u
+
+            # -- dv, through the mask and the gate --
+            dy *= mask
+            dv = dy
+            if z_ptr is not None:
+                z = _load(z_ptr + channel, b * l + t, in_range, z_stride, TILE).to(tl.float32)
+                gate = _sigmoid(z)
+                dv = dy * z * gate
+
+            # -- one state after the other: its states again, then g, q and all sums over states --
+            v = D * u
+            ddelta = tl.zeros_like(u)
+            ddelta_u = tl.zeros_like(u)
+            new_q = ()
+            new_dA = ()
+            starts_ptr = scratch_ptr + (t - first) // TILE * (n * 32)
+            operands = _operands(packed, A_ptr, starts_ptr, exists, 0, d, n, TILE)
+            for i in tl.static_range(n):
+                B, C, A, start = operands
+                if i + 1 < n:  # loaded now, as the compiler moves no load over the store below
+                    operands = _operands(packed, A_ptr, starts_ptr, exists, i + 1, d, n, TILE)
+                a = tl.exp2(delta * A)
+                after, before, _ = _tile_forward(a, delta_u * B, start, TILE)
+                g, all_q, q_i = _tile_backward(a, dv * C, q[i], TILE)
+                v += after * C
+                ddelta_u += g * B
+                w = all_q * before
+                ddelta += w * A
+                dBC = _channel_sums(g * delta_u, after * dv)
+                tl.store(dBC_ptr + t // TILE * (n * 8) + i * 8, dBC)
+                new_q += (q_i,)
+                new_dA += (dA[i] + tl.sum(w * delta, 0),)
+            q = new_q
+            dA = new_dA
+
+            # -- ddelta, through the mask and softplus; A was log2(e) A --
+            ddelta = (ddelta * LN2 + u * ddelta_u) * mask
+            if SOFTPLUS:
+                ddelta *= _sigmoid(raw)
+
+            # -- write; add to the sums over time --
+            if z_ptr is not None:
+                dz = dy * v * gate * (1.0 + z * (1.0 - gate))
+                _store(dz_ptr + channel, dz, b * l + t, in_range, d, TILE)
+            _store(ddelta_ptr + channel, ddelta, b * l + t, in_range, d, TILE)
+            _store(du_ptr + channel, delta * ddelta_u + D * dv, b * l + t, in_range, d, TILE)
+            dbias += tl.sum(ddelta, 0)
+            dD += tl.sum(dv * u, 0)
+
+    # -- write the sums over time --
+    dA += (dD, dbias)
+    _store_states(parts_ptr + row_segment * ((n + 2) * d) + channel, dA, exists, d, n + 2)
+
+
+@jit
+def _replay(
+    u_ptr, delta_ptr, packed_ptr, A_ptr, scratch_ptr, states, bias, exists,
+    row, first, last, d: constexpr, n: constexpr,
+    u_stride: constexpr, delta_stride: constexpr, SOFTPLUS: constexpr, TILE: constexpr,
+):  # fmt: skip
+    """For `_gradients`: writes the states before each tile of the steps first to last to scratch.
+
+    `row` is the first step of the row, counted through the batch.
+    """
+    tl.debug_barrier()  # what other threads still read in scratch is written to now
+    _store_states(scratch_ptr, states, None, 32, n)
+
+    for t in tl.range(first, last - TILE, TILE, num_stages=1):
+        # -- load --
+        in_range = _in_range(exists, t, last, TILE)
+        raw = _load(delta_ptr, row + t, in_range, delta_stride, TILE).to(tl.float32) + bias
+        u = _load(u_ptr, row + t, in_range, u_stride, TILE).to(tl.float32)
+        packed = _packed_tile(packed_ptr, t, n, TILE)
+        delta = _delta(raw, _line(packed, 2 * n, TILE), SOFTPLUS)
+        delta_u = delta * u
+
+        # -- the recurrence, one state after the other --
+        new_states = ()
+        for i in tl.static_range(n):
+            A = tl.load(A_ptr + i * d, mask=exists, other=0.0)[None, :]
+            x = delta_u * _line(packed, i, TILE)
+            new_states += (_tile_forward(tl.exp2(delta * A), x, states[i], TILE)[2],)
+        states = new_states
+
+        # -- write --
+        tile = (t - first) // TILE + 1
+        _store_states(scratch_ptr + tile * (n * 32), states, None, 32, n)
+
+    tl.debug_barrier()  # scratch is read by other threads than wrote it
+
+
+@jit
+def _operands(
+    packed, A_ptr, starts_ptr, exists, i: constexpr, d: constexpr, n: constexpr, TILE: constexpr
+):
+    """For a tile of `_gradients`: B and C of state i, A, and the state before the tile."""
+    A = tl.load(A_ptr + i * d, mask=exists, other=0.0)[None, :]
+    return _line(packed, i, TILE), _line(packed, n + i, TILE), A, tl.load(starts_ptr + i * 32)
+
+
+@jit
+def _channel_sums(x, y):
+    """Sums over the channels of two tiles (4, 32), as a vector (32,) that repeats each four times.
+
+    Lanes 4 i to 4 i + 3 get the sum of step i of x, and those from 16 on the sums of y. tl.sum
+    would exchange each of the eight sums five times between lanes. Here each fold halves the sums
+    that a lane is concerned with, and nine exchanges do.
+    """
+    steps = ()
+    for i in tl.static_range(4):
+        steps += (_fold(_step(x, i), _step(y, i), 16),)
+    sums = _fold(_fold(steps[0], steps[2], 8), _fold(steps[1], steps[3], 8), 4)
+    sums = _fold(sums, sums, 2)
+    return _fold(sums, sums, 1)
+
+
+@jit
+def _fold(x, y, bit: constexpr):
+    """(32,): a lane whose number lacks the bit gets its x plus the x of the lane across the bit,
+    one that has it the same of y."""
+    lane = tl.arange(0, 32)
+    has_bit = (lane & bit) != 0
+    mine = tl.where(has_bit, y, x)
+    theirs = tl.where(has_bit, x, y)
+    return mine + tl.gather(theirs, lane ^ bit, 0)
+
+
+# -- the short convolution: four warps on 32 steps × 64 channels, as in an ordinary kernel --
+
+
+@jit
+def _convolution(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, x_stride, l,
+    d: constexpr, k: constexpr, LEFT: constexpr, TILE: constexpr,
+):  # fmt: skip
+    """y_t = Σ_j weight_j x_{t + j − LEFT}, zeros beyond a row; with a bias SiLU(y + bias).
+
+    x, y (b, l, d); weight (k, d), bias (d,) or None, both in float32.
+    """
+    y, _, step, channel, exists, in_range = _taps(x_ptr, weight_ptr, x_stride, l, d, k, LEFT, TILE)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + channel, mask=exists, other=0.0)
+        y *= _sigmoid(y)
+    tl.store(y_ptr + step * d + channel, y.to(y_ptr.dtype.element_ty), mask=in_range)
+
+
+@jit
+def _convolution_gradients(
+    x_ptr, weight_ptr, bias_ptr, dy_ptr, dsum_ptr, parts_ptr, x_stride, dy_stride, l,
+    d: constexpr, k: constexpr, LEFT: constexpr, TILE: constexpr,
+):  # fmt: skip
+    """The gradient of the sum inside SiLU, dsum (b, l, d), and parts (b tiles, k + 1, d): this
+    tile's part of the gradients of the k taps and of the bias."""
+    # -- the sum again --
+    y, shifted, step, channel, exists, in_range = _taps(
+        x_ptr, weight_ptr, x_stride, l, d, k, LEFT, TILE
+    )
+    y += tl.load(bias_ptr + channel, mask=exists, other=0.0)
+
+    # -- its gradient, through SiLU --
+    gate = _sigmoid(y)
+    dy = tl.load(dy_ptr + step * dy_stride + channel, mask=in_range, other=0.0)
+    dsum = dy * gate * (1.0 + y * (1.0 - gate))
+    tl.store(dsum_ptr + step * d + channel, dsum.to(dsum_ptr.dtype.element_ty), mask=in_range)
+
+    # -- sums over the tile's steps --
+    parts_ptr += tl.program_id(0).to(tl.int64) * (k + 1) * d + channel
+    for j in tl.static_range(k):
+        tl.store(parts_ptr + j * d, tl.sum(shifted[j] * dsum, 0), mask=exists)
+    tl.store(parts_ptr + k * d, tl.sum(dsum, 0), mask=exists)
+
+
+@jit
+def _taps(
+    x_ptr, weight_ptr, x_stride, l, d: constexpr, k: constexpr, LEFT: constexpr, TILE: constexpr
+):
+    """The sum over the taps, (TILE, 64), the k shifted tiles of x that are in it, and their place:
+    steps through the batch (TILE, 1), channels (64,), which channels and which numbers exist."""
+    # -- where this program works --
+    tiles = tl.cdiv(l, TILE)
+    t = (tl.program_id(0) % tiles * TILE + tl.arange(0, TILE))[:, None]
+    step = (tl.program_id(0) // tiles).to(tl.int64) * l + t
+    channel = tl.program_id(1) * 64 + tl.arange(0, 64)
+    exists = channel < d
+    in_range = (t < l) & exists
+
+    # -- one tap after the other --
+    total = tl.zeros((TILE, 64), tl.float32)
+    shifted = ()
+    for j in tl.static_range(k):
+        there = t + j - LEFT
+        in_row = in_range & (there >= 0) & (there < l)
+        x = tl.load(x_ptr + (step + j - LEFT) * x_stride + channel, mask=in_row, other=0.0)
+        total += x * tl.load(weight_ptr + j * d + channel, mask=exists, other=0.0)
+        shifted += (x,)
+    return total, shifted, step, channel, exists, in_range
+
+
+# ---- The kernels as PyTorch operations ----
+
+
+def _chunk_length(n: int) -> int:
+    """Steps in a chunk: 16, or the power of 2 from n on if that is more.
+
+    The kept states are then no more numbers than u: in float32 no more bytes than u and delta in
+    half precision.
+    """
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _segment_length(l: int, programs: int, enough: int, chunk: int, device: torch.device) -> int:
+    """Steps in a segment; `programs` is rows × blocks of 32 channels.
+
+    All l where the programs are `enough` for each multiprocessor of the GPU, and on a CPU. Else
+    whole chunks, so short that each multiprocessor gets 6 to 12 programs.
+    """
+    processors = 0
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    if programs >= enough * processors:
+        return l
+    segments = 12 * processors // max(1, programs)
+    return chunk * _ceil_div(l, chunk * segments)
+
+
+def _strided(**tensors: Tensor | None) -> dict:
+    """Arguments of a kernel for tensors (b, l, d): name_ptr, and name_stride between steps."""
+    arguments = {}
+    for name, x in tensors.items():
+        stride = 0
+        if x is not None:
+            x = x.reshape(-1, x.shape[-1])  # (b l, d), a view where there can be one
+            if x.stride(1) != 1:
+                x = x.contiguous()
+            stride = x.stride(0)
+        arguments[f"{name}_ptr"] = x
+        arguments[f"{name}_stride"] = stride
+    return arguments
+
+
+def _kernel_parameters(A: Tensor, D: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In float32: log2(e) A (n, d), D and bias (d,)."""
+    A = (A.float().T / math.log(2)).contiguous()
+    return A, D.float().contiguous(), bias.float().contiguous()
+
+
+def _packed(B: Tensor, C: Tensor, mask: Tensor | None, TILE: int) -> Tensor:
+    """B, C (b, l, n) and the mask (b, l) as the kernels read them: see `_pack`."""
+    b, l, n = B.shape
+    B = B.reshape(b * l, n)
+    C = C.reshape(b * l, n)
+    if mask is not None:
+        mask = mask.contiguous()
+    tiles = _ceil_div(l, TILE)
+    packed = B.new_empty(b, tiles, 2 * n + 1, TILE, dtype=torch.float32)
+    sizes = dict(n=n, N=triton.next_power_of_2(n), TILE=TILE, num_warps=1, enable_fp_fusion=True)
+    _pack[(b * tiles,)](B, C, mask, *B.stride(), *C.stride(), packed, l, **sizes)
+    return packed
+
+
+def _starts(phase_1, inputs: dict, A: Tensor, b: int, l: int, segment: int, options: dict):
+    """What the segments of each row start from, (b, segments, n, d), or None where there is one.
+
+    phase_1: the kernel `_state_ends`, for s, or `_gradient_ends`, for q.
+    """
+    n, d = A.shape
+    segments = _ceil_div(l, segment)
+    if segments == 1:
+        return None
+    ends = A.new_empty(b, segments, n, d)
+    sums = A.new_empty(b, segments, d)
+    grid = (b * _ceil_div(d, 32), segments)
+    outputs = dict(ends_ptr=ends, delta_sums_ptr=sums)
+    phase_1[grid](**inputs, A_ptr=A, **outputs, l=l, segment=segment, **options)
+
+    backward = phase_1 is _gradient_ends
+    grid = (b * _ceil_div(n * d, 32),)
+    sizes = dict(d=d, n=n, BACKWARD=backward, TILE=8, num_warps=1, enable_fp_fusion=True)
+    _segment_starts[grid](ends, sums, A, segments, **sizes)
+    return ends
+
+
+@torch.library.custom_op("mabert::scan_triton", mutates_args=())
+def _scan_triton(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
+    bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int, keep: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (b, l, d) of the dtype; and if `keep`, the state before each chunk, (b, chunks, n, d)."""
+    b, l, d = u.shape
+    n = A.shape[1]
+    A, D, bias = _kernel_parameters(A, D, bias)
+    y = u.new_empty(b, l, d, dtype=dtype)
+    kept = A.new_empty(b, _ceil_div(l, chunk) if keep else 0, n, d)
+
+    # with 4 programs for each multiprocessor, segments, which are nearly twice the work, do not pay
+    blocks = _ceil_div(d, 32)
+    segment = _segment_length(l, b * blocks, 4, chunk, u.device)
+    grid = (b * blocks, _ceil_div(l, segment))
+    sizes = dict(l=l, segment=segment)
+    options = dict(d=d, n=n, SOFTPLUS=softplus, TILE=8, num_warps=1, enable_fp_fusion=True)
+
+    with torch.cuda.device_of(u):  # kernels go to the current device
+        packed = _packed(B, C, mask, 8)
+        inputs = _strided(u=u, delta=delta) | dict(packed_ptr=packed, bias_ptr=bias)
+        starts = _starts(_state_ends, inputs, A, b, l, segment, options)
+        inputs |= _strided(z=z) | dict(A_ptr=A, D_ptr=D, starts_ptr=starts)
+        outputs = dict(y_ptr=y, kept_ptr=kept if keep else None)
+        _outputs[grid](**inputs, **outputs, **sizes, CHUNK=chunk, **options)
+    return y, kept
+
+
+@torch.library.custom_op("mabert::scan_triton_backward", mutates_args=())
+def _scan_triton_backward(
+    dy: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+    z: Tensor | None, bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of u, delta, A, B, C, D, z and bias; z's is empty where there is no z."""
+    b, l, d = u.shape
+    n = A.shape[1]
+    A_, D_, bias_ = _kernel_parameters(A, D, bias)
+
+    # backward, segments are a fifth more work; up to 6 programs for each multiprocessor they pay
+    blocks = _ceil_div(d, 32)
+    tiles = _ceil_div(l, 4)
+    segment = _segment_length(l, b * blocks, 6, chunk, u.device)
+    segments = _ceil_div(l, segment)
+    grid = (b * blocks, segments)
+    sizes = dict(l=l, segment=segment)
+    options = dict(d=d, n=n, SOFTPLUS=softplus, TILE=4, num_warps=1, enable_fp_fusion=True)
+
+    # what the kernels write
+    du = _empty_like(u)
+    ddelta = _empty_like(delta)
+    dz = u.new_empty(0) if z is None else _empty_like(z)
+    dBC = A_.new_empty(b, blocks, tiles, n, 2, 4)
+    parts = A_.new_empty(b, segments, n + 2, d)
+    scratch = A_.new_empty(b * blocks * segments * (chunk // 4) * n * 32)
+    outputs = dict(du_ptr=du, ddelta_ptr=ddelta, dz_ptr=dz, dBC_ptr=dBC, parts_ptr=parts)
+
+    with torch.cuda.device_of(u):
+        packed = _packed(B, C, mask, 4)
+        inputs = _strided(dy=dy, delta=delta, z=z) | dict(packed_ptr=packed, bias_ptr=bias_)
+        starts = _starts(_gradient_ends, inputs, A_, b, l, segment, options)
+        inputs |= _strided(u=u) | dict(A_ptr=A_, D_ptr=D_, kept_ptr=kept, q_ptr=starts)
+        inputs |= dict(scratch_ptr=scratch)
+        _gradients[grid](**inputs, **outputs, **sizes, CHUNK=chunk, **options)
+
+    # sums over blocks of channels, and over segments
+    dBC = dBC.sum(1).permute(3, 0, 1, 4, 2)  # (2, b, tiles, 4, n)
+    dB, dC = dBC.reshape(2, b, 4 * tiles, n)[:, :, :l]
+    dA, dD, dbias = parts.sum((0, 1)).split((n, 1, 1))
+    sums = ((A, dA.T), (B, dB), (C, dC), (D, dD[0]), (bias, dbias[0]))
+    dA, dB, dC, dD, dbias = (_empty_like(x).copy_(dx) for x, dx in sums)
+    return du, ddelta, dA, dB, dC, dD, dz, dbias
+
+
+# What torch.compile and autograd need to know of the two scans: the shapes of what they return, and
+# what to keep for the backward pass.
+
+
+def _scan_shapes(u, delta, A, B, C, D, z, bias, mask, softplus, chunk, keep, dtype):
+    b, l, d = u.shape
+    chunks = _ceil_div(l, chunk) if keep else 0
+    kind = torch.promote_types(u.dtype, torch.float32)
+    return u.new_empty(u.shape, dtype=dtype), u.new_empty(b, chunks, A.shape[1], d, dtype=kind)
+
+
+def _scan_backward_shapes(dy, kept, u, delta, A, B, C, D, z, bias, *options):
+    inputs = (u, delta, A, B, C, D, z, bias)
+    return tuple(u.new_empty(0) if x is None else _empty_like(x) for x in inputs)
+
+
+def _keep_for_backward(ctx, inputs, output):
+    tensors, options = inputs[:9], inputs[9:11]  # u, …, mask; softplus, chunk
+    _, kept = output
+    ctx.save_for_backward(kept, *tensors)
+    ctx.options = options
+    ctx.set_materialize_grads(False)  # the kept states get no gradient: make no zeros for it
+
+
+def _backward(op, ctx, dy, _):
+    kept, *tensors = ctx.saved_tensors  # read once: activation checkpointing gives them only once
+    gradients = op(dy, kept, *tensors, *ctx.options)
+    differentiable = tensors[:8]  # all but the mask
+    gradients = [None if x is None else dx for x, dx in zip(differentiable, gradients)]
+    return *gradients, None, None, None, None, None  # mask, softplus, chunk, keep, dtype
+
+
+for _op, _op_backward in (
+    (_scan_loop, _scan_loop_backward),
+    (_scan_triton, _scan_triton_backward),
+):
+    _op.register_fake(_scan_shapes)
+    _op_backward.register_fake(_scan_backward_shapes)
+    _op.register_autograd(
+        functools.partial(_backward, _op_backward), setup_context=_keep_for_backward
+    )
+
+
+# The convolution in the same way.
+
+
+def _run_convolution(kernel, x: Tensor, weight: Tensor, left: int, **pointers):
+    """Runs one of the two kernels on x (b, l, d), with the taps weight (d, k)."""
+    b, l, d = x.shape
+    k = weight.shape[1]
+    weight = weight.float().T.contiguous()  # (k, d), so that a tap's channels lie side by side
+    grid = (b * _ceil_div(l, CONV_TILE), _ceil_div(d, 64))
+    sizes = dict(l=l, d=d, k=k, LEFT=left, TILE=CONV_TILE, enable_fp_fusion=True)
+    with torch.cuda.device_of(x):
+        kernel[grid](**_strided(x=x), weight_ptr=weight, **pointers, **sizes)
+
+
+CONV_TILE = 32  # steps
+
+
+@torch.library.custom_op("mabert::convolution", mutates_args=())
+def _conv_triton(u: Tensor, weight: Tensor, bias: Tensor, left: int) -> Tensor:
+    """What `short_convolution` says."""
+    y = u.new_empty(u.shape)
+    bias = bias.float().contiguous()
+    _run_convolution(_convolution, u, weight, left, bias_ptr=bias, y_ptr=y)
+    return y
+
+
+@torch.library.custom_op("mabert::convolution_backward", mutates_args=())
+def _conv_triton_backward(
+    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, left: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of u, weight and bias."""
+    b, l, d = u.shape
+    k = weight.shape[1]
+
+    # the gradient of the sum inside SiLU, and sums over tiles
+    dsum = u.new_empty(u.shape)
+    parts = u.new_empty(b * _ceil_div(l, CONV_TILE), k + 1, d, dtype=torch.float32)
+    pointers = _strided(dy=dy) | dict(bias_ptr=bias.float().contiguous())
+    outputs = dict(dsum_ptr=dsum, parts_ptr=parts)
+    _run_convolution(_convolution_gradients, u, weight, left, **pointers, **outputs)
+    dweight, dbias = parts.sum(0).split((k, 1))
+    dweight = _empty_like(weight).copy_(dweight.T)
+    dbias = _empty_like(bias).copy_(dbias[0])
+
+    # the gradient of u is dsum convolved with the flipped taps
+    du = u.new_empty(u.shape)
+    flipped = weight.flip(1)
+    _run_convolution(_convolution, dsum, flipped, k - 1 - left, bias_ptr=None, y_ptr=du)
+    return du, dweight, dbias
+
+
+def _keep_convolution(ctx, inputs, output):
+    *tensors, ctx.left = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _convolution_backward(ctx, dy):
+    return *_conv_triton_backward(dy, *ctx.saved_tensors, ctx.left), None
+
+
+_conv_triton.register_fake(lambda u, weight, bias, left: u.new_empty(u.shape))
+_conv_triton_backward.register_fake(
+    lambda dy, u, weight, bias, left: (_empty_like(u), _empty_like(weight), _empty_like(bias))
+)
+_conv_triton.register_autograd(_convolution_backward, setup_context=_keep_convolution)
+
+
+# ================================== Part III: the rest =========================================
 
 # ---- Checks of arguments ----
 
@@ -641,1048 +2050,172 @@ KINDS = {  # of tensors
 
 
 def check(name: str, x, kind: str, shape: tuple, size: int | None = None, also: int = 0):
-    """Raises a ValueError of one line unless the argument `name` is a tensor of one of KINDS and of the shape (a word
-    there is any length) and, if size is given, of whole numbers in [0, size) or equal to `also`. Values
-    are looked at on a CPU in eager mode only: a GPU would have to be waited for, a compiled graph would break."""
-    found = None
-    fits = isinstance(x, Tensor) and KINDS[kind](x) and x.dim() == len(shape)
-    if not fits or any(n != m for n, m in zip(shape, x.shape) if not isinstance(n, str)):
-        found = (
-            f"is {x.dtype} of shape {tuple(x.shape)}"
-            if isinstance(x, Tensor)
-            else f"is of type {type(x).__name__}"
-        )
+    """Raises a ValueError of one line unless the argument called `name` fits.
+
+    It must be a tensor of one of KINDS and of the shape, in which a word, such as "batch", stands
+    for any length. If size is given, its values must be whole numbers in [0, size), or `also`.
+    Values are looked at on a CPU and outside torch.compile only: elsewhere that would make a GPU
+    wait, or break the graph.
+    """
+    problem = None
+    if not isinstance(x, Tensor):
+        problem = f"is of type {type(x).__name__}"
+    elif not (KINDS[kind](x) and has_shape(x, shape)):
+        problem = f"is {x.dtype} of shape {tuple(x.shape)}"
     elif size and x.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = x[(x != also) & ((x < 0) | (x >= size) | (x != x.long()))]
-        found = f"has the value {wrong[0].item()}" if len(wrong) else None
-    if found:
-        values = (
-            f", of whole numbers from 0 to {size - 1}" + f" or {also}" * (also != 0) if size else ""
-        )
-        allowed = f"a tensor of shape {tuple(shape)}, {kind}{values}".replace("'", "")
-        raise ValueError(f"{name} {found}; it must be {allowed}")
+        if len(wrong):
+            problem = f"has the value {wrong[0].item()}"
+    if not problem:
+        return
+
+    allowed = f"a tensor of shape {tuple(shape)}, {kind}".replace("'", "")
+    if size:
+        allowed += f", of whole numbers from 0 to {size - 1}"
+    if also:
+        allowed += f" or {also}"
+    raise ValueError(f"{name} {problem}; it must be {allowed}")
 
 
-def check_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-    """A (b, l) padding mask as bool; None, which means that all is real, stays None."""
-    if mask is not None:
-        check(name, mask, "not complex", shape, size=2)
-    return mask if mask is None else mask.bool()
+def has_shape(x: Tensor, shape: tuple) -> bool:
+    if x.dim() != len(shape):
+        return False
+    return all(isinstance(size, str) or size == length for size, length in zip(shape, x.shape))
 
 
-def check_scan(u, delta, A, B, C, D, z, delta_bias, mask) -> Tensor | None:
-    """The mask as bool, after looking at all arguments of a scan."""
+def as_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """The mask called `name`, (b, l), as bool; None stays None. Raises what `check` raises."""
+    if mask is None:
+        return None
+    check(name, mask, "not complex", shape, size=2)
+    return mask.bool()
+
+
+def check_scan(u, delta, A, B, C, D, z, delta_bias):
+    """Raises ValueError for arguments of a scan that do not fit together."""
     check("u", u, "floating-point", ("batch", "length", "d"))
     check("A", A, "floating-point", (u.shape[2], "n"))
-    (b, l, d), n = u.shape, A.shape[1]
-    shapes = dict(delta=(b, l, d), B=(b, l, n), C=(b, l, n), D=(d,), z=(b, l, d), delta_bias=(d,))
-    for (name, shape), tensor in zip(shapes.items(), (delta, B, C, D, z, delta_bias)):
-        if tensor is not None or name in ("delta", "B", "C"):
-            check(name, tensor, "floating-point", shape)
+    b, l, d = u.shape
+    n = A.shape[1]
     if 0 in (l, d, n):
-        raise ValueError(
-            f"u has shape {(b, l, d)} and A {(d, n)}; length, d and n must be at least 1"
-        )
-    return check_mask("mask", mask, (b, l))
+        sizes = f"u has shape {(b, l, d)} and A {(d, n)}"
+        raise ValueError(f"{sizes}; length, d and n must be at least 1")
+
+    required = dict(delta=(delta, (b, l, d)), B=(B, (b, l, n)), C=(C, (b, l, n)))
+    optional = dict(D=(D, (d,)), z=(z, (b, l, d)), delta_bias=(delta_bias, (d,)))
+    for name, (x, shape) in (required | optional).items():
+        if x is not None or name in required:
+            check(name, x, "floating-point", shape)
 
 
-# ======================================== Part II: the masked selective scan ==========================================
+# ---- Saving and loading ----
 #
-# The recurrence and gate in Eqs. 4–9, with the mask inside. Per row, channel and state n; m = 1 at real tokens, else 0:
-#
-#     Δ_t = m_t · softplus(delta_t + delta_bias)       so that a pad passes the state through: exp(0 · A) = 1
-#     h_t = exp(Δ_t A) h_{t−1} + Δ_t u_t B_t
-#     y_t = m_t · SiLU(z_t) · (Σ_n C_t h_t + D u_t)
-#
-# softplus only with delta_softplus; with reverse (W layers), t runs from the right end.
-# `reference_scan` is these three lines in PyTorch. The loop and the kernels compute the same faster, the loop on a CPU,
-# the kernels on a GPU. `selective_scan`, after them, picks.
+# A model's folder has config.json and model.pt, the state dict. The names of the encoder's weights
+# begin with "encoder." in every model, a bare encoder included, so that it moves between heads.
 
 
-def reference_scan(
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D=None,
-    z=None,
-    delta_bias=None,
-    delta_softplus=False,
-    mask=None,
-    reverse=False,
-):
-    """The formula, a step at a time, in plain PyTorch: on any device, in any dtype, with autograd. Slow. Arguments,
-    result and errors are those of `selective_scan`."""
-    mask = check_scan(u, delta, A, B, C, D, z, delta_bias, mask)
-    dtype, m = (
-        torch.promote_types(u.dtype, torch.float32),
-        1 if mask is None else mask[..., None],
-    )  # (b, l, 1)
-    u_, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
-    delta = delta if delta_bias is None else delta + delta_bias.to(dtype)
-    delta = m * (F.softplus(delta) if delta_softplus else delta)  # (b, l, d)
-    x, h, y = delta * u_, 0, [None] * u.shape[1]
-    for t in range(u.shape[1])[:: -1 if reverse else 1]:
-        h = torch.exp(delta[:, t, :, None] * A) * h + x[:, t, :, None] * B[:, t, None]  # (b, d, n)
-        y[t] = (h * C[:, t, None]).sum(dim=-1)  # (b, d)
-    y = torch.stack(y, dim=1) + (0 if D is None else D.to(dtype) * u_)
-    return (m * (y if z is None else F.silu(z.to(dtype)) * y)).to(u.dtype)
+def save_model(model: PretrainedModel, folder: Path):
+    """Writes config.json and model.pt; each file appears whole or not at all."""
+    prefix = "encoder." if isinstance(model, MaBERT) else ""
+    weights = model.state_dict(prefix=prefix)
+    config = json.dumps(dataclasses.asdict(model.config), indent=2) + "\n"
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as partial:
+        torch.save(weights, Path(partial, "model.pt"))
+        Path(partial, "config.json").write_text(config)
+        for file in Path(partial).iterdir():
+            file.replace(folder / file.name)
 
 
-# ---- A loop ----
-#
-# Two ops, forward and backward, that know the whole formula, as the kernels below do. They take some rows and a chunk
-# of steps at a time, and compute all that comes between in buffers that stay in a core's caches; the backward pass
-# replays a chunk from the state that was kept at its start.
+def load_model(model_class: type, folder: Path, overrides: dict) -> PretrainedModel:
+    """A model of the class, on the CPU and in eval mode, from a folder of `save_model`.
 
-LOOP_CHUNK = 16  # steps. One state kept per chunk takes l / 16 · n · d numbers a row: with n = 16, as many as u
-LOOP_BLOCK = (
-    2**19
-)  # numbers in a buffer, for each thread: 2 MB, of which the backward pass has three
-
-
-def _empty_like(tensor):
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def _row_blocks(u, A, chunk):
-    """Rows whose buffers fit the caches; on a GPU all at once, since launches cost there."""
-    b, fit = len(u), LOOP_BLOCK * torch.get_num_threads() // (chunk * A.numel())
-    size = max(1, b if u.is_cuda else fit)
-    return [slice(i, min(i + size, b)) for i in range(0, b, size)]
-
-
-def _chunks(rows, chunk, reverse, *tensors):
-    """The chunks of these rows of each tensor (b, l, ...), numbered in the order of the scan. They are views with time
-    first, (steps, rows, ...): with channels last, a step then is one multiply-add over contiguous memory."""
-    parts = (
-        itertools.repeat(None) if x is None else x[rows].transpose(0, 1).split(chunk)
-        for x in tensors
-    )
-    return list(enumerate(list(zip(*parts))[:: -1 if reverse else 1]))
-
-
-def _states(buffers, u, delta, A, B, bias, mask, h, softplus, reverse):
-    """Of a chunk Δ (steps, b, d); and in two buffers the decays a_t = exp(Δ_t A) and the states before and after each
-    step, each (steps, b, n, d). From u, delta (steps, b, d), A / ln 2 (n, d), B (steps, b, n), bias (d,), mask (steps,
-    b) and h (b, n, d), the first state. On a CPU PyTorch's exp2 is faster than its exp."""
-    delta = delta + bias
-    delta = F.softplus(delta) if softplus else delta
-    delta = delta if mask is None else delta * mask[..., None]
-    states, a = buffers[0, : len(u) + 1], buffers[1, : len(u)]
-    before, after = (states[1:], states[:-1]) if reverse else (states[:-1], states[1:])
-    torch.mul(delta[:, :, None], A, out=a).exp2_()
-    before[-1 if reverse else 0] = h
-    torch.mul((delta * u)[:, :, None], B[..., None], out=after)
-    for a_t, previous, state in list(zip(a, before, after))[:: -1 if reverse else 1]:
-        state.addcmul_(a_t, previous)
-    return delta, a, before, after
-
-
-@torch.library.custom_op("mabert::scan_loop", mutates_args=())
-def _scan_loop(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, bias: Tensor,
-    mask: Tensor | None, softplus: bool, reverse: bool, chunk: int, keep: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y (b, l, d) of dtype; and if `keep`, the states at the starts of chunks, (b, chunks, n, d)."""
-    (b, l, d), n, kind = (
-        u.shape,
-        A.shape[1],
-        torch.promote_types(u.dtype, torch.float32),
-    )  # float64 stays
-    A, D, bias = (A.T.to(kind) / math.log(2)).contiguous(), D.to(kind), bias.to(kind)
-    y, kept = u.new_empty(b, l, d, dtype=dtype), A.new_empty(b, -(-l // chunk) if keep else 0, n, d)
-    tensors = y, *(x if x is None else x.to(kind) for x in (u, delta, B, C, z, mask))
-    with torch.autocast(u.device.type, enabled=False):  # else @ would be in half precision
-        for rows in _row_blocks(u, A, chunk):
-            buffers = A.new_empty(2, chunk + 1, rows.stop - rows.start, n, d)
-            h = torch.zeros_like(buffers[0, 0])
-            for i, (y_, u_, delta_, B_, C_, z_, m) in _chunks(rows, chunk, reverse, *tensors):
-                if keep:
-                    kept[rows, i] = h
-                _, _, _, states = _states(buffers, u_, delta_, A, B_, bias, m, h, softplus, reverse)
-                found = (
-                    (C_[:, :, None] @ states).squeeze(2).addcmul_(u_, D)
-                )  # (…, 1, n) @ (…, n, d)
-                found = found if z is None else found.mul_(F.silu(z_))
-                y_.copy_(found if mask is None else found.mul_(m[..., None]))
-                h = states[0 if reverse else -1]
-    return y, kept
-
-
-@torch.library.custom_op("mabert::scan_loop_backward", mutates_args=())
-def _scan_loop_backward(
-    dy: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
-    bias: Tensor, mask: Tensor | None, softplus: bool, reverse: bool, chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of u, delta, A, B, C, D, z and bias; z's is empty where there is no z.
-
-    With s_t the loss's gradient by Σ_n C_t h_t + D u_t, and g_t by h_t:  g_t = s_t C_t + a_{t+1} g_{t+1},
-    dx_t = Σ_n g_t B_t,  dB_t = Σ_d g_t x_t,  dC_t = Σ_d s_t h_t,  where x = Δ u;  and with w_t = g_t a_t h_{t−1}
-    dΔ_t = Σ_n A w_t + u_t dx_t,  dA = Σ_{b,t} Δ_t w_t.
+    The folder may hold another class: the encoder comes along, and a head that the file lacks, or
+    has in another shape, is new; a warning says what was not loaded. The class PretrainedModel
+    stands for the one whose weights these are. overrides replace fields of the config (num_labels,
+    pooling, psm, dropout, …), which the encoder's weights must fit. Nothing in the files is
+    executed. Raises FileNotFoundError, or ValueError where a file is damaged or does not fit.
     """
-    (_, _, d), n, kind = u.shape, A.shape[1], torch.promote_types(u.dtype, torch.float32)
-    A_, D_, bias_ = A.T.to(kind).contiguous(), D.to(kind), bias.to(kind)  # A_ (n, d)
-    A2 = A_ / math.log(2)
-    du, ddelta, dB, dC, dz = outputs = [
-        None if x is None else _empty_like(x) for x in (u, delta, B, C, z)
-    ]
-    dA, dD, dbias = map(torch.zeros_like, (A_, D_, bias_))
-    tensors = *(x if x is None else x.to(kind) for x in (dy, u, delta, B, C, z, mask)), *outputs
-    with torch.autocast(u.device.type, enabled=False):
-        for rows in _row_blocks(u, A, chunk):
-            buffers = dA.new_empty(3, chunk + 1, rows.stop - rows.start, n, d)
-            q = torch.zeros_like(buffers[0, 0])  # a_{t+1} g_{t+1}
-            for i, views in _chunks(rows, chunk, reverse, *tensors)[::-1]:
-                s, u_, delta_, B_, C_, z_, m, du_, ddelta_, dB_, dC_, dz_ = views
-                chunk_states = _states(
-                    buffers, u_, delta_, A2, B_, bias_, m, kept[rows, i], softplus, reverse
-                )
-                delta_, a, before, after = chunk_states
-                s = s if mask is None else s * m[..., None]
-                if z is not None:
-                    y = (C_[:, :, None] @ after).squeeze(2).addcmul_(u_, D_)
-                    dz_.copy_(torch.ops.aten.silu_backward(y.mul_(s), z_))
-                    s = s * F.silu(z_)
-                dC_.copy_((s[:, :, None] @ after.mT).squeeze(2))  # (…, 1, d) @ (…, d, n)
-                g = buffers[2, : len(s)]  # (steps, b, n, d)
-                for a_t, g_t, C_t, s_t in list(zip(a, g, C_[..., None], s[:, :, None]))[
-                    :: 1 if reverse else -1
-                ]:
-                    torch.addcmul(q, C_t, s_t, out=g_t)
-                    q = a_t.mul_(g_t)
-                dB_.copy_(((delta_ * u_)[:, :, None] @ g.mT).squeeze(2))
-                dx = (B_[:, :, None] @ g).squeeze(2)
-                q, w = q.clone(), a.mul_(before)
-                dA += torch.mul(w, delta_[:, :, None], out=g).sum(dim=(0, 1))
-                grad = w.mul_(A_).sum(dim=2).addcmul_(u_, dx)  # of Δ
-                if softplus:
-                    grad *= -torch.expm1(-delta_)  # softplus' derivative is 1 − exp(−Δ), 0 at pads
-                elif mask is not None:
-                    grad *= m[..., None]
-                ddelta_.copy_(grad)
-                torch.addcmul(dx.mul_(delta_), s, D_, out=du_)
-                dD += (s * u_).sum(dim=(0, 1))
-                dbias += grad.sum(dim=(0, 1))
-    dA, dD, dbias = dA.T.contiguous().to(A.dtype), dD.to(D.dtype), dbias.to(bias.dtype)
-    return du, ddelta, dA, dB, dC, dD, u.new_empty(0) if z is None else dz, dbias
+    # read
+    config = read_config(folder / "config.json", overrides)
+    weights = read_weights(folder / "model.pt")
 
-
-# ---- The same in Triton ----
-#
-# A program of the scan is one warp on one block of 32 channels, one to a lane. It goes through time in tiles of TILE
-# steps with all states of its channels in registers; there are enough of these for tiles of 8 steps forward and 4
-# backward. Mask, softplus, D and z are part of the kernels. (`bench.py scan --static` checks what is said below of
-# machine code.)
-#
-# Three phases let the segments of a row run in parallel, here three of them. In the figure subscripts number segments;
-# a = exp(A Σ Δ) is a segment's decay, and backward q_t = a_t g_t (formulas at _scan_loop_backward) is what a step hands
-# to the one on its left.
-#
-#     forward       segment 0             segment 1             segment 2
-#     1.         0 ───────────▶ e₀     0 ───────────▶ e₁                             _segment_ends: each from zero
-#     2.         h₀ = 0      ···▶      h₁ = a₀ h₀ + e₀ ···▶  h₂ = a₁ h₁ + e₁         _segment_starts: the ends alone
-#     3.         h₀ ─────▶ y           h₁ ─────▶ y           h₂ ─────▶ y             _outputs: each from its start
-#
-#     backward
-#     1.                               e₁ ◀─────────── 0     e₂ ◀─────────── 0       _segment_ends, BACKWARD
-#     2.         q₀ = a₁ q₁ + e₁ ◀···  q₁ = a₂ q₂ + e₂ ◀···           q₂ = 0         _segment_starts, BACKWARD
-#     3.         gradients ◀── q₀      gradients ◀── q₁      gradients ◀── q₂        _gradients
-#
-# Where rows × blocks fill the GPU by themselves there is one segment, and only the third phase runs. In it the forward
-# pass keeps the state at the start of each chunk; the backward pass takes chunks from the right, replays each from that
-# state, and goes back over it. A segment is whole chunks, a chunk whole tiles; only the row's last may be cut off by l.
-# Nothing is added atomically: the same call gives the same bits.
-#
-# In memory u, delta, z, dy have a step's channels side by side and the next step's *_row further, outputs d further;
-# both times SIGN, −1 with `reverse`. Between the kernels, all in float32 and with time as the scan goes:
-#     A           (n, d)                                          log2(e) A: exp2 is an instruction, exp is not
-#     packed      (b, tiles, 2 n + 1, TILE)     _pack, for all    B, C and the mask of a tile, which all channels share
-#     ends        (b, segments, n, d)           _segment_ends     e; _segment_starts makes it h, or q, in place
-#     delta_sums  (b, segments, d)              _segment_ends     Σ Δ
-#     kept        (b, chunks − 1, n, d)         _outputs          the states that all chunks but the first start from
-#     scratch     (programs, CHUNK/TILE, n, 32) _gradients        the states before each tile of the chunk in work
-#     parts       (b, segments, n + 2, d)       _gradients        gradients of A, D and delta_bias, by segment
-#     dBC         (b, blocks, tiles, n, 2, 4)   _gradients        gradients of B and C, by block of channels
-
-INTERPRETED = (
-    triton is not None and triton.knobs.runtime.interpret
-)  # TRITON_INTERPRET=1: on CPU tensors, for tests
-constexpr = tl.constexpr
-LOG2E = constexpr(1 / math.log(2))
-LN2 = constexpr(math.log(2))
-
-
-def jit(function):
-    """triton.jit, where there is Triton; one compilation serves all lengths."""
-    return (
-        triton.jit(function, do_not_specialize=["l", "segment", "segments"]) if triton else function
-    )
-
-
-@jit
-def _sigmoid(x):
-    """1 / (1 + e^−x), as rsqrt squared: exp2 and rsqrt are one instruction each, a division is several."""
-    r = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
-    return r * r
-
-
-@jit
-def _softplus(x):
-    """max(x, 0) + log(1 + e), e = exp(−|x|); as log(1 + e) = 2 artanh(e / (2 + e)) it is accurate for tiny e too. The
-    last coefficient of the series makes up for those left out."""
-    e = tl.exp2(tl.abs(x) * -LOG2E)
-    r = tl.rsqrt(2.0 + e)
-    s = e * (r * r)
-    q = s * s
-    return tl.maximum(x, 0.0) + s * (
-        2.0 + q * (2 / 3 + q * (2 / 5 + q * (2 / 7 + q * (2 / 9 + q * 0.215))))
-    )
-
-
-@jit
-def _place(l, segment, d: constexpr, SIGN: constexpr):
-    """Where a program works: row b of the batch, index in (b, segments), channels and which of them exist, the
-    segment's first step and its end, and the row of memory (times SIGN) that is step 0."""
-    b, channel = (
-        tl.program_id(0) // tl.cdiv(d, 32),
-        tl.program_id(0) % tl.cdiv(d, 32) * 32 + tl.arange(0, 32),
-    )
-    b = b.to(tl.int64)
-    exists = channel < d if d % 32 else tl.full((32,), True, tl.int1)
-    begin = tl.program_id(1) * segment
-    origin = b * l if SIGN > 0 else -(b * l + l - 1)
-    return (
-        b,
-        b * tl.num_programs(1) + tl.program_id(1),
-        channel,
-        exists,
-        begin,
-        tl.minimum(begin + segment, l),
-        origin,
-    )
-
-
-@jit
-def _pointers(ptr, row, STRIDE: constexpr, TILE: constexpr):
-    """Pointers to a tile's rows. The promise of one element's alignment, and no more, makes Triton put all rows of a
-    channel into one thread; so the recurrence needs no exchange between threads."""
-    rows = (ptr + row * STRIDE)[None, :] + tl.arange(0, TILE).to(tl.int64)[:, None] * STRIDE
-    return tl.multiple_of(rows, (1, ptr.dtype.element_ty.primitive_bitwidth // 8))
-
-
-@jit
-def _load(ptr, row, valid, STRIDE: constexpr, TILE: constexpr):
-    return tl.load(_pointers(ptr, row, STRIDE, TILE), mask=valid, other=0.0)
-
-
-@jit
-def _store(ptr, x, row, valid, STRIDE: constexpr, TILE: constexpr):
-    tl.store(_pointers(ptr, row, STRIDE, TILE), x.to(ptr.dtype.element_ty), mask=valid)
-
-
-@jit
-def _load_vectors(ptr, offset, exists, STRIDE: constexpr, n: constexpr):
-    """A tuple of n vectors, one for each state; where ptr is None, of zeros, whatever the rest."""
-    h = ()
-    for i in tl.static_range(n):
-        zeros = tl.zeros((32,), tl.float32)
-        h += (zeros if ptr is None else tl.load(ptr + offset + i * STRIDE, mask=exists, other=0.0),)
-    return h
-
-
-@jit
-def _store_vectors(ptr, h, exists, STRIDE: constexpr, n: constexpr):
-    for i in tl.static_range(n):
-        tl.store(ptr + i * STRIDE, h[i], mask=exists)
-
-
-@jit
-def _row(x, k, i):
-    """Row i of a tile. As the rows are in one thread it costs nothing: the compiler drops every + 0 from a sum of
-    integers, which it may not do with floats (−0.0 + 0.0 is 0.0)."""
-    return tl.sum(tl.where((k == i)[:, None], x.to(tl.int32, bitcast=True), 0), 0).to(
-        tl.float32, bitcast=True
-    )
-
-
-@jit
-def _tile_forward(a, x, h, TILE: constexpr):
-    """h_t = a_t h_{t−1} + x_t over a tile: the states after and before each step, and the last."""
-    k = tl.arange(0, TILE)
-    after, before = x, x
-    for i in tl.static_range(TILE):
-        before = tl.where((k == i)[:, None], h[None, :], before)
-        h = _row(a, k, i) * h + _row(x, k, i)
-        after = tl.where((k == i)[:, None], h[None, :], after)
-    return after, before, h
-
-
-@jit
-def _tile_backward(a, c, q, TILE: constexpr):
-    """g_t = c_t + q_{t+1} and q_t = a_t g_t over a tile, from its end: all g, all q, and the first q."""
-    k = tl.arange(0, TILE)
-    g, all_q = c, c
-    for i in tl.static_range(TILE - 1, -1, -1):
-        g_i = _row(c, k, i) + q
-        q = _row(a, k, i) * g_i
-        g = tl.where((k == i)[:, None], g_i[None, :], g)
-        all_q = tl.where((k == i)[:, None], q[None, :], all_q)
-    return g, all_q, q
-
-
-@jit
-def _fold(x, y, bit: constexpr):
-    """(32,): lanes without the bit get x + the x of the lane across it, those with it the same of y."""
-    lane = tl.arange(0, 32)
-    has = (lane & bit) != 0
-    return tl.where(has, y, x) + tl.gather(tl.where(has, x, y), lane ^ bit, 0)
-
-
-@jit
-def _channel_sums(x, y):
-    """Sums over channels of two (4, 32) tiles. Lanes 4 r to 4 r + 3 get row r of x, and those from 16 on the rows of y.
-    tl.sum would shuffle each of the eight sums five times; here each fold halves the rows that a lane cares for, and
-    nine exchanges do."""
-    k, rows = tl.arange(0, 4), ()
-    for r in tl.static_range(4):
-        rows += (_fold(_row(x, k, r), _row(y, k, r), 16),)
-    sums = _fold(_fold(rows[0], rows[2], 8), _fold(rows[1], rows[3], 8), 4)
-    sums = _fold(sums, sums, 2)
-    return _fold(sums, sums, 1)
-
-
-@jit
-def _pack(
-    B_ptr, C_ptr, mask_ptr, packed_ptr, l, B_row, B_col, C_row, C_col,
-    n: constexpr, N: constexpr, SIGN: constexpr, TILE: constexpr,
-):  # fmt: skip
-    """A tile of packed, from B, C (b l, n) and the mask (b l,); zeros beyond l. N: the power of 2 from n on."""
-    tiles, program = tl.cdiv(l, TILE), tl.program_id(0).to(tl.int64)
-    k, i = tl.arange(0, TILE), tl.arange(0, N).to(tl.int64)[:, None]
-    t = program % tiles * TILE + k
-    row = program // tiles * l + (t if SIGN > 0 else l - 1 - t)
-    real = t < l
-    B = tl.load(B_ptr + row[None, :] * B_row + i * B_col, mask=real[None, :] & (i < n), other=0.0)
-    C = tl.load(C_ptr + row[None, :] * C_row + i * C_col, mask=real[None, :] & (i < n), other=0.0)
-    if mask_ptr is not None:
-        real = tl.load(mask_ptr + row, mask=real, other=0) != 0
-    packed_ptr += program * ((2 * n + 1) * TILE) + k
-    tl.store(packed_ptr[None, :] + i * TILE, B.to(tl.float32), mask=i < n)
-    tl.store(packed_ptr[None, :] + (n + i) * TILE, C.to(tl.float32), mask=i < n)
-    tl.store(packed_ptr + 2 * n * TILE, real.to(tl.float32))
-
-
-@jit
-def _touch(packed_ptr, t, l, n: constexpr, TILE: constexpr):
-    """(8 TILE,): of the tile of packed at step t, if there is one, a number in each 32 bytes. So all of it comes into
-    the L1 cache while the tile before is in work; without, the loads of B and C took half of the kernel's time."""
-    i, size = tl.arange(0, 8 * TILE) * 8, tl.where(t < l, TILE * (2 * n + 1), 0)
-    return tl.load(packed_ptr + t // TILE * ((2 * n + 1) * TILE) + i, mask=i < size, other=0.0)
-
-
-@jit
-def _never_store(ptr, touched, l, TILE: constexpr):
-    """Which the compiler cannot know; so it drops no load of `_touch`."""
-    i = tl.arange(0, 8 * TILE)
-    tl.store(ptr + i, touched, mask=i < -l)
-
-
-@jit
-def _segment_ends(
-    v_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, bias_ptr, ends_ptr, delta_sums_ptr, l, segment,
-    d: constexpr, n: constexpr, v_row: constexpr, delta_row: constexpr, z_row: constexpr,
-    SOFTPLUS: constexpr, SIGN: constexpr, BACKWARD: constexpr, TILE: constexpr,
-):  # fmt: skip
-    """Phase 1: the ends of segments that start from zero, and their Σ Δ. v is u, and an end is h after the last step;
-    or with BACKWARD v is dy, and an end, as time goes from the right, is q of the first step."""
-    b, row_segment, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
-    packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE)
-    carried, delta_sums = (
-        _load_vectors(None, 0, exists, 0, n),
-        tl.zeros((32,), tl.float32),
-    )  # h or q
-    bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
-    t = (end - 1) // TILE * TILE if BACKWARD else begin
-    valid = exists[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
-    next_v = _load(
-        v_ptr + channel, origin + t, valid, v_row, TILE
-    )  # a tile ahead of its use: memory is far
-    next_delta = _load(delta_ptr + channel, origin + t, valid, delta_row, TILE)
-    touched = _touch(packed_ptr, t, l, n, TILE)
-    for _tile in tl.range(begin, end, TILE, num_stages=1):
-        v, delta = next_v.to(tl.float32), next_delta.to(tl.float32) + bias
-        if BACKWARD and z_ptr is not None:
-            z = _load(z_ptr + channel, origin + t, valid, z_row, TILE).to(tl.float32)
-            v *= z * _sigmoid(z)
-        packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
-        t = tl.maximum(t - TILE, 0) if BACKWARD else t + TILE
-        touched = _touch(packed_ptr, t, l, n, TILE)
-        valid = exists[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
-        next_v = _load(v_ptr + channel, origin + t, valid, v_row, TILE)
-        next_delta = _load(delta_ptr + channel, origin + t, valid, delta_row, TILE)
-        real = tl.load(packed + 2 * n * TILE)[:, None]
-        delta = (_softplus(delta) if SOFTPLUS else delta) * real
-        delta_sums += tl.sum(delta, 0)
-        v *= real if BACKWARD else delta
-        new = ()
-        for i in tl.static_range(n):
-            if i % 8 == 0:
-                tl.debug_barrier()  # or all of B and C would be loaded at once, for which there are no registers
-            a = tl.exp2(delta * tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :])
-            c = v * tl.load(packed + (n + i if BACKWARD else i) * TILE)[:, None]
-            end_i = (
-                _tile_backward(a, c, carried[i], TILE)[2]
-                if BACKWARD
-                else _tile_forward(a, c, carried[i], TILE)[2]
-            )
-            new += (end_i,)
-        carried = new
-    _never_store(delta_sums_ptr, touched, l, TILE)
-    _store_vectors(ends_ptr + row_segment * (n * d) + channel, carried, exists, d, n)
-    tl.store(delta_sums_ptr + row_segment * d + channel, delta_sums, mask=exists)
-
-
-@jit
-def _segment_starts(
-    ends_ptr, delta_sums_ptr, A_ptr, segments, d: constexpr, n: constexpr, BACKWARD: constexpr, TILE: constexpr
-):  # fmt: skip
-    """Phase 2: what segments start from, in place of their ends: h from the left, or with BACKWARD q from the right."""
-    j = tl.program_id(0) % tl.cdiv(n * d, 32) * 32 + tl.arange(0, 32)  # of n d
-    exists = j < n * d if n * d % 32 else tl.full((32,), True, tl.int1)
-    SIGN: constexpr = -1 if BACKWARD else 1
-    row = tl.program_id(0).to(tl.int64) // tl.cdiv(n * d, 32) * segments * SIGN - (
-        segments - 1 if BACKWARD else 0
-    )
-    A = tl.load(A_ptr + j, mask=exists, other=0.0)[None, :]
-    carried = tl.zeros((32,), tl.float32)
-    for s in tl.range(0, segments, TILE, num_stages=1):
-        valid = exists[None, :] & (tl.arange(0, TILE) < segments - s)[:, None]
-        a = tl.exp2(A * _load(delta_sums_ptr + j % d, row + s, valid, SIGN * d, TILE))
-        ends = _load(ends_ptr + j, row + s, valid, SIGN * n * d, TILE)
-        _, starts, carried = _tile_forward(a, ends, carried, TILE)
-        _store(ends_ptr + j, starts, row + s, valid, SIGN * n * d, TILE)
-
-
-@jit
-def _outputs(
-    u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, h_ptr, kept_ptr, y_ptr, l, segment,
-    d: constexpr, n: constexpr, u_row: constexpr, delta_row: constexpr, z_row: constexpr,
-    SOFTPLUS: constexpr, SIGN: constexpr, CHUNK: constexpr, TILE: constexpr,
-):  # fmt: skip
-    """Phase 3, forward: y; and kept, if kept_ptr is given. h_ptr: the segments' first states, or None for zeros."""
-    b, row_segment, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
-    packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE)
-    h = _load_vectors(h_ptr, row_segment * (n * d) + channel, exists, d, n)
-    bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
-    D = tl.load(D_ptr + channel, mask=exists, other=0.0)[None, :]
-    valid = exists[None, :] & (tl.arange(0, TILE) < end - begin)[:, None]
-    next_u = _load(u_ptr + channel, origin + begin, valid, u_row, TILE)
-    next_delta = _load(delta_ptr + channel, origin + begin, valid, delta_row, TILE)
-    touched = _touch(packed_ptr, begin, l, n, TILE)
-    for t in tl.range(begin, end, TILE, num_stages=1):
-        touched = _touch(packed_ptr, t + TILE, l, n, TILE)
-        u, delta = next_u.to(tl.float32), next_delta.to(tl.float32) + bias
-        valid = exists[None, :] & (tl.arange(0, TILE) < end - t - TILE)[:, None]
-        next_u = _load(u_ptr + channel, origin + t + TILE, valid, u_row, TILE)
-        next_delta = _load(delta_ptr + channel, origin + t + TILE, valid, delta_row, TILE)
-        valid = exists[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
-        if z_ptr is not None:
-            z = _load(z_ptr + channel, origin + t, valid, z_row, TILE)
-        if kept_ptr is not None:
-            if t % CHUNK == 0 and t > 0:
-                kept = kept_ptr + (b * ((l - 1) // CHUNK) + t // CHUNK - 1) * (n * d) + channel
-                _store_vectors(kept, h, exists, d, n)
-        packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
-        real = tl.load(packed + 2 * n * TILE)[:, None]
-        delta = (_softplus(delta) if SOFTPLUS else delta) * real
-        x, y = delta * u, D * u
-        new_h = ()
-        for i in tl.static_range(n):
-            if i % 8 == 0:
-                tl.debug_barrier()  # as in _segment_ends
-            B, C = tl.load(packed + i * TILE)[:, None], tl.load(packed + (n + i) * TILE)[:, None]
-            A = tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :]
-            states, _, h_i = _tile_forward(tl.exp2(delta * A), x * B, h[i], TILE)
-            y += states * C
-            new_h += (h_i,)
-        h = new_h
-        if z_ptr is not None:
-            z = z.to(tl.float32)
-            y *= z * _sigmoid(z)
-        _store(y_ptr + channel, y * real, origin + t, valid, SIGN * d, TILE)
-    _never_store(packed_ptr, touched, l, TILE)
-
-
-@jit
-def _of_state(
-    packed, A_ptr, starts_ptr, exists, i: constexpr, d: constexpr, n: constexpr, TILE: constexpr
-):
-    """For a tile of `_gradients`: B and C of state i, A, and the state before the tile."""
-    B, C = tl.load(packed + i * TILE)[:, None], tl.load(packed + (n + i) * TILE)[:, None]
-    return (
-        B,
-        C,
-        tl.load(A_ptr + i * d, mask=exists, other=0.0)[None, :],
-        tl.load(starts_ptr + i * 32),
-    )
-
-
-@jit
-def _gradients(
-    dy_ptr, u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, kept_ptr, q_ptr,
-    scratch_ptr, du_ptr, ddelta_ptr, dz_ptr, dBC_ptr, parts_ptr, l, segment,
-    d: constexpr, n: constexpr, dy_row: constexpr, u_row: constexpr, delta_row: constexpr, z_row: constexpr,
-    SOFTPLUS: constexpr, SIGN: constexpr, CHUNK: constexpr, TILE: constexpr,
-):  # fmt: skip
-    """Phase 3, backward: the gradients of u, delta and z, and each program's part of the others'. For each chunk from
-    the right: replay it from the state kept at its start, writing the state before each tile to scratch; then, tile by
-    tile from the right, all its states again, and g and q with them. q_ptr: the segments' first q, or None for 0."""
-    b, row_segment, channel, exists, begin, end, origin = _place(l, segment, d, SIGN)
-    packed_ptr += b * tl.cdiv(l, TILE) * ((2 * n + 1) * TILE) + tl.arange(0, TILE)
-    dBC_ptr += tl.program_id(0).to(tl.int64) * tl.cdiv(l, TILE) * (n * 8) + tl.arange(0, 32) // 4
-    kept_ptr += (b * ((l - 1) // CHUNK) - 1) * (n * d) + channel
-    own = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    scratch_ptr += own * (CHUNK // TILE * n * 32) + tl.arange(0, 32)
-    bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
-    D = tl.load(D_ptr + channel, mask=exists, other=0.0)[None, :]
-    q = _load_vectors(q_ptr, row_segment * (n * d) + channel, exists, d, n)
-    dA, dD, dbias = (
-        _load_vectors(None, 0, exists, 0, n),
-        tl.zeros((32,), tl.float32),
-        tl.zeros((32,), tl.float32),
-    )
-    for j in tl.range(begin, end, CHUNK, num_stages=1):
-        first = begin + (end - 1 - begin) // CHUNK * CHUNK - (j - begin)  # chunks from the right
-        last = tl.minimum(first + CHUNK, end)
-        # the row's first chunk starts from zero (exists & (first > 0) would be an integer)
-        known = exists & (channel < tl.where(first > 0, d, 0))
-        h = _load_vectors(kept_ptr, tl.cast(first // CHUNK, tl.int64) * (n * d), known, d, n)
-        tl.debug_barrier()  # scratch is written and read across threads
-        _store_vectors(scratch_ptr, h, None, 32, n)
-        for t in tl.range(
-            first, last - TILE, TILE, num_stages=1
-        ):  # replay: keep the states before each tile
-            valid = exists[None, :] & (tl.arange(0, TILE) < last - t)[:, None]
-            delta = (
-                _load(delta_ptr + channel, origin + t, valid, delta_row, TILE).to(tl.float32) + bias
-            )
-            u = _load(u_ptr + channel, origin + t, valid, u_row, TILE).to(tl.float32)
-            packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
-            delta = (_softplus(delta) if SOFTPLUS else delta) * tl.load(packed + 2 * n * TILE)[
-                :, None
-            ]
-            x = delta * u
-            new_h = ()
-            for i in tl.static_range(n):
-                a = tl.exp2(
-                    delta * tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :]
-                )
-                new_h += (_tile_forward(a, x * tl.load(packed + i * TILE)[:, None], h[i], TILE)[2],)
-            h = new_h
-            _store_vectors(scratch_ptr + ((t - first) // TILE + 1) * (n * 32), h, None, 32, n)
-        tl.debug_barrier()
-        for t_left in tl.range(first, last, TILE, num_stages=1):  # and back
-            t = first + (last - 1 - first) // TILE * TILE - (t_left - first)
-            valid = exists[None, :] & (tl.arange(0, TILE) < last - t)[:, None]
-            raw = (
-                _load(delta_ptr + channel, origin + t, valid, delta_row, TILE).to(tl.float32) + bias
-            )
-            u = _load(u_ptr + channel, origin + t, valid, u_row, TILE).to(tl.float32)
-            dy = _load(dy_ptr + channel, origin + t, valid, dy_row, TILE).to(tl.float32)
-            packed = packed_ptr + t // TILE * ((2 * n + 1) * TILE)
-            real = tl.load(packed + 2 * n * TILE)[:, None]
-            delta, dy = (_softplus(raw) if SOFTPLUS else raw) * real, dy * real
-            dstate = dy  # of Σ C h + D u
-            if z_ptr is not None:
-                z = _load(z_ptr + channel, origin + t, valid, z_row, TILE).to(tl.float32)
-                gate = _sigmoid(z)
-                dstate = dy * z * gate
-            x, y, dx, ddelta = delta * u, D * u, tl.zeros_like(u), tl.zeros_like(u)
-            new_q, new_dA = (), ()
-            starts_ptr = scratch_ptr + (t - first) // TILE * (n * 32)
-            following = _of_state(packed, A_ptr + channel, starts_ptr, exists, 0, d, n, TILE)
-            for i in tl.static_range(n):
-                B, C, A, start = following
-                if i + 1 < n:  # now, since the compiler moves no load over the store below
-                    following = _of_state(
-                        packed, A_ptr + channel, starts_ptr, exists, i + 1, d, n, TILE
-                    )
-                a = tl.exp2(delta * A)
-                states, previous, _ = _tile_forward(a, x * B, start, TILE)
-                g, all_q, q_i = _tile_backward(a, dstate * C, q[i], TILE)
-                y += states * C
-                dx += g * B
-                w = all_q * previous
-                ddelta += w * A
-                tl.store(
-                    dBC_ptr + t // TILE * (n * 8) + i * 8, _channel_sums(g * x, states * dstate)
-                )
-                new_q += (q_i,)
-                new_dA += (dA[i] + tl.sum(w * delta, 0),)
-            q, dA = new_q, new_dA
-            ddelta = (ddelta * LN2 + u * dx) * real
-            if SOFTPLUS:
-                ddelta *= _sigmoid(raw)
-            if z_ptr is not None:
-                dz = dy * y * gate * (1.0 + z * (1.0 - gate))
-                _store(dz_ptr + channel, dz, origin + t, valid, SIGN * d, TILE)
-            _store(ddelta_ptr + channel, ddelta, origin + t, valid, SIGN * d, TILE)
-            _store(du_ptr + channel, delta * dx + D * dstate, origin + t, valid, SIGN * d, TILE)
-            dbias += tl.sum(ddelta, 0)
-            dD += tl.sum(dstate * u, 0)
-    dA += (dD, dbias)
-    _store_vectors(parts_ptr + row_segment * ((n + 2) * d) + channel, dA, exists, d, n + 2)
-
-
-# The short convolution, by itself: four warps on a tile of steps and 64 channels, as in an ordinary Triton kernel.
-
-
-@jit
-def _convolution(
-    x_ptr, x_row, weight_ptr, bias_ptr, dy_ptr, dy_row, y_ptr, parts_ptr, l,
-    d: constexpr, k: constexpr, LEFT: constexpr, TILE: constexpr,
-):  # fmt: skip
-    """Of a tile of steps and 64 channels, y = Σ_j weight_j x[t + j − LEFT], with zeros beyond a row's ends; with a bias
-    SiLU(y + bias). With dy, instead, the gradient of y + bias, and the tile's parts of those of weight and bias."""
-    tiles, program = tl.cdiv(l, TILE), tl.program_id(0)
-    b, t = (program // tiles).to(tl.int64), program % tiles * TILE + tl.arange(0, TILE)
-    channel = tl.program_id(1) * 64 + tl.arange(0, 64)
-    exists = channel < d
-    valid = (t < l)[:, None] & exists
-    y, shifted = tl.zeros((TILE, 64), tl.float32), ()
-    for j in tl.static_range(k):
-        at = (t + j - LEFT)[:, None]
-        x = tl.load(
-            x_ptr + (b * l + at) * x_row + channel, mask=valid & (at >= 0) & (at < l), other=0.0
-        )
-        y += x * tl.load(weight_ptr + j * d + channel, mask=exists, other=0.0)
-        shifted += (x,)
-    rows = (b * l + t)[:, None]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + channel, mask=exists, other=0.0)
-        s = _sigmoid(y)
-        if dy_ptr is None:
-            y *= s
+    # choose the class by the head
+    if model_class is PretrainedModel:
+        if "classifier.weight" in weights:
+            model_class = MaBERTForSequenceClassification
+        elif "decoder_bias" in weights:
+            model_class = MaBERTForMaskedLM
         else:
-            y = (
-                tl.load(dy_ptr + rows * dy_row + channel, mask=valid, other=0.0)
-                * s
-                * (1.0 + y * (1.0 - s))
+            model_class = MaBERT
+
+    # build
+    model = model_class(config)
+    encoder = model if model_class is MaBERT else model.encoder
+    head = {} if model_class is MaBERT else model.state_dict()
+    head = {name: weight for name, weight in head.items() if not name.startswith("encoder.")}
+
+    # load: the encoder whole, of the head what fits
+    in_encoder = {name for name in weights if name.startswith("encoder.")}
+    in_head = {name for name in head if name in weights and weights[name].shape == head[name].shape}
+    try:
+        encoder.load_state_dict(
+            {name.removeprefix("encoder."): weights[name] for name in in_encoder}
+        )
+    except RuntimeError as error:  # it names all that does not fit
+        reason = textwrap.shorten(str(error), 300)
+        raise ValueError(f"{folder / 'model.pt'} does not fit its config: {reason}") from None
+    model.load_state_dict({name: weights[name] for name in in_head}, strict=False)
+
+    # say what is new
+    new = ", ".join(sorted(head.keys() - in_head)) or "nothing"
+    unused = ", ".join(sorted(weights.keys() - in_encoder - in_head)) or "nothing"
+    if (new, unused) != ("nothing", "nothing"):
+        heads = f"new and untrained: {new}; in the file but not used: {unused}"
+        logger.warning("%s: encoder loaded; %s", folder, heads)
+    return model.eval()
+
+
+def read_config(file: Path, overrides: dict) -> MaBERTConfig:
+    try:
+        fields = json.loads(needed(file).read_text(encoding="utf-8"))
+        return MaBERTConfig(**fields | overrides)
+    except (TypeError, ValueError) as error:
+        message = f"{file} with the overrides {overrides} is no valid config: {error}"
+        raise ValueError(message) from error
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    weights = torch_load(needed(file))
+    for weight in weights.values():
+        if not (isinstance(weight, Tensor) and weight.is_floating_point()):
+            raise ValueError(
+                f"{file} is damaged or not written by save_pretrained: not all weights"
             )
-            parts_ptr += program.to(tl.int64) * (k + 1) * d + channel
-            for j in tl.static_range(k):
-                tl.store(parts_ptr + j * d, tl.sum(shifted[j] * y, 0), mask=exists)
-            tl.store(parts_ptr + k * d, tl.sum(y, 0), mask=exists)
-    tl.store(y_ptr + rows * d + channel, y.to(y_ptr.dtype.element_ty), mask=valid)
+    return weights
 
 
-def _chunk(n: int) -> int:
-    """The steps between the states that are kept for the backward pass: 16, or the power of 2 from n on, so that the
-    states are no more numbers than u, in float32 no more bytes than u and delta in half precision."""
-    return max(16, 1 << (n - 1).bit_length())
+def needed(file: Path) -> Path:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: give a folder that save_pretrained wrote")
+    return file
 
 
-def _segment(l: int, programs: int, enough: int, chunk: int, device: torch.device) -> int:
-    """The steps in a segment, where one of each row takes so many programs, rows × blocks of channels: all l if these
-    are `enough` warps for a multiprocessor of the GPU, and on a CPU; else whole chunks, which give it 6 to 12 warps."""
-    processors = (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 0
-    )
-    if programs >= enough * processors:
-        return l
-    return chunk * math.ceil(l / (chunk * (12 * processors // max(1, programs))))
+def torch_load(file: Path) -> dict:
+    """A dict that torch.save wrote, on the CPU; nothing in the file is executed.
 
-
-def _strided(SIGN: int, **tensors: Tensor | None) -> dict:
-    """Kernel arguments for (b, l, d) tensors: name_ptr, and name_row, from a step's row of channels to the next's."""
-    arguments = {}
-    for name, x in tensors.items():
-        x = x if x is None else x.reshape(-1, x.shape[-1])  # a view, where there can be one
-        x = x if x is None or x.stride(1) == 1 else x.contiguous()
-        arguments |= {f"{name}_ptr": x, f"{name}_row": 0 if x is None else SIGN * x.stride(0)}
-    return arguments
-
-
-def _for_kernels(A: Tensor, D: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In float32, A as the kernels want it."""
-    return (
-        (A.float().T / math.log(2)).contiguous(),
-        D.float().contiguous(),
-        bias.float().contiguous(),
-    )
-
-
-def _prepare(v, delta, z, A, B, C, bias, mask, segment, BACKWARD, **options):
-    """packed; and by phases 1 and 2 the segments' starts, h, or with BACKWARD q, (b, segments, n, d); None for one."""
-    (b, l, d), n, SIGN, TILE = v.shape, len(A), options["SIGN"], options["TILE"]
-    tiles, segments = triton.cdiv(l, TILE), triton.cdiv(l, segment)
-    packed = A.new_empty(b, tiles, 2 * n + 1, TILE)
-    B, C, mask = (
-        B.reshape(b * l, n),
-        C.reshape(b * l, n),
-        None if mask is None else mask.contiguous(),
-    )
-    sizes = dict(n=n, N=triton.next_power_of_2(n), SIGN=SIGN, TILE=TILE, num_warps=1)
-    _pack[(b * tiles,)](B, C, mask, packed, l, *B.stride(), *C.stride(), **sizes)
-    if segments == 1:
-        return packed, None
-    ends, sums = A.new_empty(b, segments, n, d), A.new_empty(b, segments, d)
-    _segment_ends[(b * triton.cdiv(d, 32), segments)](
-        **_strided(SIGN, v=v, delta=delta, z=z), packed_ptr=packed, A_ptr=A, bias_ptr=bias, ends_ptr=ends,
-        delta_sums_ptr=sums, l=l, segment=segment, BACKWARD=BACKWARD, **options,
-    )  # fmt: skip
-    sizes = dict(d=d, n=n, BACKWARD=BACKWARD, TILE=8, num_warps=1)
-    _segment_starts[(b * triton.cdiv(n * d, 32),)](ends, sums, A, segments, **sizes)
-    return packed, ends
-
-
-@torch.library.custom_op("mabert::scan_triton", mutates_args=())
-def _scan_triton(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, bias: Tensor,
-    mask: Tensor | None, softplus: bool, reverse: bool, chunk: int, keep: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y (b, l, d) of dtype; and if `keep`, the states at the start of chunks but the first, (b, chunks − 1, n, d)."""
-    (b, l, d), n = u.shape, A.shape[1]
-    A, D, bias = _for_kernels(A, D, bias)
-    y, states = (
-        u.new_empty(b, l, d, dtype=dtype),
-        A.new_empty(b, (l - 1) // chunk if keep else 0, n, d),
-    )
-    blocks = triton.cdiv(d, 32)
-    segment = _segment(
-        l, b * blocks, 4, chunk, u.device
-    )  # segments are nearly twice the work: they must be worth it
-    options = dict(
-        d=d,
-        n=n,
-        SOFTPLUS=softplus,
-        SIGN=-1 if reverse else 1,
-        TILE=8,
-        num_warps=1,
-        enable_fp_fusion=True,
-    )
-    with torch.cuda.device_of(u):  # kernels go to the current device
-        packed, starts = _prepare(
-            u, delta, None, A, B, C, bias, mask, segment, BACKWARD=False, **options
-        )
-        _outputs[(b * blocks, triton.cdiv(l, segment))](
-            **_strided(options["SIGN"], u=u, delta=delta, z=z), packed_ptr=packed, A_ptr=A, D_ptr=D, bias_ptr=bias,
-            h_ptr=starts, kept_ptr=states if keep else None, y_ptr=y, l=l, segment=segment, CHUNK=chunk, **options,
-        )  # fmt: skip
-    return y, states
-
-
-@torch.library.custom_op("mabert::scan_triton_backward", mutates_args=())
-def _scan_triton_backward(
-    dy: Tensor, states: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
-    bias: Tensor, mask: Tensor | None, softplus: bool, reverse: bool, chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of u, delta, A, B, C, D, z and bias; z's is empty where there is no z."""
-    (b, l, d), n = u.shape, A.shape[1]
-    A_, D_, bias_ = _for_kernels(A, D, bias)
-    blocks, tiles = triton.cdiv(d, 32), triton.cdiv(l, 4)
-    segment = _segment(l, b * blocks, 6, chunk, u.device)  # and here a fifth more
-    segments = triton.cdiv(l, segment)
-    du, ddelta, dz = (
-        _empty_like(u),
-        _empty_like(delta),
-        u.new_empty(0) if z is None else _empty_like(z),
-    )
-    dBC, parts = A_.new_empty(b, blocks, tiles, n, 2, 4), A_.new_empty(b, segments, n + 2, d)
-    scratch = A_.new_empty(b * blocks * segments * (chunk // 4) * n * 32)
-    options = dict(
-        d=d,
-        n=n,
-        SOFTPLUS=softplus,
-        SIGN=-1 if reverse else 1,
-        TILE=4,
-        num_warps=1,
-        enable_fp_fusion=True,
-    )
-    with torch.cuda.device_of(u):
-        packed, starts = _prepare(
-            dy, delta, z, A_, B, C, bias_, mask, segment, BACKWARD=True, **options
-        )
-        _gradients[(b * blocks, segments)](
-            **_strided(options["SIGN"], dy=dy, u=u, delta=delta, z=z), packed_ptr=packed,
-            A_ptr=A_, D_ptr=D_, bias_ptr=bias_, kept_ptr=states, q_ptr=starts,
-            scratch_ptr=scratch, du_ptr=du, ddelta_ptr=ddelta, dz_ptr=dz, dBC_ptr=dBC, parts_ptr=parts,
-            l=l, segment=segment, CHUNK=chunk, **options,
-        )  # fmt: skip
-    dBC = dBC.sum(1).permute(3, 0, 1, 4, 2).reshape(2, b, 4 * tiles, n)[:, :, :l]
-    dB, dC = dBC.flip(2) if reverse else dBC
-    dA, dD, dbias = parts.sum((0, 1)).split((n, 1, 1))
-    copies = (
-        _empty_like(x).copy_(dx)
-        for x, dx in ((A, dA.T), (B, dB), (C, dC), (D, dD[0]), (bias, dbias[0]))
-    )
-    dA, dB, dC, dD, dbias = copies
-    return du, ddelta, dA, dB, dC, dD, dz, dbias
-
-
-# ---- Both as ops: for torch.compile, what they return, without computing it; for autograd, what to keep ----
-
-
-def _fake(chunks, u, delta, A, B, C, D, z, bias, mask, softplus, reverse, chunk, keep, dtype):
-    kind = torch.promote_types(u.dtype, torch.float32)
-    kept = u.new_empty(
-        len(u), chunks(u.shape[1], chunk) if keep else 0, A.shape[1], u.shape[2], dtype=kind
-    )
-    return u.new_empty(u.shape, dtype=dtype), kept
-
-
-def _fake_backward(dy, kept, u, *inputs):
-    return tuple(u.new_empty(0) if x is None else _empty_like(x) for x in (u, *inputs[:7]))
-
-
-def _keep(ctx, inputs, output):
-    ctx.save_for_backward(output[1], *inputs[:9])  # the states, u, ..., mask
-    ctx.options = inputs[9:12]  # softplus, reverse, chunk
-    ctx.set_materialize_grads(False)  # the states need no gradient: do not make one of zeros
-
-
-def _backward(op, ctx, dy, _):
-    saved = ctx.saved_tensors  # read once: activation checkpointing gives them no second time
-    gradients = op(dy, *saved, *ctx.options)
-    return *(None if x is None else dx for x, dx in zip(saved[1:9], gradients)), *(None,) * 6
-
-
-for _op, _op_backward, _chunks_kept in (
-    (_scan_loop, _scan_loop_backward, lambda l, chunk: -(-l // chunk)),
-    (_scan_triton, _scan_triton_backward, lambda l, chunk: (l - 1) // chunk),
-):
-    _op.register_fake(functools.partial(_fake, _chunks_kept))
-    _op_backward.register_fake(_fake_backward)
-    _op.register_autograd(functools.partial(_backward, _op_backward), setup_context=_keep)
-
-
-def _convolve(x, weight, bias, left, dy=None, parts=None):
-    """What `_convolution` says, for all of x (b, l, d); weight (d, k)."""
-    (b, l, d), k = x.shape, weight.shape[1]
-    y, weight = (
-        x.new_empty(b, l, d),
-        weight.float().T.contiguous(),
-    )  # (k, d): 16 bytes of a tap at once
-    bias = bias if bias is None else bias.float().contiguous()
-    with torch.cuda.device_of(x):
-        _convolution[(b * triton.cdiv(l, 32), triton.cdiv(d, 64))](
-            **_strided(1, x=x, dy=dy), weight_ptr=weight, bias_ptr=bias, y_ptr=y, parts_ptr=parts, l=l,
-            d=d, k=k, LEFT=left, TILE=32,
-        )  # fmt: skip
-    return y
-
-
-@torch.library.custom_op("mabert::convolution", mutates_args=())
-def _conv_triton(u: Tensor, weight: Tensor, bias: Tensor, left: int) -> Tensor:
-    return _convolve(u, weight, bias, left)
-
-
-@torch.library.custom_op("mabert::convolution_backward", mutates_args=())
-def _conv_triton_backward(
-    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, left: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of u, weight and bias."""
-    (b, l, d), k = u.shape, weight.shape[1]
-    parts = u.new_empty(b * triton.cdiv(l, 32), k + 1, d, dtype=torch.float32)
-    ds = _convolve(u, weight, bias, left, dy, parts)  # of the sum, before SiLU
-    dweight, dbias = parts.sum(0).split((k, 1))
-    dweight, dbias = _empty_like(weight).copy_(dweight.T), _empty_like(bias).copy_(dbias[0])
-    return _convolve(ds, weight.flip(1), None, k - 1 - left), dweight, dbias
-
-
-def _keep_inputs(ctx, inputs, output):
-    *tensors, ctx.left = inputs
-    ctx.save_for_backward(*tensors)
-
-
-_conv_triton.register_fake(lambda u, weight, bias, left: u.new_empty(u.shape))
-_conv_triton_backward.register_fake(lambda dy, *inputs: tuple(map(_empty_like, inputs[:3])))
-_conv_triton.register_autograd(
-    lambda ctx, dy: (*_conv_triton_backward(dy, *ctx.saved_tensors, ctx.left), None),
-    setup_context=_keep_inputs,
-)
-
-
-# ---- The pick ----
-
-
-def use_triton(u: Tensor, backend: str | None) -> bool:
-    """Whether the kernels are to run, for u, the scan's input or the convolution's."""
-    if backend not in SCAN_BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it must be one of {SCAN_BACKENDS}")
-    can_run = triton and (u.is_cuda or INTERPRETED) and u.dtype != torch.float64
-    if backend == "triton" and not can_run:
-        why = f"it needs a GPU (or TRITON_INTERPRET=1), and not float64; u is {str(u.dtype)[6:]} on {u.device}"
-        why = why if triton else "the package triton is not installed"
-        raise RuntimeError(f"backend='triton' cannot run here (backend='loop' or None can): {why}")
-    return backend == "triton" or (backend is None and u.is_cuda and can_run)
-
-
-def short_convolution(
-    u: Tensor, weight: Tensor, bias: Tensor, left: int, backend: str | None = None
-) -> Tensor:
-    """SiLU of a depthwise convolution over time, u (b, l, d), weight (d, k), bias (d,) -> (b, l, d). It sees `left`
-    steps before and k − 1 − left after, zeros beyond the ends of a row. On a GPU it is a kernel, since
-    PyTorch's goes through memory several times, to pad, transpose and copy. `backend`: as in `selective_scan`."""
-    if use_triton(u, backend):
-        return _conv_triton(u, weight, bias, left)
-    u = F.pad(u, (0, 0, left, weight.shape[1] - 1 - left)).transpose(1, 2)[
-        :, :, None
-    ]  # (b, d, 1, k - 1 + l)
-    return F.silu(F.conv2d(u, weight[:, None, None], bias, groups=len(bias)))[:, :, 0].transpose(
-        1, 2
-    )
-
-
-def selective_scan(
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D=None,
-    z=None,
-    delta_bias=None,
-    delta_softplus=False,
-    mask=None,
-    reverse=False,
-    backend=None,
-) -> Tensor:
-    """The masked selective scan (the formula above): u, delta, A, B, C, ... -> y (b, l, d) of u's dtype.
-
-    u, delta, z: (b, l, d); A: (d, n), negative; B, C: (b, l, n); D, delta_bias: (d,). Names as in mamba-ssm, layout
-    channel-last. Floating-point of any kind; the arithmetic is in float32, or in float64 where u is float64.
-    mask: (b, l), bool or 0/1. At a pad (0) the state passes through, y is 0, and so are the gradients of the inputs.
-    reverse: the recurrence runs from the right end.
-    backend: "triton" (float32 arithmetic, on a GPU), "loop", or None for Triton where it can run and else the loop.
-
-    Raises ValueError for arguments that do not fit (the mask's values are looked at on a CPU only), RuntimeError for a
-    backend that cannot run here. Gradients of gradients are not implemented.
+    Raises ValueError where the file is damaged, which torch.load alone, as it does not look at
+    checksums, would not notice everywhere.
     """
-    mask = check_scan(u, delta, A, B, C, D, z, delta_bias, mask)
-    zeros, kernels = A.new_zeros(A.shape[0]), use_triton(u, backend)
-    D, bias = zeros if D is None else D, zeros if delta_bias is None else delta_bias
-    keep = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, bias)
-    )
-    if not kernels:
-        return _scan_loop(
-            u, delta, A, B, C, D, z, bias, mask, delta_softplus, reverse, LOOP_CHUNK, keep, u.dtype
-        )[0]
-    # In groups of 16 states, since a thread has no registers for more. SiLU(z) gates a sum, so it may gate each part of
-    # it; y is summed in float32, the gradients of u, delta and z in their dtypes.
-    y, chunk, dtype = None, _chunk(A.shape[1]), u.dtype if A.shape[1] <= 16 else torch.float32
-    for i in range(0, A.shape[1], 16):
-        group = A[:, i : i + 16], B[..., i : i + 16], C[..., i : i + 16], zeros if i > 0 else D
-        part, _ = _scan_triton(
-            u, delta, *group, z, bias, mask, delta_softplus, reverse, chunk, keep, dtype
-        )
-        y = part if y is None else y + part
-    return y.to(u.dtype)
+    try:
+        damaged = zipfile.ZipFile(file).testzip()
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # a truncated or foreign file fails in any of a dozen ways
+        reason = textwrap.shorten(str(error), 300)
+        raise ValueError(f"{file} is damaged or not ours: {reason}") from error
 
 
 # ---- The command: python mabert.py FOLDER "text with a [MASK]" ----
@@ -1690,55 +2223,69 @@ def selective_scan(
 
 @torch.no_grad()
 def main(argv: list[str] | None = None):
-    """Asks a trained model: five guesses for each [MASK] of a text; without one, the text's embedding, the mean of its
-    hidden states; from a classifier each class's probability, or the regression's value."""
+    """Asks a trained model. A masked language model gives five guesses for each [MASK] of a text,
+    or, where there is none, the text's embedding: the mean of its hidden states. A classifier gives
+    the probability of each class, or the value of a regression."""
+    # read the arguments, the model and its tokenizer
     parser = argparse.ArgumentParser(description=" ".join(main.__doc__.split()))
-    parser.add_argument(
-        "folder", type=Path, help="what train_mlm.py, or finetune_glue.py --save, wrote"
-    )
+    parser.add_argument("folder", type=Path, help="of train_mlm.py or finetune_glue.py --save")
     parser.add_argument("text", help="in quotation marks")
     args = parser.parse_args(argv)
     try:
-        from tokenizers import Tokenizer
-
-        model, file = PretrainedModel.from_pretrained(args.folder), args.folder / "tokenizer.json"
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise ValueError(f"{file} is missing or damaged: {error}") from error
-        tokenizer.no_truncation()
+        model = PretrainedModel.from_pretrained(args.folder)
+        tokenizer = load_tokenizer(args.folder / "tokenizer.json")
         cls, sep, mask = map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[MASK]"))
-        if None in (cls, sep, mask):
-            raise ValueError(f"{file} lacks [CLS], [SEP] or [MASK]")
-        tokens = tokenizer.encode(
-            args.text, add_special_tokens=False
-        ).ids  # not every tokenizer.json adds them
+
+        # ask the model; not every tokenizer.json adds special tokens by itself
+        tokens = tokenizer.encode(args.text, add_special_tokens=False).ids
         ids = torch.tensor([[cls, *tokens, sep]])
         output = model(ids)
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"mabert.py: {error}")
+
+    # print
     if isinstance(model, MaBERTForSequenceClassification):
-        if model.config.num_labels == 1:
-            print(f"value: {output.logits.item():.4f}")
-        else:
-            print(
-                *(
-                    f"class {i}: {p:.4f}"
-                    for i, p in enumerate(output.logits[0].softmax(dim=0).tolist())
-                ),
-                sep="\n",
-            )
+        print_classes(output.logits[0])
     elif isinstance(model, MaBERTForMaskedLM) and mask in ids:
-        for logits in output.logits[ids == mask]:
-            best = logits.softmax(dim=0).topk(5)
-            guesses = (
-                f"{tokenizer.id_to_token(i)} {p:.4f}" for p, i in zip(*map(Tensor.tolist, best))
-            )
-            print("[MASK]:", ", ".join(guesses))
+        print_guesses(output.logits[ids == mask], tokenizer)
     else:
-        x = getattr(model, "encoder", model)(ids)[0].mean(dim=0)  # (h,)
-        first = " ".join(f"{value:.4f}" for value in x[:5].tolist())
-        print(f"embedding: norm {x.norm():.4f}, {len(x)} numbers: {first} ...")
+        encoder = getattr(model, "encoder", model)
+        print_embedding(encoder(ids)[0].mean(dim=0))
+
+
+def load_tokenizer(file: Path):
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ValueError(f"{file} is missing or damaged: {error}") from error
+    if None in map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[MASK]")):
+        raise ValueError(f"{file} lacks [CLS], [SEP] or [MASK]")
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def print_classes(logits: Tensor):
+    if len(logits) == 1:
+        print(f"value: {logits.item():.4f}")
+        return
+    for i, probability in enumerate(logits.softmax(dim=0).tolist()):
+        print(f"class {i}: {probability:.4f}")
+
+
+def print_guesses(logits: Tensor, tokenizer):
+    for row in logits.softmax(dim=1):  # one for each [MASK]
+        best = row.topk(5)
+        guesses = []
+        for probability, token in zip(best.values.tolist(), best.indices.tolist()):
+            guesses.append(f"{tokenizer.id_to_token(token)} {probability:.4f}")
+        print("[MASK]:", ", ".join(guesses))
+
+
+def print_embedding(x: Tensor):
+    first = " ".join(f"{value:.4f}" for value in x[:5].tolist())
+    print(f"embedding: norm {x.norm():.4f}, {len(x)} numbers: {first} ...")
 
 
 if __name__ == "__main__":
