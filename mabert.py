@@ -344,7 +344,8 @@ class HybridLayer(MambaLayer):
     """
 
     def __init__(self, config: MaBERTConfig):
-        super().__init__(dataclasses.replace(config, expand=config.expand // 2))
+        half = config.expand // 2
+        super().__init__(dataclasses.replace(config, pattern="M", expand=half))
         self.attention = SelfAttention(config, heads=config.num_heads // 2)
         self.norms = nn.ModuleList([layer_norm(config), layer_norm(config)])
         for norm in self.norms:
