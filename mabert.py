@@ -98,62 +98,9 @@ class MaBERTConfig:
     scan_backend: str | None = None  # passed to selective_scan and short_convolution
 
     def __post_init__(self):
-        # sizes
-        for field in (
-            "vocab_size",
-            "hidden_size",
-            "num_heads",
-            "intermediate_size",
-            "d_state",
-            "d_conv",
-            "expand",
-            "max_position",
-            "type_vocab_size",
-            "num_labels",
-        ):
-            self._require(field, is_size(getattr(self, field)), "a positive integer")
-        rank_fits = self.dt_rank is None or is_size(self.dt_rank)
-        self._require("dt_rank", rank_fits, "a positive integer or None")
-        heads_divide = self.hidden_size % self.num_heads == 0
-        self._require("hidden_size", heads_divide, f"a multiple of num_heads ({self.num_heads})")
-
-        # the pattern; a layer H has half of the heads and half of the inner width
-        letters_fit = (
-            isinstance(self.pattern, str) and self.pattern and {*self.pattern} <= {*LAYERS}
-        )
-        self._require("pattern", letters_fit, f"letters of {', '.join(LAYERS)}")
-        for field in ("num_heads", "expand"):
-            halves = "H" not in self.pattern or getattr(self, field) % 2 == 0
-            self._require(field, halves, "even, since a layer H takes half of it")
-
-        # numbers with a range
-        dropout_fits = isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1
-        self._require("dropout", dropout_fits, "in [0, 1)")
-        eps_fits = isinstance(self.layer_norm_eps, float) and 0 < self.layer_norm_eps < math.inf
-        self._require("layer_norm_eps", eps_fits, "a positive, finite float")
-        pad_fits = type(self.pad_token_id) is int and 0 <= self.pad_token_id < self.vocab_size
-        self._require("pad_token_id", pad_fits, "an id below vocab_size")
-
-        # choices
-        self._require("causal_conv", isinstance(self.causal_conv, bool), "True or False")
-        self._require("pooling", self.pooling in POOLINGS, f"one of {POOLINGS}")
-        self._require("scan_backend", self.scan_backend in SCAN_BACKENDS, f"one of {SCAN_BACKENDS}")
-        is_sequence = isinstance(self.psm, (tuple, list))
-        stages_fit = is_sequence and all(stage in PSM_STAGES for stage in self.psm)
-        self._require("psm", stages_fit, f"any of {PSM_STAGES}")
-
+        check_config(self)
         # the stages in order, each once, as a tuple: JSON has lists
         self.psm = tuple(stage for stage in PSM_STAGES if stage in self.psm)
-
-    def _require(self, field: str, fits: bool, allowed: str):
-        if not fits:
-            value = getattr(self, field)
-            raise ValueError(f"MaBERTConfig.{field} is {value!r}; it must be {allowed}")
-
-
-def is_size(x) -> bool:
-    """Whether x is a positive integer, and not True."""
-    return type(x) is int and x > 0
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
@@ -206,9 +153,8 @@ class MambaMixer(nn.Module):
         # a container, as the scan adds the bias; PyTorch's initial weights, U(±1/√r), are Mamba's.
         self.dt_proj = nn.Linear(r, d)
         delta = torch.exp(torch.empty(d).uniform_(math.log(0.001), math.log(0.1)))
-        self.dt_proj.bias = nn.Parameter(
-            delta + torch.log(-torch.expm1(-delta))
-        )  # softplus inverse
+        softplus_inverse = delta + torch.log(-torch.expm1(-delta))
+        self.dt_proj.bias = nn.Parameter(softplus_inverse)
 
         # A and D, as in Mamba: −A is 1, 2, …, n in every channel
         self.A_log = nn.Parameter(torch.arange(1, n + 1).log().repeat(d, 1))
@@ -224,19 +170,9 @@ class MambaMixer(nn.Module):
         delta = F.linear(rho, self.dt_proj.weight)  # Eq. 7: (b, l, d); the scan adds the rest
         A = -torch.exp(self.A_log)  # (d, n)
 
-        y = selective_scan(  # Eq. 8, D u and the gate SiLU(z) in one fused call: (b, l, d)
-            u,
-            delta,
-            A,
-            B,
-            C,
-            D=self.D,
-            z=z,
-            delta_bias=self.dt_proj.bias,
-            delta_softplus=True,
-            mask=mask,
-            backend=self.backend,
-        )
+        # Eq. 8, with D u and the gate SiLU(z), in one fused call
+        options = dict(delta_softplus=True, mask=mask, backend=self.backend)
+        y = selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, **options)  # (b, l, d)
         return self.out_proj(y)  # Eq. 9: (b, l, h)
 
 
@@ -2042,6 +1978,56 @@ _conv_triton.register_autograd(_convolution_backward, setup_context=_keep_convol
 # ================================== Part III: the rest =========================================
 
 # ---- Checks of arguments ----
+
+
+def check_config(config: MaBERTConfig):
+    """Raises a ValueError that names a field, its value and what is allowed."""
+
+    def require(field: str, fits: bool, allowed: str):
+        if not fits:
+            value = getattr(config, field)
+            raise ValueError(f"MaBERTConfig.{field} is {value!r}; it must be {allowed}")
+
+    # sizes
+    for field in dataclasses.fields(config):
+        if field.type is int and field.name != "pad_token_id":
+            require(field.name, is_size(getattr(config, field.name)), "a positive integer")
+    rank_fits = config.dt_rank is None or is_size(config.dt_rank)
+    require("dt_rank", rank_fits, "a positive integer or None")
+    heads_divide = config.hidden_size % config.num_heads == 0
+    require("hidden_size", heads_divide, f"a multiple of num_heads ({config.num_heads})")
+
+    # the pattern; a layer H has half of the heads and half of the inner width
+    letters = set(config.pattern) if isinstance(config.pattern, str) else set()
+    require("pattern", letters and letters <= set(LAYERS), f"letters of {', '.join(LAYERS)}")
+    for field in ("num_heads", "expand"):
+        fits = "H" not in letters or getattr(config, field) % 2 == 0
+        require(field, fits, "even, since a layer H takes half of it")
+
+    # numbers with a range
+    dropout = config.dropout
+    require("dropout", isinstance(dropout, (int, float)) and 0 <= dropout < 1, "in [0, 1)")
+    eps = config.layer_norm_eps
+    eps_fits = isinstance(eps, float) and 0 < eps < math.inf
+    require("layer_norm_eps", eps_fits, "a positive, finite float")
+    pad = config.pad_token_id
+    require(
+        "pad_token_id", type(pad) is int and 0 <= pad < config.vocab_size, "an id below vocab_size"
+    )
+
+    # choices
+    require("causal_conv", isinstance(config.causal_conv, bool), "True or False")
+    require("pooling", config.pooling in POOLINGS, f"one of {POOLINGS}")
+    require("scan_backend", config.scan_backend in SCAN_BACKENDS, f"one of {SCAN_BACKENDS}")
+    is_list = isinstance(config.psm, (tuple, list))
+    stages_fit = is_list and all(stage in PSM_STAGES for stage in config.psm)
+    require("psm", stages_fit, f"any of {PSM_STAGES}")
+
+
+def is_size(x) -> bool:
+    """Whether x is a positive integer, and not True."""
+    return type(x) is int and x > 0
+
 
 KINDS = {  # of tensors
     "floating-point": torch.is_floating_point,
