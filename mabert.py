@@ -2,27 +2,32 @@
 
 Paper: "MaBERT: A Padding-Safe Interleaved Transformer–Mamba Hybrid Encoder for Efficient
 Extended-Context Masked Language Modeling", Kim and Park, 2026, arXiv:2603.03001. This is not the
-authors' code. Equation numbers are the paper's, but our copy of it has lost the formulas: those
-below, and which line of the Mamba core has which of the numbers 4 to 9, are reconstructed from its
-prose.
+authors' code. Equation numbers are the paper's. Our copy of the paper has its prose but not its
+formulas: the formulas below, and which of Eqs. 4–9 belongs to which line of the Mamba core, are
+reconstructed from the prose.
 
 What is particular about the model:
 - The pattern of layers is a string, "MMT" four times. M is a Mamba layer: a state is carried along
-  the row from left to right, at a cost linear in its length. T is a Transformer layer: every token
-  sees every other. Two letters are ours: W is M on the flipped row, H is half an M and half a T.
-- Padding-safe masking (PSM): how many pads a batch holds never changes what the model says about
-  real tokens. The paper has two stages of it; a third makes it exact.
+  the sequence from left to right, at a cost linear in its length. T is a Transformer layer: every
+  token sees every other. Two letters are ours: W is M from right to left, H is half an M and half a
+  T side by side.
+- Padding-safe masking (PSM): with all of its three stages, the pads of a batch do not change what
+  the model says about real tokens, up to rounding. The paper has two of the stages; the third
+  makes it exact.
 - Mask-aware attention pooling (MAP) feeds the classifier.
 
-Letters in the comments on shapes, and the fields of the config that set them:
+    model = MaBERTForMaskedLM(MaBERTConfig())
+    loss, logits = model(input_ids, attention_mask, labels=labels)
+
+A row is a sequence of the batch. A mask is True at real tokens and False at pads. Letters in the
+comments on shapes, and the fields of the config that set them:
     b  batch                        n  states of a channel, d_state (16)
     l  sequence length              r  rank of Δ, dt_rank (⌈h / 16⌉)
     h  hidden size (768)            k  width of the convolution, d_conv (4)
     d  inner width of the Mamba core, also called its channels, expand * h (1536)
-A, B, C, D are the matrices of the state-space model, Δ is its step size, u its input, s its state
-(the paper's h) and z its gate. `rho` is what Δ is projected from; the argument `delta` of a scan is
-Δ before bias and softplus, as in mamba-ssm. A row is a sequence of the batch. A mask is True at
-real tokens and False at pads.
+A, B, C, D are the parameters of the state-space model, Δ is its step size, u its input, s its state
+(the paper's h) and z its gate. `rho` is what Δ is projected from; `delta`, an argument of the scan,
+is Δ before bias and softplus, as in mamba-ssm. (q, k and v of attention are its own.)
 
 Map of the file:
     Part I, the model       MaBERTConfig · MambaMixer, MambaLayer · SelfAttention, TransformerLayer
@@ -56,7 +61,7 @@ from torch import Tensor, nn
 try:
     import triton
     import triton.language as tl
-except ImportError:  # there is no Triton for this machine: the loop does without
+except ImportError:  # there is no Triton for this machine: the loop does not need it
     triton = None
     tl = SimpleNamespace(constexpr=float)  # enough for the definitions of the kernels below
 
@@ -73,8 +78,8 @@ SCAN_BACKENDS = (None, "loop", "triton")  # see selective_scan
 class MaBERTConfig:
     """Sizes and variants of a MaBERT model.
 
-    The defaults are the paper's where it gives them (psm adds one stage), else BERT's and Mamba's.
-    Raises ValueError that names the field, its value and what is allowed.
+    The defaults are the paper's where it gives them (psm adds a stage), else BERT's and Mamba's. A
+    wrong value raises a ValueError that names the field, its value and what is allowed.
     """
 
     vocab_size: int = 30522
@@ -86,11 +91,11 @@ class MaBERTConfig:
     d_conv: int = 4
     expand: int = 2
     dt_rank: int | None = None  # rank of Δ; None means ⌈hidden_size / 16⌉
-    causal_conv: bool = False  # True: the convolution looks back only, as Mamba's; False: both ways
+    causal_conv: bool = False  # True: the convolution looks back only, as Mamba's; False: centred
     max_position: int = 512  # the most real tokens in a row; MaBERT.resize_positions changes it
     type_vocab_size: int = 2
     dropout: float = 0.1
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: float = 1e-5  # Mamba's; BERT's 1e-12 overflows in float16
     pad_token_id: int = 0
     psm: tuple[str, ...] = PSM_STAGES  # stages of padding-safe masking; the paper: "pre" and "post"
     pooling: str = "map"  # what the classifier reads: "map", "attn", "cls" or "mean"
@@ -144,7 +149,8 @@ class MambaMixer(nn.Module):
         # projections and the convolution
         self.in_proj = linear(h, 2 * d, bias=False)
         self.conv1d = nn.Conv1d(d, d, k, groups=d)  # a container: short_convolution does the work
-        self.conv_left = k - 1 if config.causal_conv else (k - 1) // 2  # tokens it sees to the left
+        # how many tokens to the left the convolution sees; centred, k = 4 sees one and, right, two
+        self.conv_left = k - 1 if config.causal_conv else (k - 1) // 2
         self.x_proj = linear(d, r + 2 * n, bias=False)
         self.rho_B_C_sizes = (r, n, n)
         self.out_proj = linear(d, h, bias=False)
@@ -164,10 +170,12 @@ class MambaMixer(nn.Module):
         u, z = self.in_proj(x).chunk(2, dim=-1)  # Eq. 4: (b, l, d), (b, l, d)
 
         taps = self.conv1d.weight[:, 0]  # (d, k)
-        u = short_convolution(u, taps, self.conv1d.bias, self.conv_left, self.backend)  # Eq. 5
+        # Eq. 5: SiLU(convolution)
+        u = short_convolution(u, taps, self.conv1d.bias, self.conv_left, self.backend)
 
-        rho, B, C = self.x_proj(u).split(self.rho_B_C_sizes, dim=-1)  # Eq. 6: (b, l, r), n, n
-        delta = F.linear(rho, self.dt_proj.weight)  # Eq. 7: (b, l, d); the scan adds the rest
+        # Eq. 6: (b, l, r), (b, l, n), (b, l, n)
+        rho, B, C = self.x_proj(u).split(self.rho_B_C_sizes, dim=-1)
+        delta = F.linear(rho, self.dt_proj.weight)  # Eq. 7: (b, l, d); bias, softplus: in the scan
         A = -torch.exp(self.A_log)  # (d, n)
 
         # Eq. 8, with D u and the gate SiLU(z), in one fused call
@@ -177,9 +185,9 @@ class MambaMixer(nn.Module):
 
 
 class MambaLayer(nn.Module):
-    """A pre-LN Mamba layer with padding-safe masking (Eqs. 2–3, 10).
+    """A pre-LN Mamba layer with padding-safe masking (Eqs. 2 and 3; token by token, Eq. 10).
 
-    x (b, l, h), mask (b, l) of dtype bool or None -> (b, l, h). The field psm selects any of three
+    x (b, l, h), mask (b, l) of dtype bool or None -> (b, l, h). config.psm selects any of three
     stages:
     - pre:  the core's input is zero at pads, so that the convolution sees there what it sees beyond
             the ends of a row;
@@ -202,11 +210,13 @@ class MambaLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        # Eq. 2
         mixed = self.mix(self.masked("pre", self.norm1(x), mask), mask)
-        x = x + self.dropout(mixed)  # Eq. 2
+        x = x + self.dropout(mixed)
 
+        # Eq. 3
         x = x + self.dropout(self.ffn(self.norm2(x)))
-        return self.masked("post", x, mask)  # Eq. 3
+        return self.masked("post", x, mask)
 
     def masked(self, stage: str, x: Tensor, mask: Tensor | None) -> Tensor:
         """x with zeros at pads, if there is a mask and the config has this stage."""
@@ -255,7 +265,10 @@ class SelfAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """A pre-LN Transformer layer (Eq. 1): x (b, l, h), mask (b, l) or None -> (b, l, h)."""
+    """A pre-LN Transformer layer (Eq. 1): x (b, l, h), mask (b, l) or None -> (b, l, h).
+
+    Its output at pads is not masked: as keys, pads have no weight; a Mamba layer masks its input.
+    """
 
     def __init__(self, config: MaBERTConfig):
         super().__init__()
@@ -274,14 +287,15 @@ class HybridLayer(MambaLayer):
     """Half a Mamba layer and half a Transformer layer side by side, with MambaLayer's masking.
 
     x (b, l, h), mask (b, l) or None -> (b, l, h). Half of the config's inner width and half of its
-    heads read the same normalised, pre-masked input; their outputs are normalised and averaged, as
-    in Hymba (arXiv 2411.13676) and arXiv 2510.04800. The norms' gain begins at 0.1, which is about
-    what attention or a mixer adds to x in the other layers.
+    heads read the same input, normalised and masked (stage pre). Their outputs are normalised and
+    averaged, as in Hymba (arXiv 2411.13676). The norms' gain begins at 0.1, which is about what
+    attention or a mixer adds to x in the other layers.
     """
 
     def __init__(self, config: MaBERTConfig):
-        half = config.expand // 2
-        super().__init__(dataclasses.replace(config, pattern="M", expand=half))
+        # without an H in the pattern, since half of expand may be odd
+        half = dataclasses.replace(config, pattern="M", expand=config.expand // 2)
+        super().__init__(half)
         self.attention = SelfAttention(config, heads=config.num_heads // 2)
         self.norms = nn.ModuleList([layer_norm(config), layer_norm(config)])
         for norm in self.norms:
@@ -321,10 +335,10 @@ class MaBERT(PretrainedModel):
     - input_ids, token_type_ids: int64 or int32 (b, l); the types are 0 where they are not given
     - attention_mask: (b, l), bool or 0/1 of any dtype, 1 at real tokens; None means all are real
 
-    Positions count real tokens only, so that padding on either side changes nothing. Hidden states
-    at pads mean nothing. The padded length of a row may exceed max_position, the number of its real
-    tokens may not. Raises ValueError for that, for wrong types and shapes, and (on a CPU, outside
-    torch.compile) for ids or masks with wrong values.
+    Positions count real tokens only, so that padding on either side changes none of them. Hidden
+    states at pads mean nothing. The padded length of a row may exceed max_position, the number of
+    its real tokens may not. Raises ValueError for wrong types and shapes and for too many real
+    tokens; on a CPU, outside torch.compile, also for ids or masks with wrong values.
     """
 
     def __init__(self, config: MaBERTConfig):
@@ -399,8 +413,8 @@ class MaBERT(PretrainedModel):
     def resize_positions(self, max_position: int):
         """Stretches the position table to max_position rows by linear interpolation.
 
-        The first and the last row stay the same. The table is a new parameter: make an optimizer
-        afterwards. Raises ValueError if max_position is not a positive integer.
+        The first and the last row stay the same (from two rows on). The table is a new parameter:
+        make an optimizer afterwards. Raises ValueError if max_position is not a positive integer.
         """
         config = dataclasses.replace(self.config, max_position=max_position)  # checks the value
         table = self.position_embeddings.weight  # (old, h)
@@ -419,9 +433,9 @@ class MaBERT(PretrainedModel):
 class Pooling(nn.Module):
     """One vector for each row: x (b, l, h), mask (b, l) or None -> (b, h).
 
-    - map:  mask-aware attention pooling (Eqs. 11–13): softmax over the real tokens of a learned
-            score, then the weighted sum
-    - attn: the same without the mask, so that pads get weight too (a variant of the paper's)
+    - map:  mask-aware attention pooling (Eqs. 11–13): a learned score for each token, a softmax
+            over the real tokens, then the weighted sum
+    - attn: the same without the mask, so that pads get weight too (one of the paper's variants)
     - cls:  the first real token
     - mean: the mean of the real tokens
     A row that is all padding pools to zero, whatever the kind.
@@ -468,15 +482,15 @@ IGNORED_LABEL = -100  # PyTorch's value for a place where there is nothing to pr
 
 
 class MaBERTForMaskedLM(PretrainedModel):
-    """The encoder with BERT's masked-language-model head, whose decoder is the word embedding.
+    """The encoder with BERT's masked-language-model head, whose decoder is tied to the words.
 
     forward(input_ids, attention_mask=None, token_type_ids=None, labels=None, reduction="mean")
     -> Output(loss, logits)
     - without labels: the loss is None, logits are (b, l, vocab)
     - labels: int64 or int32 (b, l), -100 where there is nothing to predict. The projection to the
       vocabulary then runs on the labelled positions alone: logits are (labelled, vocab), in
-      row-major order. Labels may lie on the CPU while the model is on a GPU, which then need not be
-      waited for to count them.
+      row-major order. With a model on a GPU, leave labels on the CPU: they are counted there, so
+      that the CPU need not wait for the GPU.
     - loss: the mean cross-entropy over the labelled positions in nats, 0 where there are none; or
       with reduction="sum" their sum.
     """
@@ -567,19 +581,19 @@ def in_float32(x: Tensor) -> Tensor:
 # ============================ Part II: the masked selective scan ===============================
 #
 # What to read: the formula and `reference_scan`. `selective_scan` and `short_convolution`, the two
-# functions that the model calls, follow at once. All after that, a loop and the kernels, computes
-# the same numbers faster, and is for those who want to change it.
+# functions that the model calls, come next. Everything after that, a loop and the kernels, computes
+# the same numbers faster, and is for those who want to change how.
 #
 # The formula, for one row and one channel, whose state s_t is n numbers, as are A, B_t and C_t.
 # m_t is the mask, 1 at real tokens and 0 at pads:
 #
 #     Δ_t = m_t · softplus(delta_t + delta_bias)
 #     s_t = exp(Δ_t A) s_{t−1} + Δ_t u_t B_t           s_{−1} = 0
-#     v_t = C_t · s_t + D u_t                          a sum over the n states
+#     v_t = C_t · s_t + D u_t                          C_t · s_t sums over the n states
 #     y_t = m_t · SiLU(z_t) · v_t
 #
-# At a pad Δ_t = 0, so that s_t = exp(0) s_{t−1} + 0: the state passes through. The softplus is left
-# out unless delta_softplus is true.
+# At a pad Δ_t = 0, so that s_t = exp(0) s_{t−1} + 0: the state passes through. The softplus is
+# applied only if delta_softplus is true.
 
 
 def reference_scan(
@@ -592,27 +606,28 @@ def reference_scan(
     check_scan(u, delta, A, B, C, D, z, delta_bias)
     mask = as_mask("mask", mask, u.shape[:2])
     out_dtype = u.dtype
-    u, delta, A, B, C = map(in_float32, (u, delta, A, B, C))
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    u, delta, A, B, C = (x.to(dtype) for x in (u, delta, A, B, C))
     mask = 1 if mask is None else mask[..., None]  # (b, l, 1)
 
-    # Δ; from here on `delta` is Δ itself
-    raw = delta if delta_bias is None else delta + in_float32(delta_bias)
-    delta = mask * (F.softplus(raw) if delta_softplus else raw)  # (b, l, d)
+    # Δ, which is called dt
+    raw = delta if delta_bias is None else delta + delta_bias.to(dtype)
+    dt = mask * (F.softplus(raw) if delta_softplus else raw)  # (b, l, d)
 
     # the recurrence
-    delta_u = delta * u
+    dt_u = dt * u
     state = 0
     sums = []
     for t in range(u.shape[1]):
-        decay = torch.exp(delta[:, t, :, None] * A)  # (b, d, n)
-        state = decay * state + delta_u[:, t, :, None] * B[:, t, None]  # (b, d, n)
+        decay = torch.exp(dt[:, t, :, None] * A)  # (b, d, n)
+        state = decay * state + dt_u[:, t, :, None] * B[:, t, None]  # (b, d, n)
         sums.append((state * C[:, t, None]).sum(dim=-1))  # (b, d)
 
     # D, the gate and the mask
     v = torch.stack(sums, dim=1)  # (b, l, d)
     if D is not None:
-        v = v + in_float32(D) * u
-    gate = 1 if z is None else F.silu(in_float32(z))
+        v = v + D.to(dtype) * u
+    gate = 1 if z is None else F.silu(z.to(dtype))
     return (mask * gate * v).to(out_dtype)
 
 
@@ -628,8 +643,8 @@ def selective_scan(
       arithmetic is in float32, or in float64 where u is float64.
     - mask: (b, l), bool or 0/1. At a pad (0) the state passes through, y is 0, and so are the
       gradients of u, delta, B, C and z. None means that all tokens are real.
-    - backend: "triton" (needs a GPU; no float64), "loop", or None, which takes Triton where it can
-      run and else the loop.
+    - backend: "triton" (needs a GPU; no float64), "loop", or None: Triton where it can run, else
+      the loop.
 
     Raises ValueError for arguments that do not fit (values of the mask are looked at on a CPU
     only), RuntimeError for a backend that cannot run. There are no gradients of gradients.
@@ -650,14 +665,16 @@ def selective_scan(
         y, _ = _scan_loop(u, delta, A, B, C, D, z, bias, *options)
         return y
 
-    # The kernels take up to 16 states, since a thread has no registers for more. With more, y is a
-    # sum over groups of 16 in float32: SiLU(z) gates each part, and D joins the first.
+    # The kernels take 16 states at most. With more, y is a sum over groups of 16 in float32:
+    # SiLU(z) gates each part, and D joins the first.
     n = A.shape[1]
-    options = (mask, delta_softplus, _chunk_length(n), keep, u.dtype if n <= 16 else torch.float32)
+    out_dtype = u.dtype if n <= MAX_STATES else torch.float32
+    options = (mask, delta_softplus, _chunk_length(n), keep, out_dtype)
     y = 0
-    for i in range(0, n, 16):
-        A_, B_, C_ = A[:, i : i + 16], B[..., i : i + 16], C[..., i : i + 16]
-        part, _ = _scan_triton(u, delta, A_, B_, C_, D if i == 0 else zeros, z, bias, *options)
+    for i in range(0, n, MAX_STATES):
+        group = slice(i, i + MAX_STATES)
+        A_B_C = (A[:, group], B[..., group], C[..., group])
+        part, _ = _scan_triton(u, delta, *A_B_C, D if i == 0 else zeros, z, bias, *options)
         y = part if i == 0 else y + part
     return y.to(u.dtype)
 
@@ -668,8 +685,8 @@ def short_convolution(
     """SiLU of a depthwise convolution over time: u (b, l, d) -> (b, l, d).
 
     weight (d, k), bias (d,). A token sees the `left` tokens before it and the k − 1 − left after
-    it, and zeros beyond the ends of a row. `backend` is that of `selective_scan`: on a GPU it is a
-    kernel, since PyTorch's goes through memory several times, to pad, to transpose and to copy.
+    it, and zeros beyond the ends of a row. backend: as in `selective_scan`; "loop" means PyTorch's
+    own convolution, which on a GPU goes through memory several times, to pad, transpose and copy.
     """
     if use_triton(u, backend):
         return _conv_triton(u, weight, bias, left)
@@ -681,10 +698,11 @@ def short_convolution(
 
 
 def use_triton(u: Tensor, backend: str | None) -> bool:
-    """Whether the kernels run for u, the scan's input or the convolution's; else it is the loop."""
+    """Whether the kernels run, or the loop, for u, the input of the scan or of the convolution."""
     if backend not in SCAN_BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {SCAN_BACKENDS}")
-    can_run = triton and (u.is_cuda or INTERPRETED) and u.dtype != torch.float64
+    on_device = u.is_cuda or INTERPRETED
+    can_run = triton is not None and on_device and u.dtype != torch.float64
     if backend == "triton" and not can_run:
         if triton:
             dtype = str(u.dtype).removeprefix("torch.")
@@ -698,31 +716,52 @@ def use_triton(u: Tensor, backend: str | None) -> bool:
     return backend == "triton" or (backend is None and u.is_cuda and can_run)
 
 
+# ---- The gradients ----
+#
+# dx is the gradient of the loss with respect to x, for any x. Time runs backwards, and q is to it
+# what the state is forward:
+#
+#     dv_t = m_t SiLU(z_t) dy_t                        dz_t = m_t SiLU'(z_t) v_t dy_t
+#     g_t  = C_t dv_t + q_{t+1}                        g is ds, with all later steps in it
+#     q_t  = exp(Δ_t A) g_t                            what step t hands to step t − 1
+#
+#     dC_t = Σ_d dv_t s_t                              dB_t = Σ_d g_t Δ_t u_t
+#     d(Δu)_t = Σ_n g_t B_t                            du_t = Δ_t d(Δu)_t + D dv_t
+#     w_t  = q_t s_{t−1}                               dA = Σ_{b,t} Δ_t w_t
+#     dΔ_t = Σ_n A w_t + u_t d(Δu)_t                   dD = Σ_{b,t} u_t dv_t
+#     ddelta_t = m_t softplus'(delta_t + delta_bias) dΔ_t
+#     ddelta_bias = Σ_{b,t} ddelta_t
+#
+# In the code below `delta` is the argument, `raw` has the bias added, and `dt` is Δ, after softplus
+# and mask. exp is exp2 of log2(e) A, which is called A2: exp2 is faster, on a CPU and on a GPU.
+
+
 # ---- A loop, for the CPU ----
 #
-# Two ops, forward and backward, that compute the whole formula as the kernels below do: a few rows
-# and a chunk of steps at a time, so that all intermediate values stay in the caches of a core.
-# Forward, the state at the start of each chunk is kept. Backward, chunks are taken from the right;
-# each is replayed from the state at its start, then traversed from its end.
+# Two ops, forward and backward, compute the whole formula for a few rows and a chunk of steps at a
+# time, so that all intermediate values stay in the caches of a core. Forward, the state before each
+# chunk is kept. Backward, chunks are taken from the right; each is replayed from the state before
+# it, and then traversed from its end.
 
 LOOP_CHUNK = 16  # steps; with n = 16 the kept states are then as many numbers as u
-LOOP_BLOCK = 2**19  # numbers in a buffer, for each thread: 2 MB; the backward pass has three
+LOOP_BUFFER = 2**19  # numbers in a buffer, for each thread: 2 MB; the backward pass has three
 
 
-def _row_blocks(u, A, chunk):
+def _row_groups(u, A, chunk):
     """Slices of the batch whose buffers fit the caches; one slice on a GPU, where launches cost."""
     b = u.shape[0]
-    size = LOOP_BLOCK * torch.get_num_threads() // (chunk * A.numel())
     if u.is_cuda:
         size = b
+    else:
+        size = LOOP_BUFFER * torch.get_num_threads() // (chunk * A.numel())
     size = max(1, size)
     return [slice(i, min(i + size, b)) for i in range(0, b, size)]
 
 
 def _chunks(rows, chunk, *tensors):
-    """The chunks of these rows of each tensor (b, l, …), in order: tuples of one view a tensor.
+    """The chunks of these rows in order: for each, a view of each tensor (b, l, …).
 
-    A view has time first, (steps, rows, …), so that a step is contiguous. None gives None.
+    A view has time first, (steps, rows, …), as the buffers have. None gives None.
     """
     views = []
     for x in tensors:
@@ -733,67 +772,69 @@ def _chunks(rows, chunk, *tensors):
     return list(zip(*views))
 
 
-def _chunk_states(buffers, u, raw, A, B, bias, mask, state, softplus):
-    """The forward recurrence over a chunk: (Δ, the decays exp(Δ A), the states).
+def _chunk_states(buffers, u, delta, A2, B, bias, mask, state, softplus):
+    """The forward recurrence over a chunk.
 
-    u, raw (steps, rows, d): the inputs, and Δ before bias and softplus; A (n, d), times log2(e),
-    since exp2 is faster than exp on a CPU; B (steps, rows, n); bias (d,); mask (steps, rows) or
-    None; state (rows, n, d), the one before the chunk. Returns Δ (steps, rows, d), the decays
-    (steps, rows, n, d) in the second of the buffers, and in the first the states
-    (steps + 1, rows, n, d): before the chunk, and after each step.
+    u, delta (steps, rows, d); A2 (n, d); B (steps, rows, n); bias (d,); mask (steps, rows) or None;
+    state (rows, n, d), the one before the chunk. Two buffers (chunk + 1, rows, n, d) take results.
+    Returns Δ (steps, rows, d), the decays exp(Δ A) (steps, rows, n, d), and the states before the
+    chunk and after each step (steps + 1, rows, n, d).
     """
     # Δ
-    delta = raw + bias
+    dt = delta + bias
     if softplus:
-        delta = F.softplus(delta)
+        dt = F.softplus(dt)
     if mask is not None:
-        delta = delta * mask[..., None]
+        dt = dt * mask[..., None]
 
-    # what each step multiplies the state by, and what it adds; the given state, which may be the
-    # last one in the buffer, is copied before anything is written
+    # views of the buffers; the state may be the last one in the first, so it is copied at once
     steps = u.shape[0]
-    decays = buffers[1, :steps]
     states = buffers[0, : steps + 1]
+    decays = buffers[1, :steps]
     states[0] = state
-    torch.mul(delta[:, :, None], A, out=decays).exp2_()
-    torch.mul((delta * u)[:, :, None], B[..., None], out=states[1:])
+
+    # what each step multiplies the state by, and what it adds
+    torch.mul(dt[:, :, None], A2, out=decays).exp2_()
+    torch.mul((dt * u)[:, :, None], B[..., None], out=states[1:])
 
     # the recurrence, in place
     for decay, before, after in zip(decays, states[:-1], states[1:]):
         after.addcmul_(decay, before)
-    return delta, decays, states
+    return dt, decays, states
 
 
 @torch.library.custom_op("mabert::scan_loop", mutates_args=())
 def _scan_loop(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
-    bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int, keep: bool, dtype: torch.dtype,
+    bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int, keep: bool,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y (b, l, d) of the dtype; and if `keep`, the state before each chunk, (b, chunks, n, d)."""
+    """y (b, l, d) in out_dtype; and if `keep`, the state before each chunk, (b, chunks, n, d)."""
     b, l, d = u.shape
     n = A.shape[1]
 
     # everything in float32, or in float64 if u is float64
-    kind = torch.promote_types(u.dtype, torch.float32)
-    A2 = (A.T.to(kind) / math.log(2)).contiguous()  # (n, d)
-    D = D.to(kind)
-    bias = bias.to(kind)
-    inputs = [None if x is None else x.to(kind) for x in (u, delta, B, C, z, mask)]
-    y = u.new_empty(b, l, d, dtype=dtype)
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    A2 = (A.T.to(dtype) / math.log(2)).contiguous()  # (n, d)
+    D = D.to(dtype)
+    bias = bias.to(dtype)
+    inputs = [None if x is None else x.to(dtype) for x in (u, delta, B, C, z, mask)]
+    y = u.new_empty(b, l, d, dtype=out_dtype)
     kept = A2.new_empty(b, _ceil_div(l, chunk) if keep else 0, n, d)
 
     with torch.autocast(u.device.type, enabled=False):  # else @ would be in half precision
-        for rows in _row_blocks(u, A2, chunk):
+        for rows in _row_groups(u, A2, chunk):
             buffers = A2.new_empty(2, chunk + 1, rows.stop - rows.start, n, d)
             state = torch.zeros_like(buffers[0, 0])
             for i, views in enumerate(_chunks(rows, chunk, y, *inputs)):
-                y_, u_, raw_, B_, C_, z_, mask_ = views
+                y_, u_, delta_, B_, C_, z_, mask_ = views
 
                 # the states of the chunk
                 if keep:
                     kept[rows, i] = state
-                arguments = (u_, raw_, A2, B_, bias, mask_, state, softplus)
-                _, _, states = _chunk_states(buffers, *arguments)
+                _, _, states = _chunk_states(
+                    buffers, u_, delta_, A2, B_, bias, mask_, state, softplus
+                )
                 state = states[-1]
 
                 # v = C s + D u, then the gate and the mask
@@ -807,19 +848,6 @@ def _scan_loop(
     return y, kept
 
 
-# Gradients, with dx for the gradient of the loss with respect to x. Time runs backwards:
-#
-#     dv_t = m_t SiLU(z_t) dy_t                        dz_t = m_t SiLU'(z_t) v_t dy_t
-#     g_t  = C_t dv_t + q_{t+1}                        g is ds, with all later steps in it
-#     q_t  = exp(Δ_t A) g_t                            what step t hands to step t − 1
-#
-#     dC_t = Σ_d dv_t s_t                              dB_t = Σ_d g_t Δ_t u_t
-#     d(Δu)_t = Σ_n g_t B_t                            du_t = Δ_t d(Δu)_t + D dv_t
-#     w_t  = q_t s_{t−1}                               dA = Σ_{b,t} Δ_t w_t
-#     dΔ_t = Σ_n A w_t + u_t d(Δu)_t                   dD = Σ_{b,t} u_t dv_t
-#     ddelta_t = m_t softplus'(…) dΔ_t                 dbias = Σ_{b,t} ddelta_t
-
-
 @torch.library.custom_op("mabert::scan_loop_backward", mutates_args=())
 def _scan_loop_backward(
     dy: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
@@ -830,30 +858,31 @@ def _scan_loop_backward(
     n = A.shape[1]
 
     # everything in float32, or in float64 if u is float64
-    kind = torch.promote_types(u.dtype, torch.float32)
-    A_ = A.T.to(kind).contiguous()  # (n, d)
-    A2 = A_ / math.log(2)
-    D_ = D.to(kind)
-    bias_ = bias.to(kind)
-    inputs = [None if x is None else x.to(kind) for x in (dy, u, delta, B, C, z, mask)]
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    A_T = A.T.to(dtype).contiguous()  # (n, d)
+    A2 = A_T / math.log(2)
+    D_ = D.to(dtype)
+    bias_ = bias.to(dtype)
+    inputs = [None if x is None else x.to(dtype) for x in (dy, u, delta, B, C, z, mask)]
 
     # the gradients, which the loop fills or adds up
     outputs = [None if x is None else _empty_like(x) for x in (u, delta, B, C, z)]
-    dA = torch.zeros_like(A_)
+    dA = torch.zeros_like(A_T)
     dD = torch.zeros_like(D_)
     dbias = torch.zeros_like(bias_)
 
     with torch.autocast(u.device.type, enabled=False):
-        for rows in _row_blocks(u, A, chunk):
+        for rows in _row_groups(u, A, chunk):
             buffers = dA.new_empty(3, chunk + 1, rows.stop - rows.start, n, d)
             q = torch.zeros_like(buffers[0, 0])
             chunks = _chunks(rows, chunk, *inputs, *outputs)
             for i, views in reversed(list(enumerate(chunks))):
-                dy_, u_, raw_, B_, C_, z_, mask_, du_, ddelta_, dB_, dC_, dz_ = views
+                dy_, u_, delta_, B_, C_, z_, mask_, du_, ddelta_, dB_, dC_, dz_ = views
 
                 # replay the chunk
-                arguments = (u_, raw_, A2, B_, bias_, mask_, kept[rows, i], softplus)
-                delta_, decays, states = _chunk_states(buffers, *arguments)
+                dt, decays, states = _chunk_states(
+                    buffers, u_, delta_, A2, B_, bias_, mask_, kept[rows, i], softplus
+                )
                 after = states[1:]
 
                 # dv, dz
@@ -872,29 +901,29 @@ def _scan_loop_backward(
                 for decay, g_t, C_t, dv_t in reversed(list(steps)):
                     torch.addcmul(q, C_t, dv_t, out=g_t)
                     q = decay.mul_(g_t)
-                q = q.clone()  # since the next line writes over it
+                q = q.clone()  # since w is written over it
 
                 # w takes the place of q
                 w = decays.mul_(states[:-1])
 
                 # dB, d(Δu)
-                dB_.copy_(((delta_ * u_)[:, :, None] @ g.mT).squeeze(2))
-                ddelta_u = (B_[:, :, None] @ g).squeeze(2)  # (steps, rows, d)
+                dB_.copy_(((dt * u_)[:, :, None] @ g.mT).squeeze(2))
+                d_dt_u = (B_[:, :, None] @ g).squeeze(2)  # (steps, rows, d)
 
                 # dA; g is used up, and its buffer takes the products
-                dA += torch.mul(w, delta_[:, :, None], out=g).sum(dim=(0, 1))
+                dA += torch.mul(w, dt[:, :, None], out=g).sum(dim=(0, 1))
 
                 # dΔ, then ddelta; A w takes the place of w
-                grad = w.mul_(A_).sum(dim=2).addcmul_(u_, ddelta_u)
+                grad = w.mul_(A_T).sum(dim=2).addcmul_(u_, d_dt_u)
                 if softplus:
-                    grad *= -torch.expm1(-delta_)  # softplus' slope is 1 − exp(−Δ): 0 at pads
+                    grad *= -torch.expm1(-dt)  # the slope of softplus is 1 − exp(−Δ): 0 at pads
                 elif mask_ is not None:
                     grad *= mask_[..., None]
                 ddelta_.copy_(grad)
                 dbias += grad.sum(dim=(0, 1))
 
                 # du, dD; Δ d(Δu) takes the place of d(Δu)
-                torch.addcmul(ddelta_u.mul_(delta_), dv, D_, out=du_)
+                torch.addcmul(d_dt_u.mul_(dt), dv, D_, out=du_)
                 dD += (dv * u_).sum(dim=(0, 1))
 
     du, ddelta, dB, dC, dz = outputs
@@ -914,39 +943,46 @@ def _ceil_div(a: int, b: int) -> int:
 
 # ---- The same in Triton, for the GPU ----
 #
-# What the kernels do, without the tricks. A program is one warp, which takes a row, 32 channels (a
-# thread each) and a stretch of time, with the n states of its channels in registers:
+# Triton in six lines: a kernel runs once for each cell of a grid. Each run, a program, finds its
+# cell with tl.program_id. Vectors and tiles are values in registers; their sizes are constexpr,
+# known when the kernel is compiled. A tensor arrives as a pointer; pointer + tl.arange(…) is a
+# vector of addresses for tl.load and tl.store, whose mask says which of them exist. tl.static_range
+# is unrolled; tl.range is a loop, with num_stages=1 so that Triton does not prefetch: we do.
 #
-#     for row, 32 channels in parallel:
-#         states = 0
+# What the kernels do, without the tricks. A program is one warp of 32 threads, a channel each:
+#
+#     for each row, 32 channels and segment, in parallel:          one program
+#         states = what the segment starts from                    n vectors (32,)
 #         for each tile of 8 steps:
-#             load u, delta, z (8 × 32), and B, C, mask (which all channels share)
+#             load u, delta, z (8, 32); B, C (8, n), mask (8,), which all channels share
+#             Δ = mask · softplus(delta + delta_bias)              (8, 32)
+#             v = D u                                              (8, 32)
 #             for i in 0 … n − 1:
-#                 for each of the 8 steps:
-#                     states[i] = exp(Δ A[i]) states[i] + Δ u B[i]
-#                     v += C[i] states[i]
-#             store y = mask · SiLU(z) · (v + D u)
+#                 for each of the 8 steps t:
+#                     states[i] = exp(Δ[t] A[i]) states[i] + Δ[t] u[t] B[t, i]
+#                     v[t] += C[t, i] states[i]
+#             store y = mask · SiLU(z) · v
 #
 # Time is cut in three ways, one inside the other:
 #
 #     row      0 ─────────────────────────────────────────────────────────────────────────────── l
 #     segment  0 ────────────────────────────────────── 1 ──────────────────────────────────────
 #     chunk    0 ─────────── 1 ─────────── 2 ────────── 3 ─────────── 4 ─────────── 5 ──────────
-#     tile     0 ── 1 ── 2 ─ 3 ── 4 ── 5 ─ …
+#     tile     0 ──── 1 ──── 2 ──── 3 ──── 4 ──── 5 ─── …                  (backward: 4 a chunk)
 #     step     · · · · · · · …
 #
 # - A tile (8 steps forward, 4 backward) is what a program holds in registers at once: enough steps
 #   that loading them is not waited for one by one.
-# - A chunk (16 steps) is what the backward pass replays: forward keeps the state at its start only,
+# - A chunk (16 steps) is what the backward pass replays: forward keeps the state before it only,
 #   since all states together would be n times as large as u.
 # - A segment (whole chunks) is what a program does. Where rows × channels fill the GPU, a row is
 #   one segment; else several programs share a row.
 # A segment is whole chunks and a chunk whole tiles; only the last of a row may be cut off by l.
 #
-# Segments need the state at their start, which is the end of another. So there are three phases, of
-# which the first two run only where a row has several segments. Subscripts number segments, e is
-# the end of a segment that starts from zero, a = exp(A Σ Δ) its decay; g and q are in the formulas
-# above `_scan_loop_backward`.
+# A segment needs the state at its start, which is the state at the end of the segment before it. So
+# there are three phases, of which the first two run only where a row has several segments. In the
+# figure subscripts number segments: e is the end of a segment that starts from zero, a = exp(A Σ Δ)
+# the decay over it.
 #
 #     forward       segment 0             segment 1             segment 2
 #     1.         0 ───────────▶ e₀     0 ───────────▶ e₁                             _state_ends
@@ -958,22 +994,32 @@ def _ceil_div(a: int, b: int) -> int:
 #     2.         q₀ = a₁ q₁ + e₁ ◀···  q₁ = a₂ q₂ + e₂ ◀···           q₂ = 0         _segment_starts
 #     3.         gradients ◀── q₀      gradients ◀── q₁      gradients ◀── q₂        _gradients
 #
-# Nothing is added atomically: the same call gives the same bits. u, delta, z, dy (b, l, d) may be
-# slices: a step's channels lie side by side, and *_stride numbers further the next step's. Between
-# the kernels lie, all in float32:
+# (Phase 1 also runs for the segments left blank, as one grid is simpler; their ends are not used.)
+# Nothing is added atomically: the same call gives the same bits.
 #
-#     A           (n, d)                                          log2(e) A: exp2 is an instruction
+# u, delta, z, dy (b, l, d) may be slices of larger tensors: a step's channels lie side by side, and
+# *_stride is the distance from one step to the next. The arrays that kernels hand on, all float32,
+# with the kernel that writes them; a block is 32 channels:
+#
+#     A2          (n, d)                                          log2(e) A
 #     packed      (b, tiles, 2 n + 1, TILE)     _pack             B, C and the mask of each tile
 #     ends        (b, segments, n, d)           phases 1, 2       e; then s or q, in its place
-#     delta_sums  (b, segments, d)              phase 1           Σ Δ
+#     dt_sums     (b, segments, d)              phase 1           Σ Δ
 #     kept        (b, chunks, n, d)             _outputs          the state before each chunk
 #     scratch     (programs, CHUNK/TILE, n, 32) _gradients        the states before a chunk's tiles
 #     parts       (b, segments, n + 2, d)       _gradients        a segment's part of dA, dD, dbias
-#     dBC         (b, blocks, tiles, n, 2, 4)   _gradients        32 channels' part of dB and dC
+#     dBC         (b, blocks, tiles, n, 2, 4)   _gradients        a block's part of dB and dC
 #
-# What is said of machine code below is what `python bench.py scan --static` prints.
+# Read `_tile_forward` first, then `_outputs`, which is the pseudo-code, then `_gradients`; the
+# helpers can be taken on trust. What is said of machine code can be checked with
+# `python bench.py scan --static`.
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on a CPU
+FORWARD_TILE = 8
+BACKWARD_TILE = 4  # _channel_sums is written for 4
+MAX_STATES = 16  # a thread has no registers for more
+ONE_WARP = dict(num_warps=1, enable_fp_fusion=True)  # Triton 3.10 does not fuse unless it is told
+
 constexpr = tl.constexpr
 LOG2E = constexpr(1 / math.log(2))
 LN2 = constexpr(math.log(2))
@@ -983,7 +1029,7 @@ def jit(function):
     """triton.jit, where there is Triton; one compilation serves rows of all lengths."""
     if not triton:
         return function
-    return triton.jit(function, do_not_specialize=["l", "segment", "segments"])
+    return triton.jit(function, do_not_specialize=["l", "segment_length", "segments"])
 
 
 # -- functions of numbers --
@@ -991,28 +1037,28 @@ def jit(function):
 
 @jit
 def _sigmoid(x):
-    """1 / (1 + e^−x), as the square of rsqrt: one instruction, where a division is several."""
+    """1 / (1 + exp(−x)), as the square of rsqrt: one instruction, where a division is several."""
     root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
     return root * root
 
 
 @jit
 def _softplus(x):
-    """log(1 + e^x) = max(x, 0) + log(1 + e), with e = exp(−|x|), accurate for tiny e too.
+    """log(1 + exp(x)) = max(x, 0) + log(1 + p), with p = exp(−|x|); accurate for tiny p too.
 
-    log(1 + e) = 2 artanh(e / (2 + e)), as a series whose last coefficient makes up for the rest.
+    log(1 + p) = 2 artanh(p / (2 + p)), as a series whose last coefficient makes up for the rest.
     """
-    e = tl.exp2(tl.abs(x) * -LOG2E)
-    root = tl.rsqrt(2.0 + e)
-    ratio = e * (root * root)
+    p = tl.exp2(tl.abs(x) * -LOG2E)
+    root = tl.rsqrt(2.0 + p)
+    ratio = p * (root * root)
     square = ratio * ratio
     series = 2 / 3 + square * (2 / 5 + square * (2 / 7 + square * (2 / 9 + square * 0.215)))
     return tl.maximum(x, 0.0) + ratio * (2.0 + square * series)
 
 
 @jit
-def _delta(raw, mask, SOFTPLUS: constexpr):
-    """Δ, zero at pads; raw is delta with its bias."""
+def _dt(raw, mask, SOFTPLUS: constexpr):
+    """Δ, zero at pads; raw is the argument delta with its bias."""
     return (_softplus(raw) if SOFTPLUS else raw) * mask
 
 
@@ -1020,18 +1066,19 @@ def _delta(raw, mask, SOFTPLUS: constexpr):
 
 
 @jit
-def _place(l, segment, d: constexpr):
-    """(row, index of its segment in (b, segments), channels, which of them exist, begin, end).
+def _place(l, segment_length, d: constexpr):
+    """Where a program works.
 
-    The program's channels are 32 numbers, its segment the steps from begin to end.
+    b: its row. row_segment: its segment, counted through the batch. channel: its 32 channels.
+    exists: which of them there are. begin, end: its steps, end not included.
     """
     blocks = tl.cdiv(d, 32)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
+    b = (tl.program_id(0) // blocks).to(tl.int64)  # offsets in memory may exceed 2^31
     channel = tl.program_id(0) % blocks * 32 + tl.arange(0, 32)
-    exists = channel < d if d % 32 else tl.full((32,), True, tl.int1)
+    exists = channel < d if d % 32 else tl.full((32,), True, tl.int1)  # known when compiled
 
-    begin = tl.program_id(1) * segment
-    end = tl.minimum(begin + segment, l)
+    begin = tl.program_id(1) * segment_length
+    end = tl.minimum(begin + segment_length, l)
     row_segment = b * tl.num_programs(1) + tl.program_id(1)
     return b, row_segment, channel, exists, begin, end
 
@@ -1041,7 +1088,7 @@ def _place(l, segment, d: constexpr):
 
 @jit
 def _in_range(exists, t, end, TILE: constexpr):
-    """Which numbers of the tile at step t exist: those of existing channels, before the end."""
+    """Which elements of the tile at step t exist: those of existing channels, before the end."""
     return exists[None, :] & (tl.arange(0, TILE) < end - t)[:, None]
 
 
@@ -1074,8 +1121,8 @@ def _step(tile, i):
 
     Triton cannot index a tile that is in registers. So all other steps are replaced by zeros, and
     the tile is summed over time. As each thread holds all steps of a channel, the compiler drops
-    every "+ 0" and nothing is computed: but only of integers, since −0.0 + 0.0 is not −0.0. Hence
-    the detour over the bit pattern.
+    every "+ 0" and nothing is computed; but it does so for integers only, since −0.0 + 0.0 is not
+    −0.0. Hence the detour over the bit pattern.
     """
     steps = tl.arange(0, tile.shape[0])
     bits = tile.to(tl.int32, bitcast=True)
@@ -1086,7 +1133,7 @@ def _step(tile, i):
 def _tile_forward(a, x, state, TILE: constexpr):
     """s_t = a_t s_{t−1} + x_t over a tile, from the state before it.
 
-    Returns the states after each step, the states before each step (tiles), and the last (32,).
+    Returns the states after and before each step, two tiles, and the last state (32,).
     """
     steps = tl.arange(0, TILE)
     after = x
@@ -1101,9 +1148,9 @@ def _tile_forward(a, x, state, TILE: constexpr):
 
 @jit
 def _tile_backward(a, x, q, TILE: constexpr):
-    """g_t = x_t + q_{t+1} and q_t = a_t g_t over a tile, from its end; q is the one after it.
+    """g_t = x_t + q_{t+1} and q_t = a_t g_t over a tile, from its end; q is of the step after it.
 
-    Returns all g and all q (tiles), and the first q (32,).
+    Returns all g and all q, two tiles, and the q of the first step (32,).
     """
     steps = tl.arange(0, TILE)
     all_g = x
@@ -1121,13 +1168,20 @@ def _tile_backward(a, x, q, TILE: constexpr):
 
 
 @jit
+def _zero_states(n: constexpr):
+    states = ()
+    for _ in tl.static_range(n):
+        states += (tl.zeros((32,), tl.float32),)
+    return states
+
+
+@jit
 def _load_states(ptr, offset, exists, STRIDE: constexpr, n: constexpr):
     """n vectors, STRIDE apart; zeros where ptr is None."""
     states = ()
     for i in tl.static_range(n):
-        zeros = tl.zeros((32,), tl.float32)
         if ptr is None:
-            states += (zeros,)
+            states += (tl.zeros((32,), tl.float32),)
         else:
             states += (tl.load(ptr + offset + i * STRIDE, mask=exists, other=0.0),)
     return states
@@ -1146,13 +1200,13 @@ def _store_states(ptr, states, exists, STRIDE: constexpr, n: constexpr):
 def _pack(
     # inputs: B, C (b l, n) of any strides, the mask (b l,) or None
     B_ptr, C_ptr, mask_ptr, B_stride, B_state_stride, C_stride, C_state_stride,
-    # output and sizes; N is the power of 2 from n on
+    # output and sizes; N is n rounded up to a power of 2
     packed_ptr, l, n: constexpr, N: constexpr, TILE: constexpr,
 ):  # fmt: skip
     """A tile of packed: n lines of B, n lines of C and one of the mask, each of TILE numbers.
 
-    All channels read the same B and C: packed in the order of their use, in float32 and with zeros
-    beyond l, they cost a load each and no arithmetic.
+    All channels read the same B and C: packed in the order of their use, in float32, they cost a
+    load each and no arithmetic. Beyond l all is zero, so that these steps act as pads.
     """
     # -- the tile's steps, counted in the row and through the batch --
     tiles = tl.cdiv(l, TILE)
@@ -1175,6 +1229,20 @@ def _pack(
     tl.store(packed_ptr[None, :] + i * TILE, B.to(tl.float32), mask=i < n)
     tl.store(packed_ptr[None, :] + (n + i) * TILE, C.to(tl.float32), mask=i < n)
     tl.store(packed_ptr + 2 * n * TILE, mask.to(tl.float32))
+
+
+def _pack_tiles(B: Tensor, C: Tensor, mask: Tensor | None, TILE: int) -> Tensor:
+    """B, C (b, l, n) and the mask (b, l) as the kernels read them: see `_pack`."""
+    b, l, n = B.shape
+    B = B.reshape(b * l, n)
+    C = C.reshape(b * l, n)
+    if mask is not None:
+        mask = mask.contiguous()
+    tiles = _ceil_div(l, TILE)
+    packed = B.new_empty(b, tiles, 2 * n + 1, TILE, dtype=torch.float32)
+    sizes = dict(n=n, N=triton.next_power_of_2(n), TILE=TILE)
+    _pack[(b * tiles,)](B, C, mask, *B.stride(), *C.stride(), packed, l, **sizes, **ONE_WARP)
+    return packed
 
 
 @jit
@@ -1210,7 +1278,7 @@ def _prefetch(packed_ptr, t, l, n: constexpr, TILE: constexpr):
 @jit
 def _keep_alive(ptr, prefetched, l, TILE: constexpr):
     """Keeps the prefetch from being removed: a store whose mask is never true, i < −l, which the
-    compiler cannot prove."""
+    compiler cannot prove. ptr is any pointer that may be written to."""
     i = tl.arange(0, 8 * TILE)
     tl.store(ptr + i, prefetched, mask=i < -l)
 
@@ -1221,24 +1289,24 @@ def _keep_alive(ptr, prefetched, l, TILE: constexpr):
 @jit
 def _state_ends(
     # inputs
-    u_ptr, delta_ptr, packed_ptr, A_ptr, bias_ptr, u_stride: constexpr, delta_stride: constexpr,
+    u_ptr, delta_ptr, packed_ptr, A2_ptr, bias_ptr, u_stride: constexpr, delta_stride: constexpr,
     # outputs and sizes
-    ends_ptr, delta_sums_ptr, l, segment, d: constexpr, n: constexpr,
+    ends_ptr, dt_sums_ptr, l, segment_length, d: constexpr, n: constexpr,
     SOFTPLUS: constexpr, TILE: constexpr,
 ):  # fmt: skip
     """Phase 1, forward: the last state of each segment that starts from zero, and its Σ Δ."""
     # -- where this program works --
-    b, row_segment, channel, exists, begin, end = _place(l, segment, d)
+    b, row_segment, channel, exists, begin, end = _place(l, segment_length, d)
     packed_ptr = _packed_row(packed_ptr, b, l, n, TILE)
     u_ptr += channel
     delta_ptr += channel
 
     # -- in registers for the whole segment --
-    states = _load_states(None, 0, exists, 0, n)
-    delta_sums = tl.zeros((32,), tl.float32)
+    states = _zero_states(n)
+    dt_sums = tl.zeros((32,), tl.float32)
     bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
 
-    # -- memory is far: each tile is loaded while the one before it is in work --
+    # -- each tile is loaded while the one before it is computed --
     in_range = _in_range(exists, begin, end, TILE)
     next_u = _load(u_ptr, b * l + begin, in_range, u_stride, TILE)
     next_delta = _load(delta_ptr, b * l + begin, in_range, delta_stride, TILE)
@@ -1255,48 +1323,50 @@ def _state_ends(
         next_delta = _load(delta_ptr, b * l + t + TILE, in_range, delta_stride, TILE)
 
         # -- Δ --
-        delta = _delta(raw, _line(packed, 2 * n, TILE), SOFTPLUS)
-        delta_sums += tl.sum(delta, 0)
-        delta_u = delta * u
+        dt = _dt(raw, _line(packed, 2 * n, TILE), SOFTPLUS)
+        dt_sums += tl.sum(dt, 0)
+        dt_u = dt * u
 
         # -- the recurrence, one state after the other --
         new_states = ()
         for i in tl.static_range(n):
             if i % 8 == 0:
-                tl.debug_barrier()  # or all lines are loaded at once, and registers do not suffice
-            A = tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :]
-            x = delta_u * _line(packed, i, TILE)
-            new_states += (_tile_forward(tl.exp2(delta * A), x, states[i], TILE)[2],)
+                # the compiler moves no load over this; else all lines are loaded at once, and the
+                # registers do not suffice
+                tl.debug_barrier()
+            A2 = tl.load(A2_ptr + i * d + channel, mask=exists, other=0.0)[None, :]
+            x = dt_u * _line(packed, i, TILE)
+            new_states += (_tile_forward(tl.exp2(dt * A2), x, states[i], TILE)[2],)
         states = new_states
 
     # -- write --
-    _keep_alive(delta_sums_ptr, prefetched, l, TILE)
+    _keep_alive(dt_sums_ptr, prefetched, l, TILE)
     _store_states(ends_ptr + row_segment * (n * d) + channel, states, exists, d, n)
-    tl.store(delta_sums_ptr + row_segment * d + channel, delta_sums, mask=exists)
+    tl.store(dt_sums_ptr + row_segment * d + channel, dt_sums, mask=exists)
 
 
 @jit
 def _gradient_ends(
     # inputs; z_ptr may be None
-    dy_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, bias_ptr,
+    dy_ptr, delta_ptr, z_ptr, packed_ptr, A2_ptr, bias_ptr,
     dy_stride: constexpr, delta_stride: constexpr, z_stride: constexpr,
     # outputs and sizes
-    ends_ptr, delta_sums_ptr, l, segment, d: constexpr, n: constexpr,
+    ends_ptr, dt_sums_ptr, l, segment_length, d: constexpr, n: constexpr,
     SOFTPLUS: constexpr, TILE: constexpr,
 ):  # fmt: skip
     """Phase 1, backward: q of the first step of each segment, from zero at its end; and its Σ Δ."""
     # -- where this program works --
-    b, row_segment, channel, exists, begin, end = _place(l, segment, d)
+    b, row_segment, channel, exists, begin, end = _place(l, segment_length, d)
     packed_ptr = _packed_row(packed_ptr, b, l, n, TILE)
     dy_ptr += channel
     delta_ptr += channel
 
     # -- in registers for the whole segment --
-    q = _load_states(None, 0, exists, 0, n)
-    delta_sums = tl.zeros((32,), tl.float32)
+    q = _zero_states(n)
+    dt_sums = tl.zeros((32,), tl.float32)
     bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
 
-    # -- the last tile of the segment is the first in work --
+    # -- the last tile of the segment comes first --
     t = (end - 1) // TILE * TILE
     in_range = _in_range(exists, t, end, TILE)
     next_dy = _load(dy_ptr, b * l + t, in_range, dy_stride, TILE)
@@ -1319,8 +1389,8 @@ def _gradient_ends(
 
         # -- Δ; dv is zero at pads --
         mask = _line(packed, 2 * n, TILE)
-        delta = _delta(raw, mask, SOFTPLUS)
-        delta_sums += tl.sum(delta, 0)
+        dt = _dt(raw, mask, SOFTPLUS)
+        dt_sums += tl.sum(dt, 0)
         dv *= mask
 
         # -- the recurrence, one state after the other --
@@ -1328,30 +1398,31 @@ def _gradient_ends(
         for i in tl.static_range(n):
             if i % 8 == 0:
                 tl.debug_barrier()  # as in _state_ends
-            A = tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :]
+            A2 = tl.load(A2_ptr + i * d + channel, mask=exists, other=0.0)[None, :]
             x = dv * _line(packed, n + i, TILE)
-            new_q += (_tile_backward(tl.exp2(delta * A), x, q[i], TILE)[2],)
+            new_q += (_tile_backward(tl.exp2(dt * A2), x, q[i], TILE)[2],)
         q = new_q
 
     # -- write --
-    _keep_alive(delta_sums_ptr, prefetched, l, TILE)
+    _keep_alive(dt_sums_ptr, prefetched, l, TILE)
     _store_states(ends_ptr + row_segment * (n * d) + channel, q, exists, d, n)
-    tl.store(delta_sums_ptr + row_segment * d + channel, delta_sums, mask=exists)
+    tl.store(dt_sums_ptr + row_segment * d + channel, dt_sums, mask=exists)
 
 
 @jit
 def _segment_starts(
-    ends_ptr, delta_sums_ptr, A_ptr, segments,
+    ends_ptr, dt_sums_ptr, A2_ptr, segments,
     d: constexpr, n: constexpr, BACKWARD: constexpr, TILE: constexpr,
 ):  # fmt: skip
-    """Phase 2: what each segment starts from, in the place of its end; here a step is a segment.
+    """Phase 2: what each segment starts from, written over its end.
 
-    s, from the first segment of a row to the last; or with BACKWARD q, from the last to the first.
+    Forward it is s, from the first segment of a row to the last; with BACKWARD q, from the last to
+    the first. The tiles are of segments instead of steps.
     """
     # -- 32 of the n × d numbers of a row --
     j = tl.program_id(0) % tl.cdiv(n * d, 32) * 32 + tl.arange(0, 32)
     exists = j < n * d if n * d % 32 else tl.full((32,), True, tl.int1)
-    A = tl.load(A_ptr + j, mask=exists, other=0.0)[None, :]
+    A2 = tl.load(A2_ptr + j, mask=exists, other=0.0)[None, :]
 
     # -- the segment that comes first, and the way to the next --
     WAY: constexpr = -1 if BACKWARD else 1
@@ -1359,12 +1430,12 @@ def _segment_starts(
     if BACKWARD:
         first += segments - 1
     ends_ptr += first * (n * d) + j
-    delta_sums_ptr += first * d + j % d
+    dt_sums_ptr += first * d + j % d
 
     state = tl.zeros((32,), tl.float32)
     for t in tl.range(0, segments, TILE, num_stages=1):
         in_range = _in_range(exists, t, segments, TILE)
-        a = tl.exp2(A * _load(delta_sums_ptr, t, in_range, WAY * d, TILE))
+        a = tl.exp2(A2 * _load(dt_sums_ptr, t, in_range, WAY * d, TILE))
         ends = _load(ends_ptr, t, in_range, WAY * n * d, TILE)
         _, starts, state = _tile_forward(a, ends, state, TILE)
         _store(ends_ptr, starts, t, in_range, WAY * n * d, TILE)
@@ -1376,15 +1447,15 @@ def _segment_starts(
 @jit
 def _outputs(
     # inputs; z_ptr may be None, starts_ptr too: segments then start from zero
-    u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, starts_ptr,
+    u_ptr, delta_ptr, z_ptr, packed_ptr, A2_ptr, D_ptr, bias_ptr, starts_ptr,
     u_stride: constexpr, delta_stride: constexpr, z_stride: constexpr,
     # outputs and sizes; kept_ptr may be None
-    y_ptr, kept_ptr, l, segment, d: constexpr, n: constexpr,
+    y_ptr, kept_ptr, l, segment_length, d: constexpr, n: constexpr,
     SOFTPLUS: constexpr, CHUNK: constexpr, TILE: constexpr,
 ):  # fmt: skip
     """Phase 3, forward: y, and if kept_ptr is given the state before each chunk."""
     # -- where this program works --
-    b, row_segment, channel, exists, begin, end = _place(l, segment, d)
+    b, row_segment, channel, exists, begin, end = _place(l, segment_length, d)
     packed_ptr = _packed_row(packed_ptr, b, l, n, TILE)
     u_ptr += channel
     delta_ptr += channel
@@ -1394,20 +1465,20 @@ def _outputs(
     bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
     D = tl.load(D_ptr + channel, mask=exists, other=0.0)[None, :]
 
-    # -- memory is far: each tile is loaded while the one before it is in work --
+    # -- each tile is loaded while the one before it is computed --
     in_range = _in_range(exists, begin, end, TILE)
     next_u = _load(u_ptr, b * l + begin, in_range, u_stride, TILE)
     next_delta = _load(delta_ptr, b * l + begin, in_range, delta_stride, TILE)
     prefetched = _prefetch(packed_ptr, begin, l, n, TILE)
 
     for t in tl.range(begin, end, TILE, num_stages=1):
-        # -- this tile, and loads for the next --
+        # -- this tile, and loads for the next; z is needed last, and loaded in time --
         prefetched = _prefetch(packed_ptr, t + TILE, l, n, TILE)
         u = next_u.to(tl.float32)
         raw = next_delta.to(tl.float32) + bias
-        in_range = _in_range(exists, t + TILE, end, TILE)
-        next_u = _load(u_ptr, b * l + t + TILE, in_range, u_stride, TILE)
-        next_delta = _load(delta_ptr, b * l + t + TILE, in_range, delta_stride, TILE)
+        next_in_range = _in_range(exists, t + TILE, end, TILE)
+        next_u = _load(u_ptr, b * l + t + TILE, next_in_range, u_stride, TILE)
+        next_delta = _load(delta_ptr, b * l + t + TILE, next_in_range, delta_stride, TILE)
         in_range = _in_range(exists, t, end, TILE)
         if z_ptr is not None:
             z = _load(z_ptr + channel, b * l + t, in_range, z_stride, TILE)
@@ -1415,14 +1486,14 @@ def _outputs(
         # -- keep the state before a chunk --
         if kept_ptr is not None:
             if t % CHUNK == 0:
-                chunk = b * tl.cdiv(l, CHUNK) + t // CHUNK
-                _store_states(kept_ptr + chunk * (n * d) + channel, states, exists, d, n)
+                chunk_index = b * tl.cdiv(l, CHUNK) + t // CHUNK
+                _store_states(kept_ptr + chunk_index * (n * d) + channel, states, exists, d, n)
 
         # -- Δ --
         packed = _packed_tile(packed_ptr, t, n, TILE)
         mask = _line(packed, 2 * n, TILE)
-        delta = _delta(raw, mask, SOFTPLUS)
-        delta_u = delta * u
+        dt = _dt(raw, mask, SOFTPLUS)
+        dt_u = dt * u
 
         # -- the recurrence, one state after the other; v = C s + D u --
         v = D * u
@@ -1432,8 +1503,8 @@ def _outputs(
                 tl.debug_barrier()  # as in _state_ends
             B = _line(packed, i, TILE)
             C = _line(packed, n + i, TILE)
-            A = tl.load(A_ptr + i * d + channel, mask=exists, other=0.0)[None, :]
-            after, _, state = _tile_forward(tl.exp2(delta * A), delta_u * B, states[i], TILE)
+            A2 = tl.load(A2_ptr + i * d + channel, mask=exists, other=0.0)[None, :]
+            after, _, state = _tile_forward(tl.exp2(dt * A2), dt_u * B, states[i], TILE)
             v += after * C
             new_states += (state,)
         states = new_states
@@ -1454,24 +1525,25 @@ def _outputs(
 @jit
 def _gradients(
     # inputs; z_ptr may be None, q_ptr too: segments then start from zero at their end
-    dy_ptr, u_ptr, delta_ptr, z_ptr, packed_ptr, A_ptr, D_ptr, bias_ptr, kept_ptr, q_ptr,
+    dy_ptr, u_ptr, delta_ptr, z_ptr, packed_ptr, A2_ptr, D_ptr, bias_ptr, kept_ptr, q_ptr,
     dy_stride: constexpr, u_stride: constexpr, delta_stride: constexpr, z_stride: constexpr,
     # scratch, outputs and sizes
-    scratch_ptr, du_ptr, ddelta_ptr, dz_ptr, dBC_ptr, parts_ptr, l, segment,
+    scratch_ptr, du_ptr, ddelta_ptr, dz_ptr, dBC_ptr, parts_ptr, l, segment_length,
     d: constexpr, n: constexpr, SOFTPLUS: constexpr, CHUNK: constexpr, TILE: constexpr,
 ):  # fmt: skip
     """Phase 3, backward: the gradients of u, delta and z, and this program's part of the others'.
 
     Takes the chunks of the segment from the right. Each is replayed from the state before it, which
     writes the states before its tiles to scratch. Then the tiles are taken from the right: all
-    states of a tile are computed again from scratch, and g and q with them.
+    states of a tile are computed again from the one in scratch, and g and q with them. Nothing is
+    loaded a tile ahead: here that brought nothing on an H100.
     """
     # -- where this program works --
-    b, row_segment, channel, exists, begin, end = _place(l, segment, d)
+    b, row_segment, channel, exists, begin, end = _place(l, segment_length, d)
     packed_ptr = _packed_row(packed_ptr, b, l, n, TILE)
     u_ptr += channel
     delta_ptr += channel
-    A_ptr += channel
+    A2_ptr += channel
     kept_ptr += b * tl.cdiv(l, CHUNK) * (n * d) + channel
     dBC_ptr += tl.program_id(0).to(tl.int64) * tl.cdiv(l, TILE) * (n * 8) + tl.arange(0, 32) // 4
     program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -1481,132 +1553,143 @@ def _gradients(
     bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)[None, :]
     D = tl.load(D_ptr + channel, mask=exists, other=0.0)[None, :]
     q = _load_states(q_ptr, row_segment * (n * d) + channel, exists, d, n)
-    dA = _load_states(None, 0, exists, 0, n)
+    dA = _zero_states(n)
     dD = tl.zeros((32,), tl.float32)
     dbias = tl.zeros((32,), tl.float32)
 
     for done in tl.range(0, end - begin, CHUNK, num_stages=1):
-        # -- the next chunk from the right: steps first to last --
-        first = begin + (end - 1 - begin) // CHUNK * CHUNK - done
-        last = tl.minimum(first + CHUNK, end)
+        # -- the next chunk from the right --
+        chunk_begin = begin + (end - 1 - begin) // CHUNK * CHUNK - done
+        chunk_end = tl.minimum(chunk_begin + CHUNK, end)
 
         # -- replay it --
-        kept = tl.cast(first // CHUNK, tl.int64) * (n * d)
-        states = _load_states(kept_ptr, kept, exists, d, n)
+        kept_offset = tl.cast(chunk_begin // CHUNK, tl.int64) * (n * d)
+        states = _load_states(kept_ptr, kept_offset, exists, d, n)
         _replay(
-            u_ptr, delta_ptr, packed_ptr, A_ptr, scratch_ptr, states, bias, exists,
-            b * l, first, last, d, n, u_stride, delta_stride, SOFTPLUS, TILE,
+            u_ptr, delta_ptr, packed_ptr, A2_ptr, scratch_ptr, states, bias, exists,
+            b * l, chunk_begin, chunk_end, d, n, u_stride, delta_stride, SOFTPLUS, TILE,
         )  # fmt: skip
 
-        for back in tl.range(0, last - first, TILE, num_stages=1):
+        for back in tl.range(0, chunk_end - chunk_begin, TILE, num_stages=1):
             # -- the next tile from the right --
-            t = first + (last - 1 - first) // TILE * TILE - back
-            in_range = _in_range(exists, t, last, TILE)
+            t = chunk_begin + (chunk_end - 1 - chunk_begin) // TILE * TILE - back
+            in_range = _in_range(exists, t, chunk_end, TILE)
             raw = _load(delta_ptr, b * l + t, in_range, delta_stride, TILE).to(tl.float32) + bias
             u = _load(u_ptr, b * l + t, in_range, u_stride, TILE).to(tl.float32)
             dy = _load(dy_ptr + channel, b * l + t, in_range, dy_stride, TILE).to(tl.float32)
             packed = _packed_tile(packed_ptr, t, n, TILE)
             mask = _line(packed, 2 * n, TILE)
-            delta = _delta(raw, mask, SOFTPLUS)
-            delta_u = delta * u
+            dt = _dt(raw, mask, SOFTPLUS)
+            dt_u = dt * u
 
-            # -- dv, through the mask and the gate --
+            # -- dv, through the mask and SiLU(z) = z · sigmoid(z) --
             dy *= mask
             dv = dy
             if z_ptr is not None:
                 z = _load(z_ptr + channel, b * l + t, in_range, z_stride, TILE).to(tl.float32)
-                gate = _sigmoid(z)
-                dv = dy * z * gate
+                sigmoid = _sigmoid(z)
+                dv = dy * z * sigmoid
 
             # -- one state after the other: its states again, then g, q and all sums over states --
             v = D * u
-            ddelta = tl.zeros_like(u)
-            ddelta_u = tl.zeros_like(u)
+            A2_w = tl.zeros_like(u)
+            d_dt_u = tl.zeros_like(u)
             new_q = ()
             new_dA = ()
-            starts_ptr = scratch_ptr + (t - first) // TILE * (n * 32)
-            operands = _operands(packed, A_ptr, starts_ptr, exists, 0, d, n, TILE)
+            tile_start_ptr = scratch_ptr + (t - chunk_begin) // TILE * (n * 32)
+            operands = _operands(packed, A2_ptr, tile_start_ptr, exists, 0, d, n, TILE)
             for i in tl.static_range(n):
-                B, C, A, start = operands
+                B, C, A2, start = operands
                 if i + 1 < n:  # loaded now, as the compiler moves no load over the store below
-                    operands = _operands(packed, A_ptr, starts_ptr, exists, i + 1, d, n, TILE)
-                a = tl.exp2(delta * A)
-                after, before, _ = _tile_forward(a, delta_u * B, start, TILE)
-                g, all_q, q_i = _tile_backward(a, dv * C, q[i], TILE)
+                    operands = _operands(packed, A2_ptr, tile_start_ptr, exists, i + 1, d, n, TILE)
+                decay = tl.exp2(dt * A2)
+                after, before, _ = _tile_forward(decay, dt_u * B, start, TILE)
+                g, all_q, q_i = _tile_backward(decay, dv * C, q[i], TILE)
                 v += after * C
-                ddelta_u += g * B
+                d_dt_u += g * B
                 w = all_q * before
-                ddelta += w * A
-                dBC = _channel_sums(g * delta_u, after * dv)
+                A2_w += w * A2
+                dBC = _channel_sums(g * dt_u, after * dv)
                 tl.store(dBC_ptr + t // TILE * (n * 8) + i * 8, dBC)
                 new_q += (q_i,)
-                new_dA += (dA[i] + tl.sum(w * delta, 0),)
+                new_dA += (dA[i] + tl.sum(w * dt, 0),)
             q = new_q
             dA = new_dA
 
-            # -- ddelta, through the mask and softplus; A was log2(e) A --
-            ddelta = (ddelta * LN2 + u * ddelta_u) * mask
+            # -- dΔ = A w + u d(Δu); then ddelta, through the mask and softplus --
+            ddelta = (A2_w * LN2 + u * d_dt_u) * mask
             if SOFTPLUS:
                 ddelta *= _sigmoid(raw)
 
             # -- write; add to the sums over time --
             if z_ptr is not None:
-                dz = dy * v * gate * (1.0 + z * (1.0 - gate))
+                dz = dy * v * sigmoid * (1.0 + z * (1.0 - sigmoid))
                 _store(dz_ptr + channel, dz, b * l + t, in_range, d, TILE)
             _store(ddelta_ptr + channel, ddelta, b * l + t, in_range, d, TILE)
-            _store(du_ptr + channel, delta * ddelta_u + D * dv, b * l + t, in_range, d, TILE)
+            _store(du_ptr + channel, dt * d_dt_u + D * dv, b * l + t, in_range, d, TILE)
             dbias += tl.sum(ddelta, 0)
             dD += tl.sum(dv * u, 0)
 
-    # -- write the sums over time --
-    dA += (dD, dbias)
-    _store_states(parts_ptr + row_segment * ((n + 2) * d) + channel, dA, exists, d, n + 2)
+    # -- write the sums over time: dA of each state, dD, dbias --
+    parts_ptr += row_segment * ((n + 2) * d) + channel
+    _store_states(parts_ptr, dA, exists, d, n)
+    tl.store(parts_ptr + n * d, dD, mask=exists)
+    tl.store(parts_ptr + (n + 1) * d, dbias, mask=exists)
 
 
 @jit
 def _replay(
-    u_ptr, delta_ptr, packed_ptr, A_ptr, scratch_ptr, states, bias, exists,
-    row, first, last, d: constexpr, n: constexpr,
+    u_ptr, delta_ptr, packed_ptr, A2_ptr, scratch_ptr, states, bias, exists,
+    row_begin, begin, end, d: constexpr, n: constexpr,
     u_stride: constexpr, delta_stride: constexpr, SOFTPLUS: constexpr, TILE: constexpr,
 ):  # fmt: skip
-    """For `_gradients`: writes the states before each tile of the steps first to last to scratch.
+    """For `_gradients`: writes the states before each tile of a chunk to scratch.
 
-    `row` is the first step of the row, counted through the batch.
+    The chunk is the steps from begin to end, end not included; `row_begin` is the first step of the
+    row, counted through the batch. Triton may hand a channel to another thread when it loads than
+    when it stored, so all threads wait for each other before scratch is written and after.
     """
-    tl.debug_barrier()  # what other threads still read in scratch is written to now
+    tl.debug_barrier()
     _store_states(scratch_ptr, states, None, 32, n)
 
-    for t in tl.range(first, last - TILE, TILE, num_stages=1):
+    for t in tl.range(begin, end - TILE, TILE, num_stages=1):
         # -- load --
-        in_range = _in_range(exists, t, last, TILE)
-        raw = _load(delta_ptr, row + t, in_range, delta_stride, TILE).to(tl.float32) + bias
-        u = _load(u_ptr, row + t, in_range, u_stride, TILE).to(tl.float32)
+        in_range = _in_range(exists, t, end, TILE)
+        raw = _load(delta_ptr, row_begin + t, in_range, delta_stride, TILE).to(tl.float32) + bias
+        u = _load(u_ptr, row_begin + t, in_range, u_stride, TILE).to(tl.float32)
         packed = _packed_tile(packed_ptr, t, n, TILE)
-        delta = _delta(raw, _line(packed, 2 * n, TILE), SOFTPLUS)
-        delta_u = delta * u
+        dt = _dt(raw, _line(packed, 2 * n, TILE), SOFTPLUS)
+        dt_u = dt * u
 
         # -- the recurrence, one state after the other --
         new_states = ()
         for i in tl.static_range(n):
-            A = tl.load(A_ptr + i * d, mask=exists, other=0.0)[None, :]
-            x = delta_u * _line(packed, i, TILE)
-            new_states += (_tile_forward(tl.exp2(delta * A), x, states[i], TILE)[2],)
+            A2 = tl.load(A2_ptr + i * d, mask=exists, other=0.0)[None, :]
+            x = dt_u * _line(packed, i, TILE)
+            new_states += (_tile_forward(tl.exp2(dt * A2), x, states[i], TILE)[2],)
         states = new_states
 
         # -- write --
-        tile = (t - first) // TILE + 1
+        tile = (t - begin) // TILE + 1
         _store_states(scratch_ptr + tile * (n * 32), states, None, 32, n)
 
-    tl.debug_barrier()  # scratch is read by other threads than wrote it
+    tl.debug_barrier()
 
 
 @jit
 def _operands(
-    packed, A_ptr, starts_ptr, exists, i: constexpr, d: constexpr, n: constexpr, TILE: constexpr
+    packed,
+    A2_ptr,
+    tile_start_ptr,
+    exists,
+    i: constexpr,
+    d: constexpr,
+    n: constexpr,
+    TILE: constexpr,
 ):
-    """For a tile of `_gradients`: B and C of state i, A, and the state before the tile."""
-    A = tl.load(A_ptr + i * d, mask=exists, other=0.0)[None, :]
-    return _line(packed, i, TILE), _line(packed, n + i, TILE), A, tl.load(starts_ptr + i * 32)
+    """For a tile of `_gradients`: B and C of state i, log2(e) A, and the state before the tile."""
+    A2 = tl.load(A2_ptr + i * d, mask=exists, other=0.0)[None, :]
+    return _line(packed, i, TILE), _line(packed, n + i, TILE), A2, tl.load(tile_start_ptr + i * 32)
 
 
 @jit
@@ -1636,82 +1719,11 @@ def _fold(x, y, bit: constexpr):
     return mine + tl.gather(theirs, lane ^ bit, 0)
 
 
-# -- the short convolution: four warps on 32 steps × 64 channels, as in an ordinary kernel --
-
-
-@jit
-def _convolution(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, x_stride, l,
-    d: constexpr, k: constexpr, LEFT: constexpr, TILE: constexpr,
-):  # fmt: skip
-    """y_t = Σ_j weight_j x_{t + j − LEFT}, zeros beyond a row; with a bias SiLU(y + bias).
-
-    x, y (b, l, d); weight (k, d), bias (d,) or None, both in float32.
-    """
-    y, _, step, channel, exists, in_range = _taps(x_ptr, weight_ptr, x_stride, l, d, k, LEFT, TILE)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + channel, mask=exists, other=0.0)
-        y *= _sigmoid(y)
-    tl.store(y_ptr + step * d + channel, y.to(y_ptr.dtype.element_ty), mask=in_range)
-
-
-@jit
-def _convolution_gradients(
-    x_ptr, weight_ptr, bias_ptr, dy_ptr, dsum_ptr, parts_ptr, x_stride, dy_stride, l,
-    d: constexpr, k: constexpr, LEFT: constexpr, TILE: constexpr,
-):  # fmt: skip
-    """The gradient of the sum inside SiLU, dsum (b, l, d), and parts (b tiles, k + 1, d): this
-    tile's part of the gradients of the k taps and of the bias."""
-    # -- the sum again --
-    y, shifted, step, channel, exists, in_range = _taps(
-        x_ptr, weight_ptr, x_stride, l, d, k, LEFT, TILE
-    )
-    y += tl.load(bias_ptr + channel, mask=exists, other=0.0)
-
-    # -- its gradient, through SiLU --
-    gate = _sigmoid(y)
-    dy = tl.load(dy_ptr + step * dy_stride + channel, mask=in_range, other=0.0)
-    dsum = dy * gate * (1.0 + y * (1.0 - gate))
-    tl.store(dsum_ptr + step * d + channel, dsum.to(dsum_ptr.dtype.element_ty), mask=in_range)
-
-    # -- sums over the tile's steps --
-    parts_ptr += tl.program_id(0).to(tl.int64) * (k + 1) * d + channel
-    for j in tl.static_range(k):
-        tl.store(parts_ptr + j * d, tl.sum(shifted[j] * dsum, 0), mask=exists)
-    tl.store(parts_ptr + k * d, tl.sum(dsum, 0), mask=exists)
-
-
-@jit
-def _taps(
-    x_ptr, weight_ptr, x_stride, l, d: constexpr, k: constexpr, LEFT: constexpr, TILE: constexpr
-):
-    """The sum over the taps, (TILE, 64), the k shifted tiles of x that are in it, and their place:
-    steps through the batch (TILE, 1), channels (64,), which channels and which numbers exist."""
-    # -- where this program works --
-    tiles = tl.cdiv(l, TILE)
-    t = (tl.program_id(0) % tiles * TILE + tl.arange(0, TILE))[:, None]
-    step = (tl.program_id(0) // tiles).to(tl.int64) * l + t
-    channel = tl.program_id(1) * 64 + tl.arange(0, 64)
-    exists = channel < d
-    in_range = (t < l) & exists
-
-    # -- one tap after the other --
-    total = tl.zeros((TILE, 64), tl.float32)
-    shifted = ()
-    for j in tl.static_range(k):
-        there = t + j - LEFT
-        in_row = in_range & (there >= 0) & (there < l)
-        x = tl.load(x_ptr + (step + j - LEFT) * x_stride + channel, mask=in_row, other=0.0)
-        total += x * tl.load(weight_ptr + j * d + channel, mask=exists, other=0.0)
-        shifted += (x,)
-    return total, shifted, step, channel, exists, in_range
-
-
 # ---- The kernels as PyTorch operations ----
 
 
 def _chunk_length(n: int) -> int:
-    """Steps in a chunk: 16, or the power of 2 from n on if that is more.
+    """Steps in a chunk: 16, or n rounded up to a power of 2 if that is more.
 
     The kept states are then no more numbers than u: in float32 no more bytes than u and delta in
     half precision.
@@ -1723,7 +1735,7 @@ def _segment_length(l: int, programs: int, enough: int, chunk: int, device: torc
     """Steps in a segment; `programs` is rows × blocks of 32 channels.
 
     All l where the programs are `enough` for each multiprocessor of the GPU, and on a CPU. Else
-    whole chunks, so short that each multiprocessor gets 6 to 12 programs.
+    whole chunks, so that each multiprocessor gets 6 to 12 programs if the row has enough chunks.
     """
     processors = 0
     if device.type == "cuda":
@@ -1751,70 +1763,56 @@ def _strided(**tensors: Tensor | None) -> dict:
 
 def _kernel_parameters(A: Tensor, D: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In float32: log2(e) A (n, d), D and bias (d,)."""
-    A = (A.float().T / math.log(2)).contiguous()
-    return A, D.float().contiguous(), bias.float().contiguous()
+    A2 = (A.float().T / math.log(2)).contiguous()
+    return A2, D.float().contiguous(), bias.float().contiguous()
 
 
-def _packed(B: Tensor, C: Tensor, mask: Tensor | None, TILE: int) -> Tensor:
-    """B, C (b, l, n) and the mask (b, l) as the kernels read them: see `_pack`."""
-    b, l, n = B.shape
-    B = B.reshape(b * l, n)
-    C = C.reshape(b * l, n)
-    if mask is not None:
-        mask = mask.contiguous()
-    tiles = _ceil_div(l, TILE)
-    packed = B.new_empty(b, tiles, 2 * n + 1, TILE, dtype=torch.float32)
-    sizes = dict(n=n, N=triton.next_power_of_2(n), TILE=TILE, num_warps=1, enable_fp_fusion=True)
-    _pack[(b * tiles,)](B, C, mask, *B.stride(), *C.stride(), packed, l, **sizes)
-    return packed
-
-
-def _starts(phase_1, inputs: dict, A: Tensor, b: int, l: int, segment: int, options: dict):
+def _segment_starts_of(phase_1, inputs: dict, A2: Tensor, grid: tuple, sizes: dict, options: dict):
     """What the segments of each row start from, (b, segments, n, d), or None where there is one.
 
-    phase_1: the kernel `_state_ends`, for s, or `_gradient_ends`, for q.
+    phase_1: the kernel `_state_ends`, for s, or `_gradient_ends`, for q. grid: rows × blocks, and
+    segments.
     """
-    n, d = A.shape
-    segments = _ceil_div(l, segment)
+    n, d = A2.shape
+    segments = grid[1]
     if segments == 1:
         return None
-    ends = A.new_empty(b, segments, n, d)
-    sums = A.new_empty(b, segments, d)
-    grid = (b * _ceil_div(d, 32), segments)
-    outputs = dict(ends_ptr=ends, delta_sums_ptr=sums)
-    phase_1[grid](**inputs, A_ptr=A, **outputs, l=l, segment=segment, **options)
+    b = grid[0] // _ceil_div(d, 32)
+    ends = A2.new_empty(b, segments, n, d)
+    dt_sums = A2.new_empty(b, segments, d)
+    phase_1[grid](**inputs, A2_ptr=A2, ends_ptr=ends, dt_sums_ptr=dt_sums, **sizes, **options)
 
     backward = phase_1 is _gradient_ends
-    grid = (b * _ceil_div(n * d, 32),)
-    sizes = dict(d=d, n=n, BACKWARD=backward, TILE=8, num_warps=1, enable_fp_fusion=True)
-    _segment_starts[grid](ends, sums, A, segments, **sizes)
+    phase_2 = _segment_starts[(b * _ceil_div(n * d, 32),)]
+    phase_2(ends, dt_sums, A2, segments, d=d, n=n, BACKWARD=backward, TILE=8, **ONE_WARP)
     return ends
 
 
 @torch.library.custom_op("mabert::scan_triton", mutates_args=())
 def _scan_triton(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
-    bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int, keep: bool, dtype: torch.dtype,
+    bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int, keep: bool,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y (b, l, d) of the dtype; and if `keep`, the state before each chunk, (b, chunks, n, d)."""
+    """y (b, l, d) in out_dtype; and if `keep`, the state before each chunk, (b, chunks, n, d)."""
     b, l, d = u.shape
     n = A.shape[1]
-    A, D, bias = _kernel_parameters(A, D, bias)
-    y = u.new_empty(b, l, d, dtype=dtype)
-    kept = A.new_empty(b, _ceil_div(l, chunk) if keep else 0, n, d)
+    A2, D, bias = _kernel_parameters(A, D, bias)
+    y = u.new_empty(b, l, d, dtype=out_dtype)
+    kept = A2.new_empty(b, _ceil_div(l, chunk) if keep else 0, n, d)
 
-    # with 4 programs for each multiprocessor, segments, which are nearly twice the work, do not pay
+    # segments, which nearly double the work, pay below 4 programs for each multiprocessor
     blocks = _ceil_div(d, 32)
-    segment = _segment_length(l, b * blocks, 4, chunk, u.device)
-    grid = (b * blocks, _ceil_div(l, segment))
-    sizes = dict(l=l, segment=segment)
-    options = dict(d=d, n=n, SOFTPLUS=softplus, TILE=8, num_warps=1, enable_fp_fusion=True)
+    segment_length = _segment_length(l, b * blocks, 4, chunk, u.device)
+    grid = (b * blocks, _ceil_div(l, segment_length))
+    sizes = dict(l=l, segment_length=segment_length)
+    options = dict(d=d, n=n, SOFTPLUS=softplus, TILE=FORWARD_TILE, **ONE_WARP)
 
     with torch.cuda.device_of(u):  # kernels go to the current device
-        packed = _packed(B, C, mask, 8)
+        packed = _pack_tiles(B, C, mask, FORWARD_TILE)
         inputs = _strided(u=u, delta=delta) | dict(packed_ptr=packed, bias_ptr=bias)
-        starts = _starts(_state_ends, inputs, A, b, l, segment, options)
-        inputs |= _strided(z=z) | dict(A_ptr=A, D_ptr=D, starts_ptr=starts)
+        starts = _segment_starts_of(_state_ends, inputs, A2, grid, sizes, options)
+        inputs |= _strided(z=z) | dict(A2_ptr=A2, D_ptr=D, starts_ptr=starts)
         outputs = dict(y_ptr=y, kept_ptr=kept if keep else None)
         _outputs[grid](**inputs, **outputs, **sizes, CHUNK=chunk, **options)
     return y, kept
@@ -1828,37 +1826,37 @@ def _scan_triton_backward(
     """The gradients of u, delta, A, B, C, D, z and bias; z's is empty where there is no z."""
     b, l, d = u.shape
     n = A.shape[1]
-    A_, D_, bias_ = _kernel_parameters(A, D, bias)
+    A2, D_, bias_ = _kernel_parameters(A, D, bias)
 
-    # backward, segments are a fifth more work; up to 6 programs for each multiprocessor they pay
+    # backward, segments are a fifth more work, and pay below 6 programs for each multiprocessor
     blocks = _ceil_div(d, 32)
-    tiles = _ceil_div(l, 4)
-    segment = _segment_length(l, b * blocks, 6, chunk, u.device)
-    segments = _ceil_div(l, segment)
+    segment_length = _segment_length(l, b * blocks, 6, chunk, u.device)
+    segments = _ceil_div(l, segment_length)
     grid = (b * blocks, segments)
-    sizes = dict(l=l, segment=segment)
-    options = dict(d=d, n=n, SOFTPLUS=softplus, TILE=4, num_warps=1, enable_fp_fusion=True)
+    sizes = dict(l=l, segment_length=segment_length)
+    options = dict(d=d, n=n, SOFTPLUS=softplus, TILE=BACKWARD_TILE, **ONE_WARP)
 
     # what the kernels write
     du = _empty_like(u)
     ddelta = _empty_like(delta)
     dz = u.new_empty(0) if z is None else _empty_like(z)
-    dBC = A_.new_empty(b, blocks, tiles, n, 2, 4)
-    parts = A_.new_empty(b, segments, n + 2, d)
-    scratch = A_.new_empty(b * blocks * segments * (chunk // 4) * n * 32)
+    tiles = _ceil_div(l, BACKWARD_TILE)
+    dBC = A2.new_empty(b, blocks, tiles, n, 2, BACKWARD_TILE)
+    parts = A2.new_empty(b, segments, n + 2, d)
+    scratch = A2.new_empty(b * blocks * segments, chunk // BACKWARD_TILE, n, 32)
     outputs = dict(du_ptr=du, ddelta_ptr=ddelta, dz_ptr=dz, dBC_ptr=dBC, parts_ptr=parts)
 
     with torch.cuda.device_of(u):
-        packed = _packed(B, C, mask, 4)
+        packed = _pack_tiles(B, C, mask, BACKWARD_TILE)
         inputs = _strided(dy=dy, delta=delta, z=z) | dict(packed_ptr=packed, bias_ptr=bias_)
-        starts = _starts(_gradient_ends, inputs, A_, b, l, segment, options)
-        inputs |= _strided(u=u) | dict(A_ptr=A_, D_ptr=D_, kept_ptr=kept, q_ptr=starts)
+        q = _segment_starts_of(_gradient_ends, inputs, A2, grid, sizes, options)
+        inputs |= _strided(u=u) | dict(A2_ptr=A2, D_ptr=D_, kept_ptr=kept, q_ptr=q)
         inputs |= dict(scratch_ptr=scratch)
         _gradients[grid](**inputs, **outputs, **sizes, CHUNK=chunk, **options)
 
     # sums over blocks of channels, and over segments
-    dBC = dBC.sum(1).permute(3, 0, 1, 4, 2)  # (2, b, tiles, 4, n)
-    dB, dC = dBC.reshape(2, b, 4 * tiles, n)[:, :, :l]
+    dBC = dBC.sum(1).permute(3, 0, 1, 4, 2)  # (2, b, tiles, TILE, n)
+    dB, dC = dBC.flatten(2, 3)[:, :, :l]  # (b, l, n) each
     dA, dD, dbias = parts.sum((0, 1)).split((n, 1, 1))
     sums = ((A, dA.T), (B, dB), (C, dC), (D, dD[0]), (bias, dbias[0]))
     dA, dB, dC, dD, dbias = (_empty_like(x).copy_(dx) for x, dx in sums)
@@ -1869,11 +1867,12 @@ def _scan_triton_backward(
 # what to keep for the backward pass.
 
 
-def _scan_shapes(u, delta, A, B, C, D, z, bias, mask, softplus, chunk, keep, dtype):
+def _scan_shapes(u, delta, A, B, C, D, z, bias, mask, softplus, chunk, keep, out_dtype):
     b, l, d = u.shape
     chunks = _ceil_div(l, chunk) if keep else 0
-    kind = torch.promote_types(u.dtype, torch.float32)
-    return u.new_empty(u.shape, dtype=dtype), u.new_empty(b, chunks, A.shape[1], d, dtype=kind)
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    y = u.new_empty(u.shape, dtype=out_dtype)
+    return y, u.new_empty(b, chunks, A.shape[1], d, dtype=dtype)
 
 
 def _scan_backward_shapes(dy, kept, u, delta, A, B, C, D, z, bias, *options):
@@ -1886,7 +1885,7 @@ def _keep_for_backward(ctx, inputs, output):
     _, kept = output
     ctx.save_for_backward(kept, *tensors)
     ctx.options = options
-    ctx.set_materialize_grads(False)  # the kept states get no gradient: make no zeros for it
+    ctx.set_materialize_grads(False)  # the kept states get no gradient: make no zeros for them
 
 
 def _backward(op, ctx, dy, _):
@@ -1894,7 +1893,7 @@ def _backward(op, ctx, dy, _):
     gradients = op(dy, kept, *tensors, *ctx.options)
     differentiable = tensors[:8]  # all but the mask
     gradients = [None if x is None else dx for x, dx in zip(differentiable, gradients)]
-    return *gradients, None, None, None, None, None  # mask, softplus, chunk, keep, dtype
+    return *gradients, None, None, None, None, None  # mask, softplus, chunk, keep, out_dtype
 
 
 for _op, _op_backward in (
@@ -1908,7 +1907,85 @@ for _op, _op_backward in (
     )
 
 
-# The convolution in the same way.
+# ---- The short convolution in Triton ----
+#
+# Two ordinary kernels of four warps, on tiles of 32 steps × 64 channels.
+
+CONV_TILE = 32  # steps
+
+
+@jit
+def _convolution(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, x_stride, l,
+    d: constexpr, k: constexpr, LEFT: constexpr, TILE: constexpr,
+):  # fmt: skip
+    """y_t = Σ_j weight_j x_{t + j − LEFT}, zeros beyond a row; with a bias SiLU(y + bias).
+
+    x, y (b, l, d); weight (k, d), bias (d,) or None, both in float32.
+    """
+    y, _, step, channel, exists, in_range = _sum_of_taps(
+        x_ptr, weight_ptr, x_stride, l, d, k, LEFT, TILE
+    )
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + channel, mask=exists, other=0.0)
+        y *= _sigmoid(y)
+    tl.store(y_ptr + step * d + channel, y.to(y_ptr.dtype.element_ty), mask=in_range)
+
+
+@jit
+def _convolution_gradients(
+    x_ptr, weight_ptr, bias_ptr, dy_ptr, dsum_ptr, parts_ptr, x_stride, dy_stride, l,
+    d: constexpr, k: constexpr, LEFT: constexpr, TILE: constexpr,
+):  # fmt: skip
+    """The gradient of the sum inside SiLU, dsum (b, l, d), and parts (b × tiles, k + 1, d): this
+    tile's part of the gradients of the k taps and of the bias."""
+    # -- the sum again --
+    total, shifted, step, channel, exists, in_range = _sum_of_taps(
+        x_ptr, weight_ptr, x_stride, l, d, k, LEFT, TILE
+    )
+    total += tl.load(bias_ptr + channel, mask=exists, other=0.0)
+
+    # -- its gradient, through SiLU --
+    sigmoid = _sigmoid(total)
+    dy = tl.load(dy_ptr + step * dy_stride + channel, mask=in_range, other=0.0)
+    dsum = dy * sigmoid * (1.0 + total * (1.0 - sigmoid))
+    tl.store(dsum_ptr + step * d + channel, dsum.to(dsum_ptr.dtype.element_ty), mask=in_range)
+
+    # -- sums over the tile's steps --
+    parts_ptr += tl.program_id(0).to(tl.int64) * (k + 1) * d + channel
+    for j in tl.static_range(k):
+        tl.store(parts_ptr + j * d, tl.sum(shifted[j] * dsum, 0), mask=exists)
+    tl.store(parts_ptr + k * d, tl.sum(dsum, 0), mask=exists)
+
+
+@jit
+def _sum_of_taps(
+    x_ptr, weight_ptr, x_stride, l, d: constexpr, k: constexpr, LEFT: constexpr, TILE: constexpr
+):
+    """A tile of the sum, and where it is.
+
+    total: the sum over the taps, (TILE, 64). shifted: the k shifted tiles of x in it. step: its
+    steps, counted through the batch, (TILE, 1). channel: its channels, (64,). exists: which of the
+    channels there are. in_range: which elements of the tile.
+    """
+    # -- where this program works --
+    tiles = tl.cdiv(l, TILE)
+    t = (tl.program_id(0) % tiles * TILE + tl.arange(0, TILE))[:, None]
+    step = (tl.program_id(0) // tiles).to(tl.int64) * l + t
+    channel = tl.program_id(1) * 64 + tl.arange(0, 64)
+    exists = channel < d
+    in_range = (t < l) & exists
+
+    # -- one tap after the other --
+    total = tl.zeros((TILE, 64), tl.float32)
+    shifted = ()
+    for j in tl.static_range(k):
+        there = t + j - LEFT
+        in_row = in_range & (there >= 0) & (there < l)
+        x = tl.load(x_ptr + (step + j - LEFT) * x_stride + channel, mask=in_row, other=0.0)
+        total += x * tl.load(weight_ptr + j * d + channel, mask=exists, other=0.0)
+        shifted += (x,)
+    return total, shifted, step, channel, exists, in_range
 
 
 def _run_convolution(kernel, x: Tensor, weight: Tensor, left: int, **pointers):
@@ -1920,9 +1997,6 @@ def _run_convolution(kernel, x: Tensor, weight: Tensor, left: int, **pointers):
     sizes = dict(l=l, d=d, k=k, LEFT=left, TILE=CONV_TILE, enable_fp_fusion=True)
     with torch.cuda.device_of(x):
         kernel[grid](**_strided(x=x), weight_ptr=weight, **pointers, **sizes)
-
-
-CONV_TILE = 32  # steps
 
 
 @torch.library.custom_op("mabert::convolution", mutates_args=())
@@ -2040,7 +2114,8 @@ def check(name: str, x, kind: str, shape: tuple, size: int | None = None, also: 
     """Raises a ValueError of one line unless the argument called `name` fits.
 
     It must be a tensor of one of KINDS and of the shape, in which a word, such as "batch", stands
-    for any length. If size is given, its values must be whole numbers in [0, size), or `also`.
+    for any length. If size is given, its values must be whole numbers in [0, size), or `also` (0
+    adds nothing).
     Values are looked at on a CPU and outside torch.compile only: elsewhere that would make a GPU
     wait, or break the graph.
     """
@@ -2056,7 +2131,7 @@ def check(name: str, x, kind: str, shape: tuple, size: int | None = None, also: 
     if not problem:
         return
 
-    allowed = f"a tensor of shape {tuple(shape)}, {kind}".replace("'", "")
+    allowed = f"a tensor of shape {tuple(shape)}, {kind}".replace("'", "")  # words, not strings
     if size:
         allowed += f", of whole numbers from 0 to {size - 1}"
     if also:
@@ -2120,7 +2195,7 @@ def load_model(model_class: type, folder: Path, overrides: dict) -> PretrainedMo
 
     The folder may hold another class: the encoder comes along, and a head that the file lacks, or
     has in another shape, is new; a warning says what was not loaded. The class PretrainedModel
-    stands for the one whose weights these are. overrides replace fields of the config (num_labels,
+    means the one whose weights these are. overrides replace fields of the config (num_labels,
     pooling, psm, dropout, …), which the encoder's weights must fit. Nothing in the files is
     executed. Raises FileNotFoundError, or ValueError where a file is damaged or does not fit.
     """
@@ -2143,7 +2218,7 @@ def load_model(model_class: type, folder: Path, overrides: dict) -> PretrainedMo
     head = {} if model_class is MaBERT else model.state_dict()
     head = {name: weight for name, weight in head.items() if not name.startswith("encoder.")}
 
-    # load: the encoder whole, of the head what fits
+    # load the whole encoder, and what fits of the head
     in_encoder = {name for name in weights if name.startswith("encoder.")}
     in_head = {name for name in head if name in weights and weights[name].shape == head[name].shape}
     try:
@@ -2159,14 +2234,14 @@ def load_model(model_class: type, folder: Path, overrides: dict) -> PretrainedMo
     new = ", ".join(sorted(head.keys() - in_head)) or "nothing"
     unused = ", ".join(sorted(weights.keys() - in_encoder - in_head)) or "nothing"
     if (new, unused) != ("nothing", "nothing"):
-        heads = f"new and untrained: {new}; in the file but not used: {unused}"
-        logger.warning("%s: encoder loaded; %s", folder, heads)
+        message = f"new and untrained: {new}; in the file but not used: {unused}"
+        logger.warning("%s: encoder loaded; %s", folder, message)
     return model.eval()
 
 
 def read_config(file: Path, overrides: dict) -> MaBERTConfig:
     try:
-        fields = json.loads(needed(file).read_text(encoding="utf-8"))
+        fields = json.loads(existing(file).read_text(encoding="utf-8"))
         return MaBERTConfig(**fields | overrides)
     except (TypeError, ValueError) as error:
         message = f"{file} with the overrides {overrides} is no valid config: {error}"
@@ -2174,7 +2249,7 @@ def read_config(file: Path, overrides: dict) -> MaBERTConfig:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    weights = torch_load(needed(file))
+    weights = torch_load(existing(file))
     for weight in weights.values():
         if not (isinstance(weight, Tensor) and weight.is_floating_point()):
             raise ValueError(
@@ -2183,7 +2258,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return weights
 
 
-def needed(file: Path) -> Path:
+def existing(file: Path) -> Path:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: give a folder that save_pretrained wrote")
     return file
@@ -2192,8 +2267,8 @@ def needed(file: Path) -> Path:
 def torch_load(file: Path) -> dict:
     """A dict that torch.save wrote, on the CPU; nothing in the file is executed.
 
-    Raises ValueError where the file is damaged, which torch.load alone, as it does not look at
-    checksums, would not notice everywhere.
+    Raises ValueError where the file is damaged, which torch.load, as it ignores checksums, would
+    often miss.
     """
     try:
         damaged = zipfile.ZipFile(file).testzip()
@@ -2210,22 +2285,24 @@ def torch_load(file: Path) -> dict:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None):
-    """Asks a trained model. A masked language model gives five guesses for each [MASK] of a text,
+    """Runs a trained model on a text. A masked language model gives five guesses for each [MASK],
     or, where there is none, the text's embedding: the mean of its hidden states. A classifier gives
     the probability of each class, or the value of a regression."""
     # read the arguments, the model and its tokenizer
     parser = argparse.ArgumentParser(description=" ".join(main.__doc__.split()))
-    parser.add_argument("folder", type=Path, help="of train_mlm.py or finetune_glue.py --save")
+    parser.add_argument(
+        "folder", type=Path, help="written by train_mlm.py, or by finetune_glue.py --save"
+    )
     parser.add_argument("text", help="in quotation marks")
     args = parser.parse_args(argv)
     try:
         model = PretrainedModel.from_pretrained(args.folder)
         tokenizer = load_tokenizer(args.folder / "tokenizer.json")
-        cls, sep, mask = map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[MASK]"))
+        cls_id, sep_id, mask_id = map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[MASK]"))
 
-        # ask the model; not every tokenizer.json adds special tokens by itself
+        # run the model; not every tokenizer.json adds special tokens by itself
         tokens = tokenizer.encode(args.text, add_special_tokens=False).ids
-        ids = torch.tensor([[cls, *tokens, sep]])
+        ids = torch.tensor([[cls_id, *tokens, sep_id]])
         output = model(ids)
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"mabert.py: {error}")
@@ -2233,8 +2310,8 @@ def main(argv: list[str] | None = None):
     # print
     if isinstance(model, MaBERTForSequenceClassification):
         print_classes(output.logits[0])
-    elif isinstance(model, MaBERTForMaskedLM) and mask in ids:
-        print_guesses(output.logits[ids == mask], tokenizer)
+    elif isinstance(model, MaBERTForMaskedLM) and mask_id in ids:
+        print_guesses(output.logits[ids == mask_id], tokenizer)
     else:
         encoder = getattr(model, "encoder", model)
         print_embedding(encoder(ids)[0].mean(dim=0))

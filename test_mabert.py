@@ -447,7 +447,7 @@ def test_scan_equals_the_reference_in_any_precision(l, rows, layout, dtype, tole
     """The loop takes this number of the six rows at a time; inside all is float32 at least."""
     inputs = each(layout, scan_inputs(6, l))
     numbers = rows * 16 * inputs["A"].numel()
-    monkeypatch.setattr(mabert, "LOOP_BLOCK", -(-numbers // torch.get_num_threads()))
+    monkeypatch.setattr(mabert, "LOOP_BUFFER", -(-numbers // torch.get_num_threads()))
     for function, autocast in ((loop, False), (loop, True), (reference_scan, True)):
         with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
             compare_with_the_reference(function, inputs, dtype, tolerance, mask=masks(l))
