@@ -88,23 +88,23 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="write the benchmark's submission files, with the models of the first seed")
 
     # variants of the model
-    group = parser.add_argument_group("variants")
-    group.add_argument("--psm", type=psm_stages, metavar="STAGES",
+    variants = parser.add_argument_group("variants")
+    variants.add_argument("--psm", type=psm_stages, metavar="STAGES",
         help="stages of padding-safe masking, joined by +, or none; if not given, the checkpoint's")
-    group.add_argument("--padding-side", choices=("right", "left"), default="right")
-    poolings = group.add_mutually_exclusive_group()
+    variants.add_argument("--padding-side", choices=("right", "left"), default="right")
+    poolings = variants.add_mutually_exclusive_group()
     poolings.add_argument("--pooling", choices=POOLINGS, help="map, if not given")
     poolings.add_argument("--ablation", action="store_true",
         help="the four variants of Table 3: with and without PSM, pooling map and cls")
     poolings.add_argument("--poolings", action="store_true", help="the four poolings of Table B4")
 
     # the training
-    group = parser.add_argument_group("training")
-    group.add_argument("--lr", type=bounded(float, 1e-30), default=2e-5,
+    training = parser.add_argument_group("training")
+    training.add_argument("--lr", type=bounded(float, 1e-30), default=2e-5,
         help="peak learning rate: linear warm-up, linear decay to 0")
-    group.add_argument("--batch-size", type=positive, default=32, help="rows")
-    group.add_argument("--epochs", type=positive, default=3)
-    group.add_argument("--max-length", type=bounded(int, 8), default=128,
+    training.add_argument("--batch-size", type=positive, default=32, help="rows")
+    training.add_argument("--epochs", type=positive, default=3)
+    training.add_argument("--max-length", type=bounded(int, 8), default=128,
         help="tokens of a row; of a pair the longer sentence is cut first")
     # fmt: on
 
@@ -119,19 +119,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 # ---- Tasks and the benchmark's metrics ----
 
 
-class Task(NamedTuple):
-    folder: str  # in the benchmark's download
-    rows: dict[str, int]  # how many examples each file of the benchmark has
-    sentences: tuple[str, ...] = ("sentence1", "sentence2")  # columns, see SAME_COLUMN
-    labels: tuple[str, ...] = ("0", "1")  # as the benchmark writes them, in the hub's order
-    metrics: tuple[str, ...] = ("accuracy",)  # the first is the one that the paper has
-
-    def files(self, kind: str) -> dict[str, str]:
-        """The files of a kind, "dev" or "test", by their name in results and submissions."""
-        files = [file for file in self.rows if file.startswith(kind)]
-        return {FILE_NAMES.get(file, self.folder): file for file in files}
-
-
 # MNLI has two dev sets, from the sources of its training set ("matched") and from others, and two
 # test sets; the benchmark's diagnostic set (AX) is a third for the same model.
 FILE_NAMES = {
@@ -141,6 +128,20 @@ FILE_NAMES = {
     "test_mismatched": "MNLI-mm",
     "test_ax": "AX",
 }
+
+
+class Task(NamedTuple):
+    folder: str  # in the benchmark's download
+    rows: dict[str, int]  # how many examples each file of the benchmark has
+    sentences: tuple[str, ...] = ("sentence1", "sentence2")  # the columns that hold the text
+    labels: tuple[str, ...] = ("0", "1")  # as the benchmark writes them, in the hub's order
+    metrics: tuple[str, ...] = ("accuracy",)  # the first is the one that the paper has
+
+    def files(self, kind: str) -> dict[str, str]:
+        """The files of a kind, "dev" or "test", by their name in results and submissions."""
+        files = [file for file in self.rows if file.startswith(kind)]
+        return {FILE_NAMES.get(file, self.folder): file for file in files}
+
 
 # fmt: off
 TASKS = {
@@ -170,7 +171,7 @@ TASKS = {
     # Does the first sentence entail the second?
     "rte": Task(folder="RTE", labels=("entailment", "not_entailment"),
                 rows=dict(train=2490, dev=277, test=3000)),
-    # The same, where the second sentence puts a name for a pronoun of the first.
+    # The same, where the second sentence has a name in place of a pronoun of the first.
     "wnli": Task(folder="WNLI", rows=dict(train=635, dev=71, test=146)),
 }
 # fmt: on
@@ -248,7 +249,8 @@ PAPER = {
 }
 # fmt: on
 
-# Two tables of variants: for each row whether it has padding-safe masking, and its pooling
+# The variants of Tables 3 and B4, and which row of PAPER each is compared with: whether there is
+# padding-safe masking, and the pooling
 TABLE_3 = {
     "Full": (True, "map"),
     "PSM only": (True, "cls"),
@@ -266,7 +268,7 @@ Table B4 are those of "MAP only" in its Table 3, although CLS pooling with PSM i
 
 
 class Variant(NamedTuple):
-    """What may differ between the runs of one command, beside task and seed."""
+    """What differs between the runs of one command, besides task and seed."""
 
     name: str
     psm: tuple[str, ...]
@@ -383,18 +385,21 @@ def hub_lines(source: str, config: str, split: str) -> Lines:
     """The lines of a table that `datasets` reads, from the hub or from the folder of a clone."""
     import datasets  # takes seconds
 
-    is_local = source != HUB_DATA
-    name = str(Path(source).resolve()) if is_local else source  # "text" alone is another loader
+    # A clone is read from its files ("streaming"): the cache of `datasets` would take clones of one
+    # folder name for the same. And by its whole path: "text" alone would be taken for a loader.
+    is_clone = source != HUB_DATA
+    name = str(Path(source).resolve()) if is_clone else source
     try:
-        columns = datasets.load_dataset(name, config, split=split)[:]
+        table = datasets.load_dataset(name, config, split=split, streaming=is_clone)
+        yield "header", table.column_names or []
+        rows = (cells for batch in table.iter(1000) for cells in zip(*batch.values()))
+        for number, cells in enumerate(rows):
+            yield f"row {number}", cells
     except Exception as error:  # of many kinds, some with the reason one level down
-        reason = error.__cause__ or error
-        advice = "" if is_local else "\nwithout the hub, pass --data-dir with the benchmark's files"
-        raise SystemExit(f"cannot read {source} {config} {split}: {reason}{advice}") from error
-
-    yield "header", list(columns)
-    for number, cells in enumerate(zip(*columns.values())):
-        yield f"row {number}", cells
+        raise SystemExit(
+            f"cannot read {source} {config} {split}: {error.__cause__ or error}\n"
+            f"pass --data-dir with the benchmark's own files, or with a clone of {HUB_DATA}"
+        ) from error
 
 
 def read_examples(name: str, file: str, data_dir: str | None) -> Examples:
@@ -414,7 +419,10 @@ def read_examples(name: str, file: str, data_dir: str | None) -> Examples:
     # to be predicted a question may be empty.
     may_skip = name == "qqp" and not is_test
     may_be_empty = name == "qqp" and is_test
-    sentences, labels, index, skipped = [], [], [], 0
+    sentences = []
+    labels = []
+    index = []
+    skipped = 0
     for number, (place, cells) in enumerate(lines):
         try:
             if len(cells) != len(columns):
@@ -668,8 +676,7 @@ def sweep(
 ) -> dict[Variant, list[dict]]:
     """The results of all runs, by variant; those that --out does not have yet are made.
 
-    digests: of each task's data. A run that diverges stops no other: SystemExit names it in the
-    end.
+    digests: of each task's data. A run that diverges stops no other; at last SystemExit names it.
     """
     results = {variant: [] for variant in chosen}
     diverged = []

@@ -1792,7 +1792,7 @@ HUB_STSB = dict(sentence1=["p"], sentence2=["q"], label=[2.5], idx=[0])
 # task, file, its contents (the benchmark's text, or the columns of the hub's table), the sentences,
 # and the labels, or of a test set the numbers of its rows
 GLUE_FILES = [
-    # CoLA has no header, but its test set has one; a quotation mark is text; a line feed ends a line
+    # CoLA has no header, but its test set has; a quotation mark is text; a line feed ends a line
     ("cola", "train", 'a\t1\t\tIt "rained.\na\t0\t*\tMe\u2028went\x85 there.\n',
      [('It "rained.',), ("Me\u2028went\x85 there.",)], [1, 0]),
     ("cola", "test", "index\tsentence\r\n0\tWe go.\r\n1\tThey go.\r\n",
@@ -1847,7 +1847,7 @@ DAMAGED_GLUE_FILES = [
 
 
 def read_glue(task, file, contents, monkeypatch):
-    """What finetune_glue reads of a file with these contents: (how to read it, what it is called)."""
+    """(a call that reads a file with these contents, what messages call the file)"""
     import datasets
 
     if not isinstance(contents, dict):
@@ -1857,8 +1857,8 @@ def read_glue(task, file, contents, monkeypatch):
     # the hub's table
     names = ("ax", "test") if file == "test_ax" else (task, file.replace("dev", "validation"))
 
-    def load_dataset(source, config, split):
-        assert (source, config, split) == ("nyu-mll/glue", *names)
+    def load_dataset(source, config, split, streaming):
+        assert (source, config, split, streaming) == ("nyu-mll/glue", *names, False)
         return datasets.Dataset.from_dict(contents)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -1924,13 +1924,34 @@ def test_a_clone_of_the_hubs_data_set_is_read_without_a_network(monkeypatch):
     assert test.sentences == [("They go.",), ("Go.",)] and test.index == [7, 3]
     assert finetune_glue.read_examples("mnli", "test_ax", folder).index == [5]
 
-    # what it lacks is named
-    said = "cannot read text rte train: .*'rte' not found"
+    # another clone of the same name is not taken for it, nor what it was before
+    other = dict(sentence=["We went."], label=[0], idx=[0])
+    put_glue_clone("other/text", {"cola/train": other})
+    assert finetune_glue.read_examples("cola", "train", "other/text").sentences == [("We went.",)]
+    put_glue_clone("other/text", {"cola/train": other | dict(sentence=["We came."])})
+    assert finetune_glue.read_examples("cola", "train", "other/text").sentences == [("We came.",)]
+
+    # what it lacks is named, and so is a file that is no table
+    said = "cannot read text rte train: .*'rte' not found.*\npass --data-dir with the benchmark's"
     refused(finetune_glue.read_examples, "rte", "train", folder, said=said)
+    put("text/cola/test-00000-of-00001.parquet", "version https://git-lfs.github.com/spec/v1")
+    said = "cannot read text cola test: .*\npass --data-dir with"
+    refused(finetune_glue.read_examples, "cola", "test", folder, said=said)
 
     # the benchmark's own file comes first
     put_glue(folder, "cola", "train", "a\t0\t\tMine.\n")
     assert finetune_glue.read_examples("cola", "train", folder).sentences == [("Mine.",)]
+
+
+def test_the_reason_that_datasets_gives_one_level_down_is_said(monkeypatch):
+    import datasets
+
+    def load_dataset(*_, **__):
+        raise RuntimeError("while generating the dataset") from OSError("No space left")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    said = "cannot read nyu-mll/glue cola train: No space left\npass --data-dir"
+    refused(finetune_glue.read_examples, "cola", "train", None, said=said)
 
 
 def glue_arguments(flags="") -> list[str]:
@@ -2034,8 +2055,8 @@ def test_a_run_repeats_by_seed_and_depends_on_variant_and_side():
 
 @pytest.fixture
 def runs_of(monkeypatch):
-    """Fine-tunes on a few rows with these flags, and returns the seeds of the runs that were made, not
-    read from files. What `runs_of.stops` has for a seed is raised instead of its run."""
+    """Fine-tunes on a few rows with these flags, and returns the seeds of the runs that were made
+    and not read from files. What `runs_of.stops` has for a seed is raised instead of its run."""
     write_glue(train=24, dev=8, test=4)
     original, calls, stops = finetune_glue.finetune, [], {}
 
@@ -2803,7 +2824,7 @@ def test_an_unreachable_hub_is_explained(monkeypatch):
         ["--data", "corpus.txt"],
         said=f"cannot load the tokenizer google-bert/.*\n{advice}",
     )
-    said = "cannot read nyu-mll/glue cola train: .*\nwithout the hub, pass --data-dir"
+    said = "cannot read nyu-mll/glue cola train: .*\npass --data-dir with the benchmark's own"
     refused(finetune_glue.read_examples, "cola", "train", None, said=said)
 
 
