@@ -2053,6 +2053,32 @@ def test_a_run_repeats_by_seed_and_depends_on_variant_and_side():
     assert (expected - logits(side="right", psm=())).abs().max() > 2e-5
 
 
+def test_training_warms_up_then_decays_and_clips_gradients(monkeypatch):
+    args, _, _, data = glue_run("cola", "--batch-size 8 --epochs 1")
+    original, rates, norms = finetune_glue.make_optimizer, [], []
+
+    def recording(model, weight_decay):
+        optimizer = original(model, weight_decay)
+        update = optimizer.step
+
+        def step():
+            rates.append({group["lr"] for group in optimizer.param_groups})
+            norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
+            update()
+
+        optimizer.step = step
+        return optimizer
+
+    monkeypatch.setattr(finetune_glue, "make_optimizer", recording)
+    finetune_glue.fit(finetune_glue.load_model("model"), data["train"], 0, args)
+
+    # 32 steps: three up to the peak, 29 down to zero
+    up = [2e-2 * (step + 1) / 3 for step in range(3)]
+    down = [2e-2 * (32 - step) / 29 for step in range(3, 32)]
+    assert [rate for (rate,) in rates] == pytest.approx([*up, *down])
+    assert max(norms) == pytest.approx(1, abs=1e-3)
+
+
 @pytest.fixture
 def runs_of(monkeypatch):
     """Fine-tunes on a few rows with these flags, and returns the seeds of the runs that were made
@@ -2155,6 +2181,11 @@ def test_the_same_rows_are_the_same_run_wherever_they_are_read_from(runs_of):
     put("copy/CoLA/train.tsv", "".join(reversed(lines)))
     assert runs_of("--data-dir copy") == [0, 1]
 
+    # and so is a row that went from the training to the dev set
+    put("copy/CoLA/train.tsv", "".join(lines[:-1]))
+    put("copy/CoLA/dev.tsv", lines[-1] + Path("glue/CoLA/dev.tsv").read_text())
+    assert runs_of("--data-dir copy --seeds 1") == [0]
+
 
 def test_a_run_that_diverges_stops_no_other(runs_of):
     runs_of.stops[0] = FloatingPointError("too fast")
@@ -2242,6 +2273,7 @@ def test_submissions_are_written_as_the_benchmark_wants_them(
 
 ALL_STAGES = "pre+scan+post"
 ABLATION = {"Full": 0.837, "PSM only": 0.818, "MAP only": 0.820, "None": 0.805}
+SAME_FUNCTION = "PSM or none is the same function"
 TABLES_OF_VARIANTS = [  # flags, name, the paper's score of each variant on MNLI-mm, PSM of each
     ("--ablation", "ablation", ABLATION, [ALL_STAGES, ALL_STAGES, "none", "none"]),
     ("--poolings --padding-side left", "poolings",
@@ -2249,10 +2281,14 @@ TABLES_OF_VARIANTS = [  # flags, name, the paper's score of each variant on MNLI
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("flags, name, paper, psm", TABLES_OF_VARIANTS)
-def test_variants_of_the_papers_tables(flags, name, paper, psm, capsys):
+def put_small_mnli():
     for file in ("train", "dev_matched", "dev_mismatched"):
         put_glue("glue", "mnli", file, MNLI + "0\tw1\tw2\tx\tneutral\n1\tw3\tw4\tx\tentailment\n")
+
+
+@pytest.mark.parametrize("flags, name, paper, psm", TABLES_OF_VARIANTS)
+def test_variants_of_the_papers_tables(flags, name, paper, psm, capsys):
+    put_small_mnli()
     save_model("model", pattern="MT", causal_conv=True)
     finetune(f"--tasks mnli --seeds 1 --epochs 1 {flags}")
     printed = capsys.readouterr().out
@@ -2271,7 +2307,23 @@ def test_variants_of_the_papers_tables(flags, name, paper, psm, capsys):
 
     # the remarks
     assert 'those of "MAP only" in its Table 3' in printed
-    assert ("PSM or none is the same function" in printed) == (name == "ablation")
+    assert (SAME_FUNCTION in printed) == (name == "ablation")
+
+
+IDLE_PSM = [  # flags, the model, whether no pad stands before what a token sees
+    ("", dict(pattern="MT", causal_conv=True), True),
+    ("--padding-side left", dict(pattern="MT", causal_conv=True), False),
+    ("", dict(pattern="MT", causal_conv=False), False),
+    ("", dict(pattern="WT", causal_conv=True), False),
+]
+
+
+@pytest.mark.parametrize("flags, changes, idle", IDLE_PSM)
+def test_an_ablation_that_compares_the_same_function_says_so(flags, changes, idle, capsys):
+    put_small_mnli()
+    save_model("model", **changes)
+    finetune(f"--tasks mnli --seeds 1 --epochs 1 --ablation {flags}")
+    assert (SAME_FUNCTION in capsys.readouterr().out) == idle
 
 
 PAPER = "MMT" * 4
