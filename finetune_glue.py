@@ -740,6 +740,7 @@ def run_folder(out: str, settings: dict, seed: int) -> Path:
 
 
 def digest_files(folder: str, names: tuple[str, ...]) -> str:
+    """Of the content of these files in a folder, in 16 hexadecimal digits."""
     digests = [hashlib.sha256(Path(folder, name).read_bytes()).hexdigest() for name in names]
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
