@@ -1,14 +1,17 @@
 """Fine-tunes a pretrained MaBERT on GLUE, and puts the paper's scores beside the measured ones.
 
-    python finetune_glue.py --checkpoint out/mlm --tasks all --seeds 5               # data from the Hugging Face hub
-    python finetune_glue.py --checkpoint out/mlm --tasks cola rte --data-dir glue/   # or from a folder
-    python finetune_glue.py --checkpoint out/mlm --ablation --padding-side left      # Table 3; --poolings for Table B4
+    python finetune_glue.py --checkpoint out/mlm --tasks all --seeds 5   # data from the hub
+    python finetune_glue.py --checkpoint out/mlm --tasks cola rte --data-dir glue/   # from a folder
+    python finetune_glue.py --checkpoint out/mlm --ablation --padding-side left   # Table 3
+    python finetune_glue.py --checkpoint out/mlm --poolings   # Table B4
 
 In order: arguments · tasks and metrics · the paper's scores · reading · one run · all runs.
 
-A run is a task, a seed, the settings of the model and the training, and the content of the checkpoint and of the data.
-Its result is one file in --out, named by all of them: a run whose file exists is not run again, so an interrupted sweep
-goes on. Two GPUs: two commands with different --tasks.
+A run fine-tunes one variant of the model (its padding-safe masking, its pooling) on one task, with
+one seed. Its result is one JSON file in --out, and the file's name holds a digest of all that the
+result depends on: the settings, the checkpoint, the sentences and labels. A run whose file exists
+is not made again, so an interrupted sweep goes on where it stopped. For two GPUs, start two
+commands with different --tasks.
 """
 
 import argparse
@@ -19,12 +22,23 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import train_mlm  # before torch: it says how idle threads wait, which torch reads when it loads
+from train_mlm import (  # before torch, which reads train_mlm's settings for threads when it loads
+    autocast,
+    bounded,
+    describe_machine,
+    learning_rate,
+    load_tokenizer,
+    make_optimizer,
+    psm_stages,
+    shuffled_batches,
+    vocabulary_size,
+    write_atomically,
+)
 
 # isort: split
 import numpy as np
@@ -34,15 +48,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from mabert import POOLINGS, MaBERTConfig, MaBERTForSequenceClassification
-from train_mlm import (
-    autocast,
-    bounded,
-    learning_rate,
-    make_optimizer,
-    shuffled_batches,
-    write_atomically,
-)
+from mabert import POOLINGS, MaBERTConfig
+from mabert import MaBERTForSequenceClassification as Classifier
 
 # ---- Arguments: the defaults are BERT's protocol; the paper's values are absent from our copy ----
 
@@ -54,60 +61,54 @@ WEIGHT_DECAY = 0.01
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        usage="python finetune_glue.py --checkpoint FOLDER [--tasks NAME ...] [--seeds N] ...: --help lists all flags",
+        usage="python finetune_glue.py --checkpoint FOLDER [--tasks NAME ...] [--seeds N] ...: "
+        "--help lists all flags",
         description="Fine-tune a pretrained MaBERT on GLUE. Defaults are BERT's protocol.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        help="a folder of train_mlm.py, with config.json, model.pt and tokenizer.json",
-    )
-    add("--tasks", nargs="+", default=["all"], type=str.lower, choices=(*TASKS, "all"), metavar="NAME",
-        help=f"all, or any of {', '.join(TASKS)}")  # fmt: skip
-    add("--seeds", type=bounded(int, 1), default=5, help="runs per task, of seeds 0, 1, ...")
-    add("--data-dir", help="a folder with the benchmark's own download (CoLA/train.tsv, ...) or the hub's parquet "
-        f"files (cola/train-00000-of-00001.parquet, ...), instead of {HUB_DATA} from the hub")  # fmt: skip
-    add("--out", default="out/glue", help="the folder of results")
-    add("--budget", choices=("10", "25", "50", "100"), default="10", help="per cent of the paper's pretraining: the "
-        "row to compare with")  # fmt: skip
-    add(
-        "--predict",
-        action="store_true",
-        help="write the benchmark's submission files, of the first seed",
-    )
-    add("--save", action="store_true", help="keep the fine-tuned models")
-    group = parser.add_argument_group("variants")
-    add = group.add_argument
-    add("--psm", type=train_mlm.psm_stages, metavar="STAGES", help="stages of padding-safe masking, joined by +, or none; the "
-        "checkpoint's, if not given")  # fmt: skip
-    add("--padding-side", choices=("right", "left"), default="right")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--pooling", choices=POOLINGS, help="map, if not given")
-    add(
-        "--ablation",
-        action="store_true",
-        help="the four variants of Table 3: PSM or none, map or cls",
-    )
-    add("--poolings", action="store_true", help="the four poolings of Table B4")
-    add = parser.add_argument_group("training").add_argument
-    add(
-        "--lr",
-        type=bounded(float, 1e-30),
-        default=2e-5,
-        help="peak learning rate: linear warm-up, linear decay to 0",
-    )
-    add("--batch-size", type=bounded(int, 1), default=32, help="rows")
-    add("--epochs", type=bounded(int, 1), default=3)
-    add(
-        "--max-length",
-        type=bounded(int, 8),
-        default=128,
-        help="tokens of a row; of a pair the longer is cut first",
-    )
 
+    # fmt: off
+    # what is read, what is run, what is written
+    positive = bounded(int, 1)
+    add = parser.add_argument
+    add("--checkpoint", required=True,
+        help="a folder of train_mlm.py, with config.json, model.pt and tokenizer.json")
+    add("--data-dir",
+        help="a folder with the benchmark's own download (CoLA/train.tsv, ...) or a clone of "
+        f"{HUB_DATA} with its README.md; if not given, {HUB_DATA} from the hub")
+    add("--tasks", nargs="+", default=["all"], type=str.lower, choices=(*TASKS, "all"),
+        metavar="NAME", help=f"all, or any of {', '.join(TASKS)}")
+    add("--seeds", type=positive, default=5, help="runs per task, with the seeds 0, 1, ...")
+    add("--budget", choices=("10", "25", "50", "100"), default="10",
+        help="per cent of the paper's pretraining: the row of its tables to compare with")
+    add("--out", default="out/glue", help="the folder of results")
+    add("--save", action="store_true", help="keep the fine-tuned models")
+    add("--predict", action="store_true",
+        help="write the benchmark's submission files, with the models of the first seed")
+
+    # variants of the model
+    variants = parser.add_argument_group("variants")
+    variants.add_argument("--psm", type=psm_stages, metavar="STAGES",
+        help="stages of padding-safe masking, joined by +, or none; if not given, the checkpoint's")
+    variants.add_argument("--padding-side", choices=("right", "left"), default="right")
+    poolings = variants.add_mutually_exclusive_group()
+    poolings.add_argument("--pooling", choices=POOLINGS, help="map, if not given")
+    poolings.add_argument("--ablation", action="store_true",
+        help="the four variants of Table 3: with and without PSM, pooling map and cls")
+    poolings.add_argument("--poolings", action="store_true", help="the four poolings of Table B4")
+
+    # the training
+    training = parser.add_argument_group("training")
+    training.add_argument("--lr", type=bounded(float, 1e-30), default=2e-5,
+        help="peak learning rate: linear warm-up, linear decay to 0")
+    training.add_argument("--batch-size", type=positive, default=32, help="rows")
+    training.add_argument("--epochs", type=positive, default=3)
+    training.add_argument("--max-length", type=bounded(int, 8), default=128,
+        help="tokens of a row; of a pair the longer sentence is cut first")
+    # fmt: on
+
+    # what the parser cannot check
     args = parser.parse_args(argv)
     if args.ablation and args.psm is not None:
         parser.error("--ablation chooses the PSM")
@@ -118,433 +119,491 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 # ---- Tasks and the benchmark's metrics ----
 
 
+# MNLI has two dev sets, from the sources of its training set ("matched") and from others, and two
+# test sets; the benchmark's diagnostic set (AX) is a third for the same model.
+FILE_NAMES = {
+    "dev_matched": "MNLI-m",
+    "dev_mismatched": "MNLI-mm",
+    "test_matched": "MNLI-m",
+    "test_mismatched": "MNLI-mm",
+    "test_ax": "AX",
+}
+
+
 class Task(NamedTuple):
-    folder: str  # of the benchmark's download
-    labels: tuple[str, ...]  # as the benchmark writes them, in the hub's order; none for regression
-    sentences: tuple[str, ...]  # columns of the .tsv files
-    label: str  # column of the .tsv files
-    hub_sentences: tuple[str, ...]  # columns of the parquet files
-    metrics: tuple[str, ...]  # the first is the one compared with the paper
-    rows: dict[str, int]  # the benchmark's files, and the rows of each
+    folder: str  # in the benchmark's download
+    rows: dict[str, int]  # how many examples each file of the benchmark has
+    sentences: tuple[str, ...] = ("sentence1", "sentence2")  # the columns that hold the text
+    labels: tuple[str, ...] = ("0", "1")  # as the benchmark writes them, in the hub's order
+    metrics: tuple[str, ...] = ("accuracy",)  # the first is the one that the paper has
 
     def files(self, kind: str) -> dict[str, str]:
-        """The files of a kind, "dev" or "test", by the column of the results or the submission file they make."""
-        columns = {
-            kind: self.folder,
-            f"{kind}_matched": "MNLI-m",
-            f"{kind}_mismatched": "MNLI-mm",
-            "test_ax": "AX",
-        }
-        return {columns[file]: file for file in self.rows if file.startswith(kind)}
+        """The files of a kind, "dev" or "test", by their name in results and submissions."""
+        files = [file for file in self.rows if file.startswith(kind)]
+        return {FILE_NAMES.get(file, self.folder): file for file in files}
 
 
-CLASSES, ENTAILS, PAIR = ("0", "1"), ("entailment", "not_entailment"), ("sentence1", "sentence2")
-SENTENCE, QUESTIONS = ("sentence",), ("question1", "question2")
-THREE, MATCHED = ("entailment", "neutral", "contradiction"), ("premise", "hypothesis")
-# QQP's training set is two rows larger: those two lack a question. test_ax is the diagnostic set, which MNLI predicts.
 # fmt: off
 TASKS = {
-    "cola": Task("CoLA", CLASSES, SENTENCE, "label", SENTENCE, ("matthews",), dict(train=8551, dev=1043, test=1063)),
-    "sst2": Task("SST-2", CLASSES, SENTENCE, "label", SENTENCE, ("accuracy",), dict(train=67349, dev=872, test=1821)),
-    "mrpc": Task("MRPC", CLASSES, ("#1 String", "#2 String"), "Quality", PAIR, ("f1", "accuracy"),
-                 dict(train=3668, dev=408, test=1725)),
-    "qqp": Task("QQP", CLASSES, QUESTIONS, "is_duplicate", QUESTIONS, ("f1", "accuracy"),
-                dict(train=363844, dev=40430, test=390965)),
-    "stsb": Task("STS-B", (), PAIR, "score", PAIR, ("pearson", "spearman"), dict(train=5749, dev=1500, test=1379)),
-    "mnli": Task("MNLI", THREE, PAIR, "gold_label", MATCHED, ("accuracy",), dict(
-                 train=392702, dev_matched=9815, dev_mismatched=9832, test_matched=9796, test_mismatched=9847,
-                 test_ax=1104)),
-    "qnli": Task("QNLI", ENTAILS, ("question", "sentence"), "label", ("question", "sentence"), ("accuracy",),
-                 dict(train=104743, dev=5463, test=5463)),
-    "rte": Task("RTE", ENTAILS, PAIR, "label", PAIR, ("accuracy",), dict(train=2490, dev=277, test=3000)),
-    "wnli": Task("WNLI", CLASSES, PAIR, "label", PAIR, ("accuracy",), dict(train=635, dev=71, test=146)),
+    # Is the sentence grammatical?
+    "cola": Task(folder="CoLA", sentences=("sentence",), metrics=("matthews",),
+                 rows=dict(train=8551, dev=1043, test=1063)),
+    # Does the sentence of a film review praise?
+    "sst2": Task(folder="SST-2", sentences=("sentence",),
+                 rows=dict(train=67349, dev=872, test=1821)),
+    # Do two sentences from the news mean the same?
+    "mrpc": Task(folder="MRPC", metrics=("f1", "accuracy"),
+                 rows=dict(train=3668, dev=408, test=1725)),
+    # Do two questions ask the same? (Two more rows of the training set lack a question.)
+    "qqp": Task(folder="QQP", sentences=("question1", "question2"), metrics=("f1", "accuracy"),
+                rows=dict(train=363844, dev=40430, test=390965)),
+    # How similar are two sentences? A score from 0 to 5, so there are no labels.
+    "stsb": Task(folder="STS-B", labels=(), metrics=("pearson", "spearman"),
+                 rows=dict(train=5749, dev=1500, test=1379)),
+    # Does the first sentence entail the second, contradict it, or neither?
+    "mnli": Task(folder="MNLI", labels=("entailment", "neutral", "contradiction"),
+                 rows=dict(train=392702, dev_matched=9815, dev_mismatched=9832,
+                           test_matched=9796, test_mismatched=9847, test_ax=1104)),
+    # Does the sentence answer the question?
+    "qnli": Task(folder="QNLI", sentences=("question", "sentence"),
+                 labels=("entailment", "not_entailment"),
+                 rows=dict(train=104743, dev=5463, test=5463)),
+    # Does the first sentence entail the second?
+    "rte": Task(folder="RTE", labels=("entailment", "not_entailment"),
+                rows=dict(train=2490, dev=277, test=3000)),
+    # The same, where the second sentence has a name in place of a pronoun of the first.
+    "wnli": Task(folder="WNLI", rows=dict(train=635, dev=71, test=146)),
 }
 # fmt: on
 
 
-def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """0 where one of them is constant."""
-    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) and np.ptp(y) else 0.0
+def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
+    return float((predicted == labels).mean())
+
+
+def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Of class 1, where classes are 0 and 1; 0 where nothing is of class 1."""
+    both = (predicted * labels).sum()
+    return float(2 * both / max(1, predicted.sum() + labels.sum()))
+
+
+def pearson(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Pearson's correlation; 0 where one of the two is constant."""
+    if np.ptp(predicted) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    return float(np.corrcoef(predicted, labels)[0, 1])
+
+
+def spearman(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The correlation of the ranks."""
+    return pearson(ranks(predicted), ranks(labels))
 
 
 def ranks(x: np.ndarray) -> np.ndarray:
-    """Equal values share the mean of their ranks."""
+    """The rank of each value, from 1 for the smallest; equal ones share the mean of their ranks."""
     _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    last_rank = np.cumsum(counts)
+    return (last_rank - (counts - 1) / 2)[place]
 
 
 METRICS = {
-    "accuracy": lambda x, y: float((x == y).mean()),
-    "f1": lambda x, y: float(
-        2 * (x * y).sum() / max(1, x.sum() + y.sum())
-    ),  # of class 1, out of 0 and 1
-    "matthews": pearson,  # of two classes, as 0 and 1, it is the same
+    "accuracy": accuracy,
+    "f1": f1,
+    "matthews": pearson,  # Matthews' correlation is Pearson's of classes 0 and 1
     "pearson": pearson,
-    "spearman": lambda x, y: pearson(ranks(x), ranks(y)),
+    "spearman": spearman,
 }
 
 # ---- The paper's scores: means over five seeds ----
 
-PAPER_COLUMNS = (
-    "CoLA",
-    "SST-2",
-    "MRPC",
-    "QQP",
-    "MNLI-m",
-    "MNLI-mm",
-    "QNLI",
-    "RTE",
-)  # its average is over these
+# The paper's average is over these eight columns.
+PAPER_COLUMNS = ("CoLA", "SST-2", "MRPC", "QQP", "MNLI-m", "MNLI-mm", "QNLI", "RTE")
 MABERT = "MMT" * 4
-PAPER = {  # by pattern, per cent of the pretraining, whether there is PSM, pooling
-    ("M" * 12, "10", True, "map"): (
-        0.401,
-        0.878,
-        0.805,
-        0.831,
-        0.745,
-        0.740,
-        0.796,
-        0.561,
-    ),  # Table 1
+
+# By pattern, per cent of the pretraining, whether there is padding-safe masking, and pooling
+# fmt: off
+PAPER = {
+    # Table 1: other patterns. MaBERT's row is that of Table B1 too.
+    ("M" * 12, "10", True, "map"): (0.401, 0.878, 0.805, 0.831, 0.745, 0.740, 0.796, 0.561),
     ("T" * 12, "10", True, "map"): (0.428, 0.891, 0.834, 0.843, 0.796, 0.802, 0.864, 0.575),
     ("MTT" * 4, "10", True, "map"): (0.555, 0.913, 0.823, 0.855, 0.804, 0.806, 0.868, 0.586),
     ("TM" * 6, "10", True, "map"): (0.525, 0.896, 0.826, 0.862, 0.801, 0.802, 0.873, 0.587),
     ("MT" * 6, "10", True, "map"): (0.573, 0.897, 0.797, 0.861, 0.803, 0.804, 0.859, 0.582),
     ("TMM" * 4, "10", True, "map"): (0.528, 0.903, 0.832, 0.863, 0.803, 0.802, 0.870, 0.595),
     ("TTM" * 4, "10", True, "map"): (0.512, 0.902, 0.809, 0.859, 0.800, 0.805, 0.874, 0.580),
-    (MABERT, "10", True, "map"): (
-        0.574,
-        0.904,
-        0.837,
-        0.868,
-        0.809,
-        0.814,
-        0.867,
-        0.602,
-    ),  # and Table B1
-    (MABERT, "25", True, "map"): (
-        0.612,
-        0.917,
-        0.848,
-        0.873,
-        0.815,
-        0.816,
-        0.868,
-        0.612,
-    ),  # Table B2
-    (MABERT, "50", True, "map"): (
-        0.634,
-        0.924,
-        0.863,
-        0.877,
-        0.825,
-        0.828,
-        0.886,
-        0.624,
-    ),  # Table B3
-    (MABERT, "100", True, "map"): (
-        0.676,
-        0.933,
-        0.869,
-        0.879,
-        0.835,
-        0.837,
-        0.893,
-        0.654,
-    ),  # Tables 2, 3 and B4
-    (MABERT, "100", True, "cls"): (
-        0.641,
-        0.918,
-        0.849,
-        0.863,
-        0.816,
-        0.818,
-        0.874,
-        0.638,
-    ),  # Table 3: PSM only
-    (MABERT, "100", False, "map"): (
-        0.661,
-        0.922,
-        0.841,
-        0.860,
-        0.819,
-        0.820,
-        0.878,
-        0.597,
-    ),  # Table 3: MAP only
-    (MABERT, "100", False, "cls"): (
-        0.596,
-        0.903,
-        0.841,
-        0.847,
-        0.803,
-        0.805,
-        0.855,
-        0.614,
-    ),  # Table 3: None
-    (MABERT, "100", True, "attn"): (
-        0.648,
-        0.924,
-        0.857,
-        0.861,
-        0.823,
-        0.818,
-        0.888,
-        0.639,
-    ),  # Table B4
-    (MABERT, "100", True, "mean"): (
-        0.651,
-        0.924,
-        0.857,
-        0.866,
-        0.823,
-        0.817,
-        0.869,
-        0.631,
-    ),  # Table B4
+    (MABERT, "10", True, "map"): (0.574, 0.904, 0.837, 0.868, 0.809, 0.814, 0.867, 0.602),
+
+    # Tables B2 and B3: more pretraining
+    (MABERT, "25", True, "map"): (0.612, 0.917, 0.848, 0.873, 0.815, 0.816, 0.868, 0.612),
+    (MABERT, "50", True, "map"): (0.634, 0.924, 0.863, 0.877, 0.825, 0.828, 0.886, 0.624),
+
+    # Table 3: Full (which is in Tables 2 and B4 too), PSM only, MAP only, None
+    (MABERT, "100", True, "map"): (0.676, 0.933, 0.869, 0.879, 0.835, 0.837, 0.893, 0.654),
+    (MABERT, "100", True, "cls"): (0.641, 0.918, 0.849, 0.863, 0.816, 0.818, 0.874, 0.638),
+    (MABERT, "100", False, "map"): (0.661, 0.922, 0.841, 0.860, 0.819, 0.820, 0.878, 0.597),
+    (MABERT, "100", False, "cls"): (0.596, 0.903, 0.841, 0.847, 0.803, 0.805, 0.855, 0.614),
+
+    # Table B4: other poolings
+    (MABERT, "100", True, "attn"): (0.648, 0.924, 0.857, 0.861, 0.823, 0.818, 0.888, 0.639),
+    (MABERT, "100", True, "mean"): (0.651, 0.924, 0.857, 0.866, 0.823, 0.817, 0.869, 0.631),
 }
-ABLATION = (
-    ("Full", True, "map"),
-    ("PSM only", True, "cls"),
-    ("MAP only", False, "map"),
-    ("None", False, "cls"),
-)
-REMARK = f"""The paper's scores are those of {MABERT} at full budget. The means of "CLS" in its Table B4 are those of
-"MAP only" in its Table 3, although CLS pooling with PSM is "PSM only"."""
+# fmt: on
+
+# The variants of Tables 3 and B4, and which row of PAPER each is compared with: whether there is
+# padding-safe masking, and the pooling
+TABLE_3 = {
+    "Full": (True, "map"),
+    "PSM only": (True, "cls"),
+    "MAP only": (False, "map"),
+    "None": (False, "cls"),
+}
+TABLE_B4 = {
+    "map": (True, "map"),
+    "attn": (True, "attn"),
+    "cls": (False, "map"),  # see REMARK
+    "mean": (True, "mean"),
+}
+REMARK = f"""The paper's scores are those of {MABERT} at full budget. The means of "CLS" in its
+Table B4 are those of "MAP only" in its Table 3, although CLS pooling with PSM is "PSM only"."""
 
 
 class Variant(NamedTuple):
+    """What differs between the runs of one command, besides task and seed."""
+
     name: str
     psm: tuple[str, ...]
     pooling: str
     paper: tuple[float, ...]  # in the order of PAPER_COLUMNS; empty where the paper has no such row
 
 
-def variants(args: argparse.Namespace, config: MaBERTConfig) -> list[Variant]:
-    """What to run: the chosen variant, or those of Table 3 or B4."""
-    psm, pooling = config.psm if args.psm is None else args.psm, args.pooling or "map"
+def chosen_variants(args: argparse.Namespace, config: MaBERTConfig) -> list[Variant]:
+    """The variant that the flags choose, or those of Table 3 or B4; config is the checkpoint's."""
+    psm = config.psm if args.psm is None else args.psm
+
+    # Table 3: a checkpoint without padding-safe masking gets all of its stages
     if args.ablation:
         stages = {True: psm or MaBERTConfig().psm, False: ()}
         return [
-            Variant(name, stages[on], kind, PAPER[MABERT, "100", on, kind])
-            for name, on, kind in ABLATION
+            Variant(name, stages[has_psm], pooling, PAPER[MABERT, "100", has_psm, pooling])
+            for name, (has_psm, pooling) in TABLE_3.items()
         ]
-    if args.poolings:  # Table B4: its CLS has the means of MAP only
-        rows = ((kind, (False, "map") if kind == "cls" else (True, kind)) for kind in POOLINGS)
+
+    # Table B4
+    if args.poolings:
         return [
-            Variant(kind, psm, kind, PAPER[(MABERT, "100", *row)] if psm else ())
-            for kind, row in rows
+            Variant(pooling, psm, pooling, PAPER[(MABERT, "100", *row)] if psm else ())
+            for pooling, row in TABLE_B4.items()
         ]
+
+    # one variant
+    pooling = args.pooling or "map"
+    name = f"{'+'.join(psm) or 'no'} PSM, {pooling}"
     paper = PAPER.get((config.pattern, args.budget, bool(psm), pooling), ())
-    return [Variant(f"{'+'.join(psm) or 'no'} PSM, {pooling}", psm, pooling, paper)]
+    return [Variant(name, psm, pooling, paper)]
 
 
 # ---- Reading ----
+#
+# A file of a task ("train", "dev_matched", "test_ax", …) is a .tsv file of the benchmark's download
+# or a table of the hub's data set. Either is read as lines of cells, names of columns first.
 
 
-class Rows(NamedTuple):
-    inputs: list  # of each row one or two sentences, or what encode makes of them
-    labels: np.ndarray | None  # (rows,) int64, or float32 for regression; none of a test set
-    index: list[int]  # what the benchmark calls the rows
+class Examples(NamedTuple):
+    """A file of a task, as text."""
+
+    sentences: list[tuple[str, ...]]  # one or two of each example
+    labels: np.ndarray  # (examples,): int64 classes or float32 scores; empty of a test set
+    index: list[int]  # of a test set: the benchmark's numbers of the examples
+    skipped: int  # how many malformed lines were left out
 
 
-def sources(name: str, file: str, data_dir: str | None) -> tuple[list[Path], str, str]:
-    """Where a file of a task lies: (a .tsv or some .parquet; nothing for the hub, the hub's name of task and file)."""
-    config, split = (
-        ("ax", "test") if file == "test_ax" else (name, file.replace("dev", "validation"))
-    )
+# Columns have other names in some tasks and on the hub: the left is read as the right.
+SAME_COLUMN = {
+    "#1 String": "sentence1",  # MRPC
+    "#2 String": "sentence2",
+    "Quality": "label",
+    "is_duplicate": "label",  # QQP
+    "score": "label",  # STS-B
+    "gold_label": "label",  # MNLI
+    "premise": "sentence1",  # MNLI on the hub
+    "hypothesis": "sentence2",
+    "idx": "index",  # every task on the hub
+}
+COLA_HEADER = ["source", "label", "mark", "sentence"]  # CoLA's train.tsv and dev.tsv lack one
+
+Lines = Iterator[tuple[str, list]]  # of each line: its number as messages say it, and its cells
+
+
+def open_file(name: str, file: str, data_dir: str | None) -> tuple[str, Lines]:
+    """(where a file of a task is, its lines). The benchmark's own file comes before the hub's."""
+    # its names in the benchmark's download and on the hub
+    tsv = f"{TASKS[name].folder}/{file}.tsv"
+    config, split = name, file.replace("dev", "validation")
+    if file == "test_ax":
+        tsv = "diagnostic/diagnostic.tsv"
+        config, split = "ax", "test"
+
+    # the hub
     if data_dir is None:
-        return [], config, split
-    tsv = Path(
-        data_dir,
-        "diagnostic/diagnostic.tsv" if config == "ax" else f"{TASKS[name].folder}/{file}.tsv",
-    )
-    if (
-        paths := [tsv]
-        if tsv.exists()
-        else sorted(Path(data_dir, config).glob(f"{split}-*.parquet"))
-    ):
-        return paths, config, split
+        return f"{HUB_DATA} {config} {split}", hub_lines(HUB_DATA, config, split)
+
+    # the benchmark's download
+    path = Path(data_dir, tsv)
+    if path.exists():
+        return f"{path}", tsv_lines(path, has_header=name != "cola" or file == "test")
+
+    # a clone of the hub's data set, whose README.md tells `datasets` which files there are
+    readme = Path(data_dir, "README.md")
+    if readme.exists():
+        return f"{data_dir} {config} {split}", hub_lines(data_dir, config, split)
+
     raise SystemExit(
-        f"--data-dir: neither {tsv} nor {Path(data_dir, config, split)}-*.parquet exists"
+        f"--data-dir: there is neither {path}, as in the benchmark's download, "
+        f"nor {readme}, as in a clone of {HUB_DATA}"
     )
 
 
-def read(name: str, file: str, data_dir: str | None) -> Rows:
-    """A file of a task. The malformed rows that QQP's training and dev set are known for are left out and counted;
-    whatever else is wrong is a SystemExit that names the file and the line."""
-    task, is_test, (paths, config, split) = (
-        TASKS[name],
-        file.startswith("test"),
-        sources(name, file, data_dir),
-    )
-    is_tsv, has_header = bool(paths) and paths[0].suffix == ".tsv", name != "cola" or is_test
-    where = str(paths[0]) if paths else f"{HUB_DATA} {config} {split}"
+def tsv_lines(path: Path, has_header: bool) -> Lines:
+    """The lines of a .tsv file of the benchmark.
+
+    Cells are never quoted: a quotation mark is part of its sentence. Only a line feed ends a line,
+    since sentences have characters at which `splitlines` would cut. MRPC's files begin with a
+    byte-order mark, which utf-8-sig drops.
+    """
+    if not has_header:
+        yield "header", COLA_HEADER
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise SystemExit(f"{path}, line {number}: {error}") from error
+            yield f"line {number}", text.rstrip("\r\n").split("\t")
+
+
+def hub_lines(source: str, config: str, split: str) -> Lines:
+    """The lines of a table that `datasets` reads, from the hub or from the folder of a clone."""
+    import datasets  # takes seconds
+
+    # A clone is read from its files ("streaming"): the cache of `datasets` would take clones of one
+    # folder name for the same. And by its whole path: "text" alone would be taken for a loader.
+    is_clone = source != HUB_DATA
+    name = str(Path(source).resolve()) if is_clone else source
     try:
-        header, *rows = (
-            read_tsv(paths[0], has_header) if is_tsv else read_table(paths, config, split)
-        )
-    except Exception as error:  # datasets and pyarrow raise many kinds
-        advice = "" if paths else "\nwithout the hub, pass --data-dir with the benchmark's files"
-        raise SystemExit(f"cannot read {where}: {error}{advice}") from error
-    columns, label = (task.sentences, task.label) if is_tsv else (task.hub_sentences, "label")
-    if missing := {*columns, *([] if is_test else [label])} - {*header}:
+        table = datasets.load_dataset(name, config, split=split, streaming=is_clone)
+        yield "header", table.column_names or []
+        rows = (cells for batch in table.iter(1000) for cells in zip(*batch.values()))
+        for number, cells in enumerate(rows):
+            yield f"row {number}", cells
+    except Exception as error:  # of many kinds, some with the reason one level down
         raise SystemExit(
-            f"{where} has no column {', '.join(sorted(missing))}, only {', '.join(header)}"
-        )
-    sentences, labels, index, skipped = [], [], [], 0
-    for i, cells in enumerate(rows):
+            f"cannot read {source} {config} {split}: {error.__cause__ or error}\n"
+            f"pass --data-dir with the benchmark's own files, or with a clone of {HUB_DATA}"
+        ) from error
+
+
+def read_examples(name: str, file: str, data_dir: str | None) -> Examples:
+    """The examples of a file of a task. SystemExit names the first line that cannot be used."""
+    task = TASKS[name]
+    is_test = file.startswith("test")
+    where, lines = open_file(name, file, data_dir)
+
+    # the columns
+    _, header = next(lines, ("header", []))
+    columns = [SAME_COLUMN.get(column, column) for column in header]
+    needed = {*task.sentences} if is_test else {*task.sentences, "label"}
+    if missing := ", ".join(sorted(needed - {*columns})):
+        raise SystemExit(f"{where} has no column {missing}, only {', '.join(header)}")
+
+    # the lines. QQP is known for malformed ones: those to learn from are left out, and in those
+    # to be predicted a question may be empty.
+    may_skip = name == "qqp" and not is_test
+    may_be_empty = name == "qqp" and is_test
+    sentences = []
+    labels = []
+    index = []
+    skipped = 0
+    for number, (place, cells) in enumerate(lines):
         try:
-            if len(cells) != len(header):
-                raise ValueError(f"{len(cells)} columns instead of {len(header)}")
-            row = dict(zip(header, cells))
-            for column in columns:
-                if not isinstance(row[column], str) or not (
-                    row[column].strip() or (is_test and name == "qqp")
-                ):
-                    raise ValueError(f"{column} is {row[column]!r}, no sentence")
-            labels.append(None if is_test else parse_label(task, row[label]))
-            sentences.append(tuple(row[column] for column in columns))
-            index.append(row.get("idx", i))
+            if len(cells) != len(columns):
+                raise ValueError(f"{len(cells)} columns instead of {len(columns)}")
+            example = dict(zip(columns, cells))
+            texts = parse_sentences(task, example, may_be_empty)
+            if is_test:
+                index.append(int(example.get("index", number)))
+            else:
+                labels.append(parse_label(task, example["label"]))
+            sentences.append(texts)
         except ValueError as error:
-            if name != "qqp" or is_test:
-                place = f"line {i + 1 + has_header}" if is_tsv else f"row {i}"
+            if not may_skip:
                 raise SystemExit(f"{where}, {place}: {error}") from error
             skipped += 1
-    if skipped:
-        tqdm.write(f"{where}: {skipped} malformed rows skipped")
+
     if not sentences:
         raise SystemExit(f"{where} has no rows")
-    if len(sentences) != task.rows[file]:
-        tqdm.write(f"{where} has {len(sentences)} rows; the benchmark has {task.rows[file]}")
-    return Rows(
-        sentences,
-        None if is_test else np.array(labels, np.int64 if task.labels else np.float32),
-        index,
-    )
+    kind = np.int64 if task.labels else np.float32
+    return Examples(sentences, np.array(labels, kind), index, skipped)
 
 
-def read_tsv(path: Path, has_header: bool) -> list[list[str]]:
-    """The names of the columns, then rows of cells, which are never quoted. Without a header, the file is CoLA's."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"line {1 + error.object.count(bytes([10]), 0, error.start)}: {error}"
-        ) from error
-    rows = [
-        line.rstrip("\r").split("\t") for line in text.removesuffix("\n").split("\n")
-    ]  # sentences have other ends
-    return rows if has_header else [["source", "label", "mark", "sentence"], *rows]
-
-
-def read_table(paths: list[Path], config: str, split: str) -> list:
-    """The names of the columns, then rows of cells."""
-    import datasets  # takes seconds
-    import pyarrow.parquet
-
-    if paths:
-        columns = pyarrow.concat_tables(map(pyarrow.parquet.read_table, paths)).to_pydict()
-    else:
-        columns = datasets.load_dataset(HUB_DATA, config, split=split)[:]
-    return [list(columns), *zip(*columns.values())]
+def parse_sentences(task: Task, example: dict, may_be_empty: bool) -> tuple[str, ...]:
+    """The sentences of an example, which is given as its cells by column."""
+    texts = tuple(example[column] for column in task.sentences)
+    for column, text in zip(task.sentences, texts):
+        if not isinstance(text, str) or not (text.strip() or may_be_empty):
+            raise ValueError(f"{column} is {text!r}, no sentence")
+    return texts
 
 
 def parse_label(task: Task, label) -> int | float:
-    """A label as the benchmark or the hub writes it."""
-    with suppress(TypeError, ValueError):
-        if task.labels:
-            return (task.labels if isinstance(label, str) else range(len(task.labels))).index(label)
-        if 0 <= float(label) <= 5:
-            return float(label)
-    expected = (
-        f"{', '.join(task.labels)} (0 to {len(task.labels) - 1})"
-        if task.labels
-        else "a number from 0 to 5"
-    )
+    """The number of a class, for which the benchmark writes its name; or a score."""
+    if task.labels:
+        if label in task.labels:
+            return task.labels.index(label)
+        if label in range(len(task.labels)):  # on the hub
+            return label
+        expected = f"{', '.join(task.labels)} (0 to {len(task.labels) - 1})"
+    else:
+        with suppress(TypeError, ValueError):
+            if 0 <= float(label) <= 5:
+                return float(label)
+        expected = "a number from 0 to 5"
     raise ValueError(f"label {label!r}; expected {expected}")
+
+
+def check_data(args: argparse.Namespace) -> dict[str, str]:
+    """A digest of the sentences and labels of each task's training and dev sets.
+
+    Reads all files that the runs need, so that a missing or damaged one is named now and not after
+    hours. Keeps none, since there may be a million rows: `sweep` reads a task's again in its turn.
+    """
+    digests = {}
+    for name in tqdm(args.tasks, desc="reading", unit="task", leave=False, delay=5):
+        digest = hashlib.sha256()
+        for file, count in TASKS[name].rows.items():
+            is_test = file.startswith("test")
+            if is_test and not args.predict:
+                continue
+            examples = read_examples(name, file, args.data_dir)
+
+            # say what is unusual
+            rows = len(examples.sentences)
+            if examples.skipped:
+                tqdm.write(f"{name} {file}: {examples.skipped} malformed rows skipped")
+            if rows != count:
+                tqdm.write(f"{name} {file} has {rows} rows; the benchmark has {count}")
+
+            # digest what results depend on
+            if not is_test:
+                digest.update(file.encode())
+                for row in zip(examples.sentences, examples.labels.tolist()):
+                    digest.update(repr(row).encode())
+        digests[name] = digest.hexdigest()[:16]
+    return digests
 
 
 # ---- One run ----
 
 
-def load_model(folder: str | Path, **changes) -> MaBERTForSequenceClassification:
+def load_model(folder: str | Path, **changes) -> Classifier:
+    """A model with a head for classes or scores; `changes` replace fields of its config."""
     logging.getLogger("mabert").setLevel(logging.ERROR)  # that the head is new goes without saying
     try:
-        model = MaBERTForSequenceClassification.from_pretrained(folder, **changes).to(DEVICE)
+        model = Classifier.from_pretrained(folder, **changes).to(DEVICE)
     except (OSError, ValueError) as error:
         raise SystemExit(f"cannot load {folder}: {error}") from error
     if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise SystemExit(f"{folder} has weights that are not finite: the training that made it "
-                         "diverged, and a lower --lr helps there")  # fmt: skip
+        raise SystemExit(
+            f"{folder} has weights that are not finite: the training that made it diverged, "
+            "and a lower --lr helps there"
+        )
     return model
 
 
-def read_tokenizer(args: argparse.Namespace, config: MaBERTConfig) -> Tokenizer:
-    """The checkpoint's, which cuts to --max-length, of a pair the longer first."""
-    file, most = Path(args.checkpoint, "tokenizer.json"), config.max_position
-    tokenizer = train_mlm.load_tokenizer(str(file))
-    if (size := train_mlm.vocabulary_size(tokenizer)) > config.vocab_size:
+def truncating_tokenizer(args: argparse.Namespace, config: MaBERTConfig) -> Tokenizer:
+    """The checkpoint's tokenizer, which cuts rows to --max-length: the longer sentence first."""
+    file = Path(args.checkpoint, "tokenizer.json")
+    tokenizer = load_tokenizer(str(file))
+
+    # does it fit the model?
+    size = vocabulary_size(tokenizer)
+    if size > config.vocab_size:
         raise SystemExit(f"{file} has {size} tokens, more than the model's {config.vocab_size}")
-    if args.max_length > most:
+    longest = config.max_position
+    if args.max_length > longest:
         raise SystemExit(
-            f"the checkpoint has {most} positions, not {args.max_length}: pass --max-length {most}"
+            f"the checkpoint has {longest} positions, not {args.max_length}: "
+            f"pass --max-length {longest}"
         )
+
     tokenizer.enable_truncation(args.max_length, strategy="longest_first")
+    tokenizer.encode_special_tokens = True  # a sentence's "[SEP]" is text, as in pretraining
     return tokenizer
 
 
-def encode(rows: Rows, tokenizer: Tokenizer) -> Rows:
-    """With (3, l) uint16 instead of sentences: ids, ones, and 0 in the first sentence, 1 in the second."""
+class Encoded(NamedTuple):
+    """A file of a task, as tokens."""
+
+    tokens: list[np.ndarray]  # of each example (3, l) uint16: ids, ones, and the sentence, 0 or 1
+    labels: np.ndarray  # as in Examples
+
+
+def encode_examples(examples: Examples, tokenizer: Tokenizer) -> Encoded:
+    # 10,000 at a time, since the tokenizer's results are large
     tokens = []
-    for i in range(
-        0, len(rows.inputs), 10_000
-    ):  # some at a time, since tokenizers' objects are large
-        found = tokenizer.encode_batch_fast(
-            [row if len(row) == 2 else row[0] for row in rows.inputs[i : i + 10_000]]
-        )
-        tokens += [
-            np.array([row.ids, row.attention_mask, row.type_ids], np.uint16) for row in found
-        ]
-    return rows._replace(inputs=tokens)
+    for i in range(0, len(examples.sentences), 10_000):
+        texts = [pair if len(pair) == 2 else pair[0] for pair in examples.sentences[i : i + 10_000]]
+        for row in tokenizer.encode_batch_fast(texts):
+            tokens.append(np.array([row.ids, row.attention_mask, row.type_ids], np.uint16))
+    return Encoded(tokens, examples.labels)
 
 
-def batches(data: Rows, size: int, *seed: int) -> list[np.ndarray]:
-    """The numbers of the rows in batches of like length, in an order by the seed."""
-    lengths = np.array([row.shape[1] for row in data.inputs])
+def batches_of_like_length(data: Encoded, size: int, *seed: int) -> list[np.ndarray]:
+    """The numbers of the examples in batches, in an order that the seed chooses."""
+    lengths = np.array([row.shape[1] for row in data.tokens])
     return shuffled_batches(len(lengths), size, np.random.default_rng(seed), lengths)
 
 
-def collate(
-    data: Rows, rows: np.ndarray, pad: int, side: str
+def padded(
+    data: Encoded, numbers: np.ndarray, pad: int, side: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, mask and token types, (b, l), padded to the longest row."""
-    tokens = [torch.from_numpy(data.inputs[row].T.astype(np.int64)) for row in rows]  # each (l, 3)
-    ids, mask, types = (
-        pad_sequence(tokens, batch_first=True, padding_side=side).to(DEVICE).unbind(dim=2)
-    )
+    """A batch of the examples with these numbers: (ids, mask, token types), each (b, l).
+
+    Rows are padded to the longest of them, at the side "left" or "right".
+    """
+    rows = [torch.from_numpy(data.tokens[i].T.astype(np.int64)) for i in numbers]  # each (l, 3)
+    batch = pad_sequence(rows, batch_first=True, padding_side=side).to(DEVICE)  # (b, l, 3)
+    ids, mask, types = batch.unbind(dim=2)
     return ids.masked_fill(mask == 0, pad), mask, types
 
 
-def fit(model: torch.nn.Module, data: Rows, pad: int, seed: int, args: argparse.Namespace):
-    """Trains the model in place: AdamW, linear warm-up and decay, gradients clipped at 1.0."""
+def fit(model: Classifier, data: Encoded, seed: int, args: argparse.Namespace):
+    """Trains the model in place. FloatingPointError where the loss is no longer finite."""
     optimizer = make_optimizer(model, WEIGHT_DECAY)
-    order = [
-        rows for epoch in range(args.epochs) for rows in batches(data, args.batch_size, seed, epoch)
-    ]
+    pad = model.config.pad_token_id
+    order = []
+    for epoch in range(args.epochs):
+        order += batches_of_like_length(data, args.batch_size, seed, epoch)
+
     model.train()
     progress = tqdm(order, unit="step", leave=False)
-    for step, rows in enumerate(progress):
+    for step, numbers in enumerate(progress):
+        # linear warm-up, then linear decay
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, len(order), args.lr, round(WARMUP * len(order)))
+
+        # forward
+        inputs = padded(data, numbers, pad, args.padding_side)
+        labels = torch.from_numpy(data.labels[numbers]).to(DEVICE)
         with autocast(DEVICE):
-            labels = torch.from_numpy(data.labels[rows]).to(DEVICE)
-            loss = model(*collate(data, rows, pad, args.padding_side), labels=labels).loss
+            loss = model(*inputs, labels=labels).loss
+
+        # backward, clip, update
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+
+        # now and then a look at the loss, which makes the CPU wait for the GPU
         if step % 50 == 49:
             progress.set_postfix(loss=f"{loss.item():.4f}")
             if not loss.isfinite():
@@ -552,246 +611,279 @@ def fit(model: torch.nn.Module, data: Rows, pad: int, seed: int, args: argparse.
 
 
 @torch.no_grad()
-def predict(model: torch.nn.Module, data: Rows, pad: int, args: argparse.Namespace) -> np.ndarray:
-    """Classes or scores, (rows,), in the order of the rows. FloatingPointError where they are not finite."""
+def predict(model: Classifier, data: Encoded, args: argparse.Namespace) -> np.ndarray:
+    """Classes or scores, (examples,). FloatingPointError where one is not finite."""
     model.eval()
-    logits = np.zeros((len(data.inputs), model.config.num_labels), dtype=np.float32)
-    for rows in tqdm(
-        batches(data, 4 * args.batch_size, 0), desc="predicting", leave=False, delay=5
-    ):
-        with (
-            nullcontext() if model.config.num_labels == 1 else autocast(DEVICE)
-        ):  # bf16 would round scores to ties
-            logits[rows] = (
-                model(*collate(data, rows, pad, args.padding_side)).logits.float().cpu().numpy()
-            )
+    pad = model.config.pad_token_id
+    is_regression = model.config.num_labels == 1
+    precision = nullcontext() if is_regression else autocast(DEVICE)  # bf16 would make ties
+
+    logits = np.zeros((len(data.tokens), model.config.num_labels), dtype=np.float32)
+    batches = batches_of_like_length(data, 4 * args.batch_size, 0)
+    for numbers in tqdm(batches, desc="predicting", leave=False, delay=5):
+        with precision:
+            output = model(*padded(data, numbers, pad, args.padding_side))
+        logits[numbers] = output.logits.float().cpu().numpy()
+
     if not np.isfinite(logits).all():
         raise FloatingPointError("its predictions are not finite")
-    return logits.argmax(axis=1) if model.config.num_labels > 1 else logits[:, 0]
+    return logits[:, 0] if is_regression else logits.argmax(axis=1)
 
 
-def run(
-    name: str,
-    seed: int,
-    variant: Variant,
-    data: dict[str, Rows],
-    pad: int,
-    args: argparse.Namespace,
-):
-    """Fine-tunes once: (result, model). FloatingPointError where it diverges."""
-    task, start = TASKS[name], time.perf_counter()
+def finetune(
+    name: str, seed: int, variant: Variant, data: dict[str, Encoded], args: argparse.Namespace
+) -> tuple[dict, Classifier]:
+    """(the result of one run, its model). data: the task's training set and dev sets.
+
+    FloatingPointError where the run diverges.
+    """
+    task = TASKS[name]
+    start = time.perf_counter()
+
+    # train
     torch.manual_seed(seed)  # the head's initialisation, dropout
-    options = dict(num_labels=max(1, len(task.labels)), psm=variant.psm, pooling=variant.pooling)
-    model = load_model(args.checkpoint, **options)
-    fit(model, data["train"], pad, seed, args)
-    scores, rows = {}, {file: len(part.inputs) for file, part in data.items()}
+    model = load_model(
+        args.checkpoint,
+        num_labels=max(1, len(task.labels)),
+        psm=variant.psm,
+        pooling=variant.pooling,
+    )
+    fit(model, data["train"], seed, args)
+
+    # measure
+    scores = {}
     for column, file in task.files("dev").items():
-        predicted = predict(model, data[file], pad, args)
-        scores[column] = {
-            metric: METRICS[metric](predicted, data[file].labels) for metric in task.metrics
-        }
+        predicted = predict(model, data[file], args)
+        labels = data[file].labels
+        scores[column] = {metric: METRICS[metric](predicted, labels) for metric in task.metrics}
+
     result = dict(
         task=name,
         seed=seed,
         scores=scores,
-        rows=rows,
+        rows={file: len(encoded.tokens) for file, encoded in data.items()},
         seconds=round(time.perf_counter() - start, 1),
+        config=dataclasses.asdict(model.config),
     )
-    return result | dict(config=dataclasses.asdict(model.config)), model
+    return result, model
 
 
 # ---- All runs ----
 
 
-def digest(paths: Iterable[Path]) -> str:
-    """Of the content of files."""
-    parts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
-
-
-def finished(file: Path) -> dict | None:
-    """A run's result, or None. One that is damaged is named and not used."""
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        return {
-            key: result[key]
-            for key in ("task", "scores", "rows", "seconds", "config", "settings", "machine")
-        }
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        tqdm.write(f"{file} is damaged ({error!r}): that run is made again")
-
-
 def sweep(
-    args: argparse.Namespace, tokenizer: Tokenizer, chosen: list[Variant], identity: dict[str, dict]
-):
-    """The results of all runs, by variant; those that are missing are made. identity: what a task's depend on, beside
-    the seed and the variant. A run that diverges stops no other; SystemExit names it at the end."""
-    results, diverged, loaded, data = {variant: [] for variant in chosen}, [], None, {}
-    out, machine, pad = Path(args.out), train_mlm.describe_machine(), tokenizer.token_to_id("[PAD]")
-    todo = [
-        (name, variant, seed)
-        for name in args.tasks
-        for variant in chosen
-        for seed in range(args.seeds)
-    ]
-    for name, variant, seed in (progress := tqdm(todo, unit="run")):
+    args: argparse.Namespace, tokenizer: Tokenizer, chosen: list[Variant], digests: dict[str, str]
+) -> dict[Variant, list[dict]]:
+    """The results of all runs, by variant; those that --out does not have yet are made.
+
+    digests: of each task's data. A run that diverges stops no other; at last SystemExit names it.
+    """
+    results = {variant: [] for variant in chosen}
+    diverged = []
+    machine = describe_machine()
+    checkpoint = digest_files(args.checkpoint, ("config.json", "model.pt", "tokenizer.json"))
+    data = {}  # of one task at a time
+
+    todo = list(itertools.product(args.tasks, chosen, range(args.seeds)))
+    progress = tqdm(todo, unit="run")
+    for name, variant, seed in progress:
         title = f"{name}, {variant.name}, seed {seed}"
         progress.set_description(title)
-        settings = identity[name] | dict(
-            psm="+".join(variant.psm) or "none", pooling=variant.pooling
-        )
-        key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-        folder = out / f"{name}-{variant.pooling}-{settings['psm']}-{key}-seed{seed}"
-        file, last = out / f"{folder.name}.json", folder / "tokenizer.json"
+
+        # its files
+        settings = run_settings(name, variant, args)
+        settings |= dict(data=digests[name], checkpoint=checkpoint)
+        folder = run_folder(args.out, settings, seed)
+        file = folder.with_name(f"{folder.name}.json")
+
+        # is its result there, and its model, if that is asked for?
+        result = read_result(file)
         submits = args.predict and seed == 0 and variant is chosen[0]
-        result, keeps = finished(file), args.save or submits
+        needs_model = args.save or submits
+        is_saved = (folder / "tokenizer.json").exists()  # the last file that save_model writes
         try:
-            if result is None or (keeps and not last.exists()):
-                if loaded != name:
-                    files = ["train", *TASKS[name].files("dev").values()]
-                    loaded, data = (
-                        name,
-                        {
-                            part: encode(read(name, part, args.data_dir), tokenizer)
-                            for part in files
-                        },
-                    )
-                result, model = run(name, seed, variant, data, pad, args)
-                if keeps:
-                    model.save_pretrained(folder)
-                    whole = train_mlm.load_tokenizer(
-                        str(Path(args.checkpoint, last.name))
-                    )  # which cuts nothing
-                    write_atomically(last, whole.to_str(pretty=True))
+            if result is None or (needs_model and not is_saved):
+                # read the task's data, unless the run before this one did
+                if name not in data:
+                    data = {name: encode_task(name, tokenizer, args)}
+
+                # run, and write the result last: where it is, the model is
+                result, model = finetune(name, seed, variant, data[name], args)
+                if needs_model:
+                    save_model(folder, model, args)
                 result |= dict(settings=settings, machine=machine)
                 write_atomically(file, json.dumps(result, indent=2) + "\n")
+
             results[variant].append(result)
             if submits:
                 submit(name, load_model(folder), tokenizer, args)
         except FloatingPointError as error:
             diverged.append(f"{title}: {error}; a lower --lr helps")
+
     if diverged:
         raise SystemExit("\n".join(diverged))
     return results
 
 
-def submit(name: str, model: torch.nn.Module, tokenizer: Tokenizer, args: argparse.Namespace):
+def run_settings(name: str, variant: Variant, args: argparse.Namespace) -> dict:
+    """What the flags say that a result depends on, but for the seed."""
+    flags = ("padding_side", "lr", "batch_size", "epochs", "max_length")
+    settings = dict(task=name, psm="+".join(variant.psm) or "none", pooling=variant.pooling)
+    return settings | {flag: getattr(args, flag) for flag in flags}
+
+
+def run_folder(out: str, settings: dict, seed: int) -> Path:
+    """Where a run's model is saved. Its result lies beside the folder, under the same name."""
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    variant = f"{settings['pooling']}-{settings['psm']}"
+    return Path(out, f"{settings['task']}-{variant}-{digest}-seed{seed}")
+
+
+def digest_files(folder: str, names: tuple[str, ...]) -> str:
+    """Of the content of these files in a folder, in 16 hexadecimal digits."""
+    digests = [hashlib.sha256(Path(folder, name).read_bytes()).hexdigest() for name in names]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def read_result(file: Path) -> dict | None:
+    """A run's result; None where there is none. A damaged file is named, and counts as none."""
+    needed = ("task", "scores", "rows", "seconds", "config", "settings", "machine")
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        return {key: result[key] for key in needed}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        tqdm.write(f"{file} is damaged ({error!r}): that run is made again")
+        return None
+
+
+def encode_task(name: str, tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, Encoded]:
+    """A task's training set and dev sets, by file."""
+    data = {}
+    for file in ("train", *TASKS[name].files("dev").values()):
+        data[file] = encode_examples(read_examples(name, file, args.data_dir), tokenizer)
+    return data
+
+
+def save_model(folder: Path, model: Classifier, args: argparse.Namespace):
+    """Writes a model and its tokenizer, as `python mabert.py` takes them."""
+    model.save_pretrained(folder)
+    tokenizer = load_tokenizer(str(Path(args.checkpoint, "tokenizer.json")))  # which cuts nothing
+    write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+
+
+def submit(name: str, model: Classifier, tokenizer: Tokenizer, args: argparse.Namespace):
     """Writes a task's files for the benchmark: labels as it writes them, or scores from 0 to 5."""
-    Path(args.out, "submission").mkdir(exist_ok=True)
-    for column, file in TASKS[name].files("test").items():
-        data, labels = encode(read(name, file, args.data_dir), tokenizer), TASKS[name].labels
-        predicted = predict(model, data, tokenizer.token_to_id("[PAD]"), args)
-        cells = (
-            [labels[i] for i in predicted] if labels else [f"{x:.3f}" for x in predicted.clip(0, 5)]
-        )
-        lines = [
-            f"{index}\t{cell}\n"
-            for index, cell in [("index", "prediction"), *zip(data.index, cells)]
-        ]
-        write_atomically(Path(args.out, "submission", f"{column}.tsv"), "".join(lines))
+    task = TASKS[name]
+    folder = Path(args.out, "submission")
+    folder.mkdir(exist_ok=True)
+    for column, file in task.files("test").items():
+        # predict
+        examples = read_examples(name, file, args.data_dir)
+        predicted = predict(model, encode_examples(examples, tokenizer), args)
+
+        # write
+        lines = ["index\tprediction\n"]
+        for index, value in zip(examples.index, predicted):
+            cell = task.labels[value] if task.labels else f"{value.clip(0, 5):.3f}"
+            lines.append(f"{index}\t{cell}\n")
+        write_atomically(folder / f"{column}.tsv", "".join(lines))
 
 
-def compare(args: argparse.Namespace, results: dict[Variant, list[dict]]) -> tuple[list[dict], str]:
-    """(the scores of all seeds beside the paper's, a row per task, metric and variant; those rows as a table)"""
-    rows, budget = [], "100" if args.ablation or args.poolings else args.budget
+def score_rows(args: argparse.Namespace, results: dict[Variant, list[dict]]) -> list[dict]:
+    """The scores of all seeds beside the paper's: a row per task, metric and variant."""
+    rows = []
     for name in args.tasks:
-        for column, metric in itertools.product(TASKS[name].files("dev"), TASKS[name].metrics):
-            for variant, found in results.items():
-                scores = [
-                    result["scores"][column][metric] for result in found if result["task"] == name
-                ]
-                paper = (
-                    dict(zip(PAPER_COLUMNS, variant.paper))
-                    if metric == TASKS[name].metrics[0]
-                    else {}
-                )
-                row = dict(
-                    task=column,
-                    metric=metric,
-                    variant=variant.name,
-                    paper=paper.get(column),
-                    scores=scores,
-                )
+        task = TASKS[name]
+        for column, metric in itertools.product(task.files("dev"), task.metrics):
+            for variant, runs in results.items():
+                row = dict(task=column, metric=metric, variant=variant.name, paper=None)
+                row["scores"] = [r["scores"][column][metric] for r in runs if r["task"] == name]
+                if metric == task.metrics[0]:
+                    row["paper"] = dict(zip(PAPER_COLUMNS, variant.paper)).get(column)
                 rows.append(row)
+
+    # the average over the paper's columns, where all of them were measured
     for variant in results:
-        some = [row for row in rows if row["variant"] == variant.name and row["paper"] is not None]
-        if len(some) == len(PAPER_COLUMNS):
-            scores, paper = (
-                np.mean([row[key] for row in some], axis=0).tolist() for key in ("scores", "paper")
-            )
-            rows.append(
-                dict(
-                    task="average",
-                    metric="of these 8",
-                    variant=variant.name,
-                    scores=scores,
-                    paper=paper,
-                )
-            )
-    lines = [
-        f"| task | metric | variant | measured, seeds: {args.seeds} | paper, {budget} % | difference |"
-    ]
+        compared = [r for r in rows if r["variant"] == variant.name and r["paper"] is not None]
+        if len(compared) == len(PAPER_COLUMNS):
+            row = dict(task="average", metric="of these 8", variant=variant.name)
+            row["paper"] = float(np.mean([r["paper"] for r in compared]))
+            row["scores"] = np.mean([r["scores"] for r in compared], axis=0).tolist()
+            rows.append(row)
+
+    # mean and standard deviation over the seeds
+    for row in rows:
+        row["mean"] = float(np.mean(row["scores"]))
+        row["sd"] = float(np.std(row["scores"], ddof=1)) if args.seeds > 1 else None
+    return rows
+
+
+def results_table(args: argparse.Namespace, rows: list[dict]) -> str:
+    """The rows of score_rows in Markdown."""
+    budget = "100" if args.ablation or args.poolings else args.budget
+    seeds = f"measured, seeds: {args.seeds}"
+    lines = [f"| task | metric | variant | {seeds} | paper, {budget} % | difference |"]
     lines.append("| --- " * 6 + "|")
     for row in rows:
-        row["mean"] = mean = float(np.mean(row["scores"]))
-        row["sd"] = sd = float(np.std(row["scores"], ddof=1)) if args.seeds > 1 else None
-        measured = f"{mean:.3f}" if sd is None else f"{mean:.3f} ± {sd:.3f}"
-        beside = (
-            "– | –" if row["paper"] is None else f"{row['paper']:.3f} | {mean - row['paper']:+.3f}"
-        )
-        lines.append(
-            f"| {row['task']} | {row['metric']} | {row['variant']} | {measured} | {beside} |"
-        )
-    return rows, "\n".join(lines) + (f"\n\n{REMARK}" if args.ablation or args.poolings else "")
+        measured = f"{row['mean']:.3f}"
+        if row["sd"] is not None:
+            measured += f" ± {row['sd']:.3f}"
+
+        paper = difference = "–"
+        if row["paper"] is not None:
+            paper = f"{row['paper']:.3f}"
+            difference = f"{row['mean'] - row['paper']:+.3f}"
+
+        cells = (row["task"], row["metric"], row["variant"], measured, paper, difference)
+        lines.append(f"| {' | '.join(cells)} |")
+
+    if args.ablation or args.poolings:
+        lines += ["", REMARK]
+    return "\n".join(lines)
 
 
 def main(argv: list[str]):
     args = parse_args(argv)
-    config = load_model(args.checkpoint).config
-    tokenizer, chosen, identity = read_tokenizer(args, config), variants(args, config), {}
-    settings = {
-        name: getattr(args, name)
-        for name in ("padding_side", "lr", "batch_size", "epochs", "max_length")
-    }
-    settings["checkpoint"] = digest(
-        Path(args.checkpoint, f) for f in ("config.json", "model.pt", "tokenizer.json")
-    )
-    for name in args.tasks:  # a missing file now, not after hours
-        files = [file for file in TASKS[name].rows if args.predict or "test" not in file]
-        paths = {file: sources(name, file, args.data_dir)[0] for file in files}
-        data = digest(path for file in files if "test" not in file for path in paths[file])
-        identity[name] = dict(task=name, data=data if args.data_dir else HUB_DATA) | settings
-    looks_right = "W" in config.pattern or not config.causal_conv
-    if (
-        len({bool(variant.psm) for variant in chosen}) > 1
-        and args.padding_side == "right"
-        and not looks_right
-    ):
-        print("with a causal convolution and pads on the right no pad stands before a real token: PSM or none is the "
-              "same function, and the scores will say so. It matters with --padding-side left")  # fmt: skip
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    results = sweep(args, tokenizer, chosen, identity)
 
-    rows, table = compare(args, results)
-    runs, command = (
-        [run for found in results.values() for run in found],
-        " ".join(["python finetune_glue.py", *argv]),
-    )
-    out = Path(
-        args.out, "ablation" if args.ablation else "poolings" if args.poolings else "results"
-    )
-    write_atomically(
-        out.with_suffix(".json"),
-        json.dumps(dict(command=command, rows=rows, runs=runs), indent=2) + "\n",
-    )
-    write_atomically(out.with_suffix(".md"), f"{table}\n\n`{command}`, {runs[0]['machine']}\n")
-    print(
-        f"\n{table}\n\nin {out}.md and .json; each run's file{' and model' * args.save} beside them"
-    )
+    # the checkpoint, and what to make of it
+    config = load_model(args.checkpoint).config
+    tokenizer = truncating_tokenizer(args, config)
+    chosen = chosen_variants(args, config)
+    digests = check_data(args)
+
+    # is PSM compared with none, where no pad stands before a real token?
+    compares = len({bool(variant.psm) for variant in chosen}) == 2
+    looks_right = "W" in config.pattern or not config.causal_conv
+    if compares and args.padding_side == "right" and not looks_right:
+        print(
+            "with a causal convolution and pads on the right no pad stands before a real token: "
+            "PSM or none is the same function, and the scores will say so. "
+            "It matters with --padding-side left"
+        )
+
+    # all runs
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    results = sweep(args, tokenizer, chosen, digests)
+    rows = score_rows(args, results)
+    table = results_table(args, rows)
+
+    # write them
+    name = "ablation" if args.ablation else "poolings" if args.poolings else "results"
+    out = Path(args.out, name)
+    runs = list(itertools.chain(*results.values()))
+    command = " ".join(["python finetune_glue.py", *argv])
+    everything = dict(command=command, rows=rows, runs=runs)
+    write_atomically(out.with_suffix(".json"), json.dumps(everything, indent=2) + "\n")
+    page = f"{table}\n\n`{command}`, {runs[0]['machine']}\n"
+    write_atomically(out.with_suffix(".md"), page)
+
+    # where they are
+    beside = "result and model" if args.save else "result"
+    print(f"\n{table}\n\nin {out}.md and .json; each run's {beside} beside them")
     if args.predict:
-        print(f"for the benchmark: {out.parent / 'submission'}")
+        print(f"for the benchmark: {out.with_name('submission')}")
 
 
 if __name__ == "__main__":
