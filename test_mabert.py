@@ -2657,12 +2657,30 @@ def save_a_demo():
     tokenizer.save("out/demo/tokenizer.json")
 
 
-def parse(script: str, words: list[str]):
-    """Lets one of the project's programs parse its arguments; SystemExit where it refuses them."""
+class Parsed(Exception):
+    """Raised in the place of what a script of results/ does once its arguments are parsed."""
+
+
+def parse(script: str, words: list[str], monkeypatch):
+    """Lets a program of the project parse its arguments; SystemExit where it refuses them."""
     programs = {"train_mlm.py": train_mlm, "finetune_glue.py": finetune_glue, "bench.py": bench}
     if script in programs:
-        return programs[script].parse_args(words)
-    return runpy.run_path(str(ROOT / script))["parse_args"](words)
+        programs[script].parse_args(words)
+        return
+
+    from importlib import import_module
+
+    assert (ROOT / script).is_file() and script.startswith("results/"), f"no program: {script}"
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser, argv):
+        parse_args(parser, argv)
+        raise Parsed
+
+    with monkeypatch.context() as patch, pytest.raises(Parsed):
+        patch.syspath_prepend(ROOT / "results")
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        import_module(Path(script).stem).main(words)
 
 
 def test_the_readmes_python_examples_run(monkeypatch, capsys):
@@ -2685,7 +2703,7 @@ def test_the_readmes_python_examples_run(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_commands_of_the_pages_are_run_or_parsed(page, capsys):
+def test_the_commands_of_the_pages_are_run_or_parsed(page, monkeypatch, capsys):
     from torch.distributed.run import parse_args as torchrun_args
 
     for words in shell_commands(page):
@@ -2697,10 +2715,10 @@ def test_the_commands_of_the_pages_are_run_or_parsed(page, capsys):
             exec(words[2], {})
             assert capsys.readouterr().out == "120163586\n"
         elif words[0] == "python":
-            parse(words[1], words[2:])
+            parse(words[1], words[2:], monkeypatch)
         elif words[0] == "torchrun":
             args = torchrun_args(words[1:])
-            parse(args.training_script, args.training_script_args)
+            parse(args.training_script, args.training_script_args, monkeypatch)
         else:
             assert words[0] in ("pip", "pytest"), f"not recognised: {shlex.join(words)}"
 
@@ -2709,11 +2727,11 @@ def test_the_commands_of_the_pages_are_run_or_parsed(page, capsys):
     assert not re.findall(r"(?m)^ *(?:python|torchrun) .*", elsewhere)
 
 
-def test_the_flags_that_the_readme_names_exist(capsys):
+def test_the_flags_that_the_readme_names_exist(monkeypatch, capsys):
     text = (ROOT / "README.md").read_text("utf-8")
     for script, *words in (["train_mlm.py"], ["finetune_glue.py"], ["bench.py", "efficiency"]):
         with pytest.raises(SystemExit):
-            parse(script, [*words, "--help"])
+            parse(script, [*words, "--help"], monkeypatch)
     options = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     assert set(re.findall(r"`(--[a-z-]+)", text)) <= options
 
