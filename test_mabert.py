@@ -2719,8 +2719,11 @@ def test_the_commands_of_the_pages_are_run_or_parsed(page, monkeypatch, capsys):
         elif words[0] == "torchrun":
             args = torchrun_args(words[1:])
             parse(args.training_script, args.training_script_args, monkeypatch)
+        elif words[:3] == ["pip", "install", "-e"]:
+            for extra in re.findall(r"\[(\w+)\]", words[3]):
+                assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text("utf-8")
         else:
-            assert words[0] in ("pip", "pytest"), f"not recognised: {shlex.join(words)}"
+            assert words[0] == "pytest", f"not recognised: {shlex.join(words)}"
 
     # no command hides where the lines above do not look
     elsewhere = re.sub(r"(?ms)^```sh\n.*?^```", "", page.read_text("utf-8"))
