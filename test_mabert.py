@@ -2958,31 +2958,127 @@ def test_an_unreachable_hub_is_explained(monkeypatch):
 
 # ---- README's examples ----
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))]
 
-def test_the_readmes_examples_work_and_its_flags_exist(capsys):
-    blocks = re.findall(r"(?ms)^```(python|sh)\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"))
-    python, shell = (
-        [code for language, code in blocks if language == name] for name in ("python", "sh")
-    )
-    tokenizer = train_mlm.train_tokenizer(
-        ["return the function of a list of strings that opens"] * 3, 200
-    )
-    config = tiny("MT", hidden_size=128, vocab_size=train_mlm.vocabulary_size(tokenizer))
+
+def code_blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", page.read_text("utf-8"))
+
+
+def shell_commands(page: Path):
+    """The commands of a page's sh blocks, each as its words, without comments and redirections."""
+    for line in "".join(code_blocks(page, "sh")).replace("\\\n", "").splitlines():
+        words = []
+        for word in [*shlex.split(line, comments=True), "&&"]:
+            if word != "&&":
+                words.append(word)
+            elif words:
+                yield words[: words.index(">")] if ">" in words else words
+                words = []
+
+
+def save_a_demo():
+    """A tiny model in out/demo, in the form that `train_mlm.py --demo` leaves."""
+    text = "return the function of a list of strings that opens"
+    tokenizer = train_mlm.train_tokenizer([text] * 3, 200)
+    vocabulary = train_mlm.vocabulary_size(tokenizer)
+    config = tiny("MT", hidden_size=128, vocab_size=vocabulary)
     build(MaBERTForMaskedLM, config, torch.float32).save_pretrained("out/demo")
     tokenizer.save("out/demo/tokenizer.json")
-    for code in python:
-        exec(code, {})
-        printed = capsys.readouterr().out
-        assert printed.startswith("['") and printed.endswith("'] (2, 128)\n")
-    parsed = 0
-    for line in "".join(shell).replace("\\\n", "").splitlines():
-        if line.startswith("python mabert.py"):
-            mabert.main(shlex.split(line)[2:])
+
+
+class Parsed(Exception):
+    """Raised in the place of what a script of results/ does once its arguments are parsed."""
+
+
+def parse(script: str, words: list[str], monkeypatch):
+    """Lets a program of the project parse its arguments; SystemExit where it refuses them."""
+    programs = {"train_mlm.py": train_mlm, "finetune_glue.py": finetune_glue, "bench.py": bench}
+    if script in programs:
+        programs[script].parse_args(words)
+        return
+
+    from importlib import import_module
+
+    assert (ROOT / script).is_file() and script.startswith("results/"), f"no program: {script}"
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser, argv):
+        parse_args(parser, argv)
+        raise Parsed
+
+    with monkeypatch.context() as patch, pytest.raises(Parsed):
+        patch.syspath_prepend(ROOT / "results")
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        import_module(Path(script).stem).main(words)
+
+
+def test_the_readmes_python_examples_run(monkeypatch, capsys):
+    monkeypatch.setattr(mabert, "LAYERS", dict(mabert.LAYERS))  # an example adds a letter
+    save_a_demo()
+    guesses, own_layer = code_blocks(ROOT / "README.md", "python")
+
+    # five guesses for a mask, and two embeddings
+    exec(guesses, {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("['") and printed.endswith("'] (2, 128)\n")
+
+    # a layer of one's own
+    names = {}
+    exec(own_layer, names)
+    model = names["model"]
+    kinds = [type(layer).__name__ for layer in model.encoder.layers]
+    assert kinds == ["MambaLayer", "MambaLayer", "PostNormLayer"] * 2
+    assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, model.config.vocab_size)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_the_pages_are_run_or_parsed(page, monkeypatch, capsys):
+    from torch.distributed.run import parse_args as torchrun_args
+
+    for words in shell_commands(page):
+        if words[:2] == ["python", "mabert.py"]:
+            save_a_demo()
+            mabert.main(words[2:])
             assert "[MASK]: " in capsys.readouterr().out
-        elif line.startswith("python -c"):
-            exec(shlex.split(line)[2], {})
+        elif words[:2] == ["python", "-c"]:
+            exec(words[2], {})
             assert capsys.readouterr().out == "120163586\n"
-        elif flags := re.search(r"(train_mlm|finetune_glue|bench)\.py (.*)", line):
-            sys.modules[flags[1]].parse_args(shlex.split(flags[2].split("&&")[0], comments=True))
-            parsed += 1
-    assert parsed > 10
+        elif words[0] == "python":
+            parse(words[1], words[2:], monkeypatch)
+        elif words[0] == "torchrun":
+            args = torchrun_args(words[1:])
+            parse(args.training_script, args.training_script_args, monkeypatch)
+        elif words[:3] == ["pip", "install", "-e"]:
+            for extra in re.findall(r"\[(\w+)\]", words[3]):
+                assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text("utf-8")
+        else:
+            assert words[0] == "pytest", f"not recognised: {shlex.join(words)}"
+
+    # no command hides where the lines above do not look
+    elsewhere = re.sub(r"(?ms)^```sh\n.*?^```", "", page.read_text("utf-8"))
+    assert not re.findall(r"(?m)^ *(?:python|torchrun) .*", elsewhere)
+
+
+def test_the_flags_that_the_readme_names_exist(monkeypatch, capsys):
+    text = (ROOT / "README.md").read_text("utf-8")
+    for script, *words in (["train_mlm.py"], ["finetune_glue.py"], ["bench.py", "efficiency"]):
+        with pytest.raises(SystemExit):
+            parse(script, [*words, "--help"], monkeypatch)
+    options = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    assert set(re.findall(r"`(--[a-z-]+)", text)) <= options
+
+
+def test_the_links_of_the_pages_lead_somewhere_and_the_index_is_complete():
+    for page in PAGES:
+        for path, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text("utf-8")):
+            target = page.parent / path
+            assert target.exists(), f"{page.name}: {path}"
+            if anchor:
+                headings = re.findall(r"(?m)^#+ (.*)", target.read_text("utf-8"))
+                assert anchor in [heading.lower().replace(" ", "-") for heading in headings]
+
+    index = (ROOT / "results" / "README.md").read_text("utf-8")
+    kinds = (".md", ".png", ".csv", ".py")
+    names = [file.name for file in (ROOT / "results").iterdir() if file.suffix in kinds]
+    assert not [name for name in names if name not in index]
