@@ -1,14 +1,13 @@
 """Four measurements. Each prints Markdown under the command and the machine that made it.
 
-    python bench.py efficiency        # memory, latency and training time of MaBERT and its peers,
-                                      # beside the paper's
-    python bench.py scan              # the masked selective scan beside other ways to compute it
-    python bench.py scan --static     # its kernels compiled for an H100, which need not be there:
-                                      # registers, and instructions for each update of a state
-    python bench.py drift             # what padding does to real tokens, for each form of
-                                      # padding-safe masking
-    python bench.py step --demo       # where the time of a training step goes: takes every flag of
-                                      # train_mlm.py, and runs under torchrun
+    python bench.py efficiency       # memory, latency and training time of MaBERT and its peers
+    python bench.py scan             # the masked selective scan beside other ways to compute it
+    python bench.py scan --static    # its kernels compiled for an H100, which need not be there:
+                                     # registers, and instructions for each update of a state
+    python bench.py drift            # what padding does to real tokens, for each form of
+                                     # padding-safe masking
+    python bench.py step --demo      # where the time of a training step goes: takes every flag of
+                                     # train_mlm.py, and runs under torchrun
 
 To keep a table, redirect it: python bench.py scan > results/scan.md. With --out NAME, efficiency
 and drift write NAME.md and a figure, NAME.png.
@@ -54,9 +53,12 @@ from tqdm import tqdm
 import mabert
 from mabert import MaBERT, MaBERTConfig, MaBERTForSequenceClassification, triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of scan and step; efficiency has a flag
 
 # ---- Tables and figures ----
+
+STRONG = "#c1121f"  # the colour of MaBERT, or of the form that MaBERT has
+MUTED = "#7088a0 #b08d57 #76976f #9678a3 #a8705f #5f9494 #8f8f4f #8c8c8c #7d83bd #b07a99".split()
 
 
 def header(device: str = "cpu") -> str:
@@ -74,8 +76,9 @@ def check_out(name: str | None):
     """SystemExit, before any work is done, if NAME.md and NAME.png cannot be written."""
     if not name:
         return
-    import matplotlib  # noqa: F401  (if it is missing, main says so)
+    import matplotlib  # noqa: F401  # if it is missing, `clear_errors` says so
 
+    # NAME is the beginning of two files in a folder that can be written
     if name.endswith("/"):
         raise SystemExit(f"--out: {name} is a folder; it must be the beginning of file names")
     try:
@@ -84,21 +87,17 @@ def check_out(name: str | None):
         raise SystemExit(f"--out: cannot write {name}.md: {error.strerror}") from error
 
 
-STRONG = "#c1121f"  # the colour of MaBERT, or of what MaBERT does
-MUTED = (  # of everything else
-    *("#7088a0", "#b08d57", "#76976f", "#9678a3", "#a8705f", "#5f9494"),
-    *("#8f8f4f", "#8c8c8c", "#7d83bd", "#b07a99", "#5d7f5d", "#a09080"),
-)
-
-
-def new_figure(titles: list[str], y_label: str, **options):
-    """(figure, its panels side by side, one for each title), 10 inches wide."""
+def new_figure(titles: list[str], x_label: str, y_label: str):
+    """(a figure, its panels side by side, one for each title, with one y axis)."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(titles), squeeze=False, **options)[0]
+    figure = Figure(figsize=(10, 3.6), layout="constrained")  # inches
+    panels = figure.subplots(1, len(titles), squeeze=False, sharey=True)[0]
+
+    # small letters, no box, faint lines to read y by
     for axes, title in zip(panels, titles):
         axes.set_title(title, fontsize=10)
+        axes.set_xlabel(x_label, fontsize=9)
         axes.tick_params(labelsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.92")
@@ -109,18 +108,17 @@ def new_figure(titles: list[str], y_label: str, **options):
 def draw_lines(axes, lines: dict[str, dict], strong: str):
     """A line for each {name: {x: y}}, that of the name `strong` in the strong colour.
 
-    Numbers on the x axis are logarithmic; where x is text, the texts stand side by side. A y that
-    is a text, the reason why there is no number, leaves a gap.
+    Where x is text, the texts stand side by side; numbers lie on a logarithmic axis.
     """
+    # thin lines in muted colours, a thick one above them
     for (name, points), colour in zip(lines.items(), itertools.cycle(MUTED)):
-        y = [math.nan if isinstance(value, str) else value for value in points.values()]
         style = dict(color=colour, linewidth=1.3, markersize=3.5)
         if name == strong:
             style = dict(color=STRONG, linewidth=3, markersize=6, zorder=3)
-        axes.plot(list(points), y, marker="o", label=name, **style)
+        axes.plot(list(points), list(points.values()), marker="o", label=name, **style)
 
-    x_values = {x: None for points in lines.values() for x in points}
-    if not any(isinstance(x, str) for x in x_values):
+    # all lines have the same kind of x
+    if not isinstance(next(iter(points)), str):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
 
@@ -128,17 +126,17 @@ def draw_lines(axes, lines: dict[str, dict], strong: str):
 def name_lines(axes, gap: float = 0.068):
     """Writes the name of each line at its right end; names closer than `gap` are moved apart."""
 
-    # where each line ends, as a share of the panel's height
-    to_panel = axes.transData + axes.transAxes.inverted()
+    # the last point of each line that has a name, from the bottom up
     ends = []
     for line in axes.get_lines():
         points = [point for point in line.get_xydata() if math.isfinite(point[1])]
         if points and not line.get_label().startswith("_"):
-            ends.append((to_panel.transform(points[-1])[1], points[-1], line))
-    ends.sort(key=lambda end: end[0])
+            ends.append((points[-1], line))
+    ends.sort(key=lambda end: end[0][1])
 
-    # push neighbours apart, again and again, until no two are too close
-    heights = [height for height, _, _ in ends]
+    # heights, as shares of the panel's; neighbours that are too close push each other apart
+    to_panel = axes.transData + axes.transAxes.inverted()
+    heights = [to_panel.transform(point)[1] for point, _ in ends]
     for _ in range(100):
         for i in range(1, len(heights)):
             overlap = max(0, heights[i - 1] + gap - heights[i])
@@ -146,23 +144,16 @@ def name_lines(axes, gap: float = 0.068):
             heights[i] += overlap / 2
 
     # the name, and a thin line that leads to it
-    for height, (_, point, line) in zip(heights, ends):
-        strong = line.get_color() == STRONG
-        axes.annotate(
-            line.get_label(),
-            xy=point,
-            xytext=(1.06, height),
-            textcoords="axes fraction",
-            fontsize=9,
-            fontweight="bold" if strong else "normal",
-            color=line.get_color(),
-            va="center",
-            arrowprops=dict(arrowstyle="-", color=line.get_color(), linewidth=0.6, relpos=(0, 0.5)),
-        )
+    for height, (point, line) in zip(heights, ends):
+        colour = line.get_color()
+        place = dict(xy=point, xytext=(1.06, height), textcoords="axes fraction", va="center")
+        thin = dict(arrowstyle="-", color=colour, linewidth=0.6, relpos=(0, 0.5))
+        font = dict(color=colour, fontsize=9, weight="bold" if colour == STRONG else "normal")
+        axes.annotate(line.get_label(), arrowprops=thin, **place, **font)
 
 
 def save_figure(figure, file: str):
-    """Writes the figure once the lines of its panels have their names."""
+    """Writes a figure, once its lines have their names."""
     for axes in figure.axes:
         name_lines(axes)
     figure.savefig(file, dpi=120)
@@ -174,10 +165,9 @@ OUT_OF_MEMORY = "out of memory"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Also of a process that Linux killed because it took too much memory."""
-    message = f"{type(error).__name__} {error}"
-    pattern = "MemoryError|BrokenProcessPool|out of memory|allocate memory"
-    return re.search(pattern, message) is not None
+    """Whether memory did not suffice. A process that takes too much is killed by Linux."""
+    reasons = "MemoryError|BrokenProcessPool|out of memory|allocate memory"
+    return re.search(reasons, f"{type(error).__name__} {error}") is not None
 
 
 def value_or_reason(function, *args):
@@ -187,6 +177,7 @@ def value_or_reason(function, *args):
     except Exception as error:
         if is_out_of_memory(error):
             return OUT_OF_MEMORY
+        # the first line of the message; of an error without one, its kind
         message = str(error).strip() or type(error).__name__
         return message.split("\n")[0]
 
@@ -214,26 +205,26 @@ def interleaved_medians(calls: dict, rounds: int, seconds: float) -> dict:
     the seconds are over, five rounds are enough.
     """
     times = {key: [] for key in calls}
-    reasons = {}
+    reasons = {}  # why a call failed
     end = timer() + seconds
 
     for completed in range(1, rounds + 1):
-        for key, call in calls.items():
-            if key in reasons:
-                continue
-            value = value_or_reason(call)
+        # a turn of each call that has not failed
+        for key in [key for key in calls if key not in reasons]:
+            value = value_or_reason(calls[key])
             if isinstance(value, str):
                 reasons[key] = value
                 tqdm.write(f"{', '.join(map(str, key))}: {value}", file=sys.stderr)
             else:
                 times[key].append(value)
+
         if completed >= 5 and timer() > end:
             break
 
-    warm_up = max(2, completed // 6)
-    return reasons | {
-        key: statistics.median(times[key][warm_up:]) for key in calls if key not in reasons
-    }
+    # of the rounds that count
+    first = max(2, completed // 6)
+    timed = [key for key in calls if key not in reasons]
+    return reasons | {key: statistics.median(times[key][first:]) for key in timed}
 
 
 def peak_memory(call, device: str) -> int:
@@ -252,6 +243,7 @@ def peak_memory(call, device: str) -> int:
     else:
         Path("/proc/self/clear_refs").write_text("5")
 
+    # what the call adds
     before = peak()
     call()
     return peak() - before
@@ -271,10 +263,11 @@ MEASURES = {
 }
 PAPER_LENGTHS = (128, 512, 1024, 2048, 4096)
 PAPER_EFFICIENCY = {  # at these lengths, on an A100
+    # full attention
     ("BERT", "memory"): (441.364, 454.748, 471.274, 507.313, 579.392),
     ("BERT", "training"): (42.372, 189.501, 487.204, 1451.200, 4894.397),
     ("BERT", "latency"): (5.220, 5.331, 5.702, 15.122, 43.424),
-    # a small model of shared layers
+    # layers that share their weights
     ("ALBERT", "memory"): (70.649, 90.971, 117.992, 173.382, 283.109),
     ("ALBERT", "training"): (50.941, 225.783, 545.223, 1491.872, 4662.279),
     ("ALBERT", "latency"): (6.140, 6.217, 6.692, 17.994, 48.749),
@@ -295,7 +288,8 @@ PAPER_EFFICIENCY = {  # at these lengths, on an A100
     ("MaBERT", "latency"): (9.160, 9.193, 9.263, 13.914, 34.703),
 }
 
-# What the published configs of the peers say beside the defaults of `transformers`
+# The peers: the name with which their classes begin, what their published configs say beside the
+# defaults of `transformers`
 BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
 LONGFORMER = dict(vocab_size=50265, max_position_embeddings=4098, type_vocab_size=1)
 DEBERTA = dict(
@@ -314,7 +308,7 @@ DEBERTA = dict(
     pooler_hidden_act="gelu",
     pooler_hidden_size=768,
 )
-TRANSFORMERS = {  # a peer: the name that its classes begin with, its config
+TRANSFORMERS = {
     "BERT": ("Bert", {}),
     "ALBERT": ("Albert", BASE),
     "Longformer": ("Longformer", LONGFORMER),
@@ -323,9 +317,11 @@ TRANSFORMERS = {  # a peer: the name that its classes begin with, its config
     "ModernBERT": ("ModernBert", dict(reference_compile=False, attn_implementation="sdpa")),
 }
 BASELINES = list(TRANSFORMERS)[:5]  # the paper's
-MABERTS = {  # fields of MaBERTConfig
+
+# MaBERT and others of its kind: fields of MaBERTConfig
+MABERTS = {
     "MaBERT": {},
-    "MaBERT-211M": dict(expand=8),  # the paper's has 205.3 M parameters, the more for its SSM
+    "MaBERT-211M": dict(expand=8),  # the paper's has 205.3 M parameters, the more in its SSM
     "T12": dict(pattern="T" * 12),  # with pre-LN, so not BERT
     "M12": dict(pattern="M" * 12),
     "MW6": dict(pattern="MW" * 6),
@@ -338,21 +334,24 @@ SETTINGS = {  # the mode of torch.compile
     "compiled": "default",
     "CUDA graphs": "reduce-overhead",
 }
-PAPER_ATTENTION = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
-PROTOCOL = {  # row lengths, rows of an optimizer step, rounds (20 + 100, as the paper), seconds
-    "cuda": ([*PAPER_LENGTHS, 8192, 16384], 32, 120, 600),
+PAPER_ATTENTION = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]  # not FlashAttention
+PROTOCOL = {  # row lengths, rows of an optimizer step, rounds, seconds for the rounds of a measure
+    "cuda": ([*PAPER_LENGTHS, 8192, 16384], 32, 120, 600),  # rounds as in the paper: 20 and 100
     "cpu": ([128, 512, 1024], 1, 7, 60),
 }
 
 
 def make_classifier(name: str, length: int, device: str = "cpu") -> torch.nn.Module:
     """A two-label classifier with random weights, for rows of up to `length` tokens."""
+
+    # ours
     if name in MABERTS:
         config = MaBERTConfig(**MABERTS[name])
         config.max_position = max(config.max_position, length)
         with torch.device(device):
             return MaBERTForSequenceClassification(config)
 
+    # a peer
     import transformers
 
     transformers.logging.set_verbosity_error()  # no notes on how a model pads its rows
@@ -367,19 +366,19 @@ def make_classifier(name: str, length: int, device: str = "cpu") -> torch.nn.Mod
 
 
 class Contender:
-    """A model, its optimizer and a batch, with the two things that are timed.
+    """A model with its optimizer and a batch, and the two things that are timed.
 
-    Each of the settings calls the model in its own way, and finds how many rows go through at once.
+    Each setting, a name of SETTINGS, calls the model in its own way.
     """
 
     def __init__(self, name, length, device, batch_size=1, settings=("plain",), flash=False):
+        self.flash = flash  # whether FlashAttention is allowed
         self.model = make_classifier(name, length, device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
-        self.flash = flash
         vocab_size = self.model.config.vocab_size
         self.rows = torch.randint(5, vocab_size, (batch_size, length), device=device)
 
-        # by setting
+        # for each setting, the rows of the batch that go through at once, and the model to call
         self.rows_at_once = dict.fromkeys(settings, batch_size)
         self.calls = {}
         for setting in settings:
@@ -388,26 +387,24 @@ class Contender:
                 self.calls[setting] = torch.compile(self.model, dynamic=False, mode=mode)
 
     def forward(self, setting: str, rows: torch.Tensor, **labels):
-        """The model's output; with labels, in training.
+        """The model's output; with labels, in training."""
 
-        On a GPU under bf16 autocast, whose copies of the float32 weights are kept only in training,
-        which needs them twice. Without FlashAttention: the kernels that the paper had. With it: no
-        mask of ones, as a tokenizer gives it, since FlashAttention takes none.
-        """
+        # the mode, and where a CUDA graph's step begins
         training = bool(labels)
-        on_gpu = rows.is_cuda
         if self.model.training != training:
             self.model.train(training)
         if setting == "CUDA graphs":
             torch.compiler.cudagraph_mark_step_begin()
 
+        # a tokenizer gives a mask of ones, which FlashAttention does not take
         mask = None if self.flash else torch.ones_like(rows)
-        limited = on_gpu and not self.flash
-        kernels = sdpa_kernel(PAPER_ATTENTION) if limited else contextlib.nullcontext()
-        autocast = torch.autocast(
-            rows.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=training
-        )
-        with autocast, kernels:
+        kernels = contextlib.nullcontext()
+        if rows.is_cuda and not self.flash:
+            kernels = sdpa_kernel(PAPER_ATTENTION)
+
+        # bf16 on a GPU; its copies of the weights are kept where the backward pass needs them
+        bf16 = dict(dtype=torch.bfloat16, enabled=rows.is_cuda, cache_enabled=training)
+        with torch.autocast(rows.device.type, **bf16), kernels:
             return self.calls[setting](input_ids=rows, attention_mask=mask, **labels)
 
     @torch.no_grad()
@@ -416,15 +413,13 @@ class Contender:
         self.forward(setting, self.rows[:1])
 
     def training(self, setting: str):
-        """An optimizer step over the batch.
-
-        If memory does not suffice, the batch is split, and goes through in parts from then on.
-        """
+        """An optimizer step. Once memory does not suffice, the batch goes through in parts."""
         try:
+            # forward and backward over the parts, one optimizer step
             for rows in self.rows.split(self.rows_at_once[setting]):
                 labels = rows.new_zeros(len(rows))
                 share = len(rows) / len(self.rows)
-                # the loss has no name, so that nothing of this part is left beside the next
+                # the loss has no name, so that its graph is freed before the next part
                 (self.forward(setting, rows, labels=labels).loss * share).backward()
             self.optimizer.step()
             return
@@ -435,7 +430,7 @@ class Contender:
         finally:
             self.optimizer.zero_grad()
 
-        # again, with parts half as large
+        # again, in parts half as large
         self.rows_at_once[setting] //= 2
         free_memory()
         self.training(setting)
@@ -450,6 +445,7 @@ def forward_memory(name: str, length: int, device: str) -> float:
     with torch.device(device):
         MaBERTForSequenceClassification(tiny)(torch.zeros(1, 1, dtype=torch.long))
 
+    # the model itself counts
     call = lambda: Contender(name, length, device).latency("plain")  # noqa: E731
     return peak_memory(call, device) / 2**20
 
@@ -458,62 +454,56 @@ class Cell(NamedTuple):
     """What was measured of a model at a length."""
 
     value: float | str  # or the reason why there is no number
-    notes: tuple[str, ...] = ()  # the setting, if it was chosen; how the batch was split
+    notes: tuple[str, ...] = ()  # the best setting; the parts of the batch
 
 
 def measure_length(length: int, args) -> dict[str, dict[str, Cell]]:
-    """{measure: {model: cell}} at a length. With --fastest, no memory, and the best setting."""
+    """{measure: {model: cell}} at a length; with --fastest no memory, and the best setting."""
     cells = {}
     fitting = args.models
 
-    # memory: each model alone on the device; what does not fit is not timed
+    # memory: each model alone on the device; one that does not fit is not timed
     if not args.fastest:
-        memory = {
-            name: in_own_process(forward_memory, name, length, args.device) for name in args.models
-        }
-        cells["memory"] = {name: Cell(value) for name, value in memory.items()}
-        fitting = [name for name in args.models if memory[name] != OUT_OF_MEMORY]
+        cells["memory"] = {}
+        for name in args.models:
+            value = in_own_process(forward_memory, name, length, args.device)
+            cells["memory"][name] = Cell(value)
+        fitting = [name for name in fitting if cells["memory"][name].value != OUT_OF_MEMORY]
 
-    # a compiled model may never fall back to one that is not; models of one class share the limit
+    # a compiled model never falls back to one that is not; models of one class share the limit
     torch._dynamo.config.recompile_limit = 1000
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
-    @functools.cache
+    @functools.cache  # a model is made when it has its first turn
     def contender(name: str) -> Contender:
         flash = args.fastest and args.device == "cuda"
         return Contender(name, length, args.device, args.batch_size, args.settings, flash)
 
     def run_ms(measure: str, name: str, setting: str) -> float:
-        call = getattr(contender(name), measure)  # the model is made when it has its first turn
+        call = getattr(contender(name), measure)
         return wall_ms(call, setting)
 
-    # time: all models and settings in turns
+    # time: interleaved, all models in all settings
     for measure in ("latency", "training"):
-        calls = {
-            (name, setting): functools.partial(run_ms, measure, name, setting)
-            for name, setting in itertools.product(fitting, args.settings)
-        }
+        keys = itertools.product(fitting, args.settings)
+        calls = {key: functools.partial(run_ms, measure, *key) for key in keys}
         times = interleaved_medians(calls, args.rounds, args.seconds)
 
-        # the best setting of each model
         cells[measure] = {name: Cell(OUT_OF_MEMORY) for name in args.models}
         for name in fitting:
+            # the best setting; one without a number, if there is no other
             by_setting = {setting: times[name, setting] for setting in args.settings}
-            setting, value = min(by_setting.items(), key=lambda item: sort_key(item[1]))
-            notes = [setting] if args.fastest else []
-            if not isinstance(value, str):
-                rows = contender(name).rows_at_once[setting]
-                parts = math.ceil(args.batch_size / rows)
-                notes += [f"{parts} × {rows} rows"] if parts > 1 else []
-            cells[measure][name] = Cell(value, tuple(notes))
+            numbers = {key: ms for key, ms in by_setting.items() if isinstance(ms, float)}
+            best = min(numbers, key=numbers.get, default=args.settings[0])
+            notes = [best] if args.fastest else []
+
+            # into how many parts the batch was split
+            if best in numbers and (rows := contender(name).rows_at_once[best]) < args.batch_size:
+                notes.append(f"{math.ceil(args.batch_size / rows)} × {rows} rows")
+            cells[measure][name] = Cell(by_setting[best], tuple(notes))
 
     torch.compiler.reset()
     return cells
-
-
-def sort_key(value: float | str) -> float:
-    """Numbers by size, then the reasons why there is none."""
-    return math.inf if isinstance(value, str) else value
 
 
 def layer_flops(letter: str, length: int) -> int:
@@ -537,6 +527,7 @@ def crossover() -> int:
 
 
 def paper_value(model: str, measure: str, length: int) -> float | None:
+    """A number of the paper's tables, if they have it."""
     values = PAPER_EFFICIENCY.get((model, measure), ())
     return dict(zip(PAPER_LENGTHS, values)).get(length)
 
@@ -544,13 +535,14 @@ def paper_value(model: str, measure: str, length: int) -> float | None:
 def ratios_to(reference: str, values: dict[str, float | str | None]) -> dict[str, float]:
     """Each model's value over that of the reference, where both are numbers.
 
-    With them the means over the paper's baselines, its headline, if all of them have a value.
+    With them the means over the paper's baselines, its headline, if each of them has a ratio.
     """
     numbers = {name: value for name, value in values.items() if isinstance(value, float)}
     if reference not in numbers:
         return {}
     ratios = {name: value / numbers[reference] for name, value in numbers.items()}
 
+    # the headline
     means = {
         "mean of the paper's baselines": BASELINES,
         "the same without DeBERTa-v3": BASELINES[:-1],
@@ -562,17 +554,18 @@ def ratios_to(reference: str, values: dict[str, float | str | None]) -> dict[str
 
 
 def cell_text(value: float | str, *notes: float | str | None) -> str:
-    """A value, or a dash and the reason why there is none; in brackets notes, if any."""
+    """A value, or a dash and the reason why there is none; in brackets the notes, if any."""
     if isinstance(value, str):
         notes = (value, *notes)
         value = "–"
-    parts = []
+    # numbers with as many digits as can be read
+    texts = []
     for part in (value, *notes):
         if isinstance(part, float):
             part = f"{part:.0f}" if part >= 100 else f"{part:.2f}"
         if part is not None:
-            parts.append(part)
-    first, *others = parts
+            texts.append(part)
+    first, *others = texts
     return f"{first} ({'; '.join(others)})" if others else first
 
 
@@ -580,21 +573,22 @@ def ratio_table(cells: dict, length: int) -> str:
     """What each model takes over what MaBERT takes, the paper's in brackets; "" without MaBERT."""
     columns = {}
     for measure, models in cells.items():
+        # measured, and the paper's
         values = {name: by_length[length].value for name, by_length in models.items()}
         paper = ratios_to("MaBERT", {name: paper_value(name, measure, length) for name in MODELS})
 
-        # a column for each MaBERT, whose attention or state may be larger
+        # a column for each MaBERT
         for reference in models:
             if reference.startswith("MaBERT"):
-                columns[f"{measure} ÷ {reference}"] = {
-                    name: cell_text(ratio, paper.get(name))
-                    for name, ratio in ratios_to(reference, values).items()
-                }
+                ratios = ratios_to(reference, values)
+                texts = {name: cell_text(ratio, paper.get(name)) for name, ratio in ratios.items()}
+                columns[f"{measure} ÷ {reference}"] = texts
 
-    names = dict.fromkeys(itertools.chain(*columns.values()))  # of models and means, each once
-    body = [[name, *(column.get(name, "–") for column in columns.values())] for name in names]
-    if not body:
+    # a line for each model and mean that has a ratio in some column
+    names = dict.fromkeys(itertools.chain(*columns.values()))
+    if not names:
         return ""
+    body = [[name, *(column.get(name, "–") for column in columns.values())] for name in names]
     text = table(["model", *columns], body)
     return f"\nRatios at {length} tokens; above 1, MaBERT takes less:\n\n{text}\n"
 
@@ -617,20 +611,19 @@ In brackets the paper's figures, from an A100, 32 rows in an optimizer step; its
 parameters. T12, M12, MW6 and H12 are MaBERT with other patterns (T12 is pre-LN, so not BERT).
 """
 
-    # the measures
+    # a table for each measure
     for measure, models in cells.items():
         body = []
         for name, by_length in models.items():
-            texts = [
-                cell_text(cell.value, paper_value(name, measure, length), *cell.notes)
-                for length, cell in by_length.items()
-            ]
-            body.append([name, f"{parameters[name] / 1e6:.1f}", *texts])
+            body.append([name, f"{parameters[name] / 1e6:.1f}"])
+            for length, cell in by_length.items():
+                paper = paper_value(name, measure, length)
+                body[-1].append(cell_text(cell.value, paper, *cell.notes))
         step = f"optimizer step, batch {args.batch_size}"
         title = MEASURES[measure].replace("optimizer step", step)
         text += f"\n{title}:\n\n{table(['model', 'parameters, M', *lengths], body)}\n"
 
-    # what they say of MaBERT, and what its operations alone would say
+    # the ratios, and what operations alone would say
     text += ratio_table(cells, 4096 if 4096 in lengths else max(lengths))
     operations = f"From {crossover()} tokens on, a T layer of the base model takes more operations"
     return f"{text}\n{operations} than an M layer.\n"
@@ -641,10 +634,11 @@ def draw_efficiency(file: str, title: str, cells: dict[str, dict[str, dict[int, 
 
     A ring is the paper's ratio, in the colour of its model.
     """
-    names = dict(memory="peak memory", training="training step", latency="latency")
-    titles = [names[measure] for measure in cells]
-    figure, panels = new_figure(titles, "ratio to MaBERT", sharey=True)
-    figure.suptitle(f"{title}. Above 1, MaBERT takes less. Rings: the paper's, A100", fontsize=9)
+    titles = dict(memory="peak memory", training="training step", latency="latency")
+    titles = [titles[measure] for measure in cells]
+    figure, panels = new_figure(titles, "tokens of a row", "ratio to MaBERT")
+    meaning = "Above 1, MaBERT takes less. Rings: the paper's ratios, on an A100"
+    figure.suptitle(f"{title}\n{meaning}", fontsize=9)
 
     for axes, (measure, models) in zip(panels, cells.items()):
         # {model: {length: ratio}}, of what was measured and of the paper's
@@ -665,7 +659,6 @@ def draw_efficiency(file: str, title: str, cells: dict[str, dict[str, dict[int, 
             axes.plot(lengths, list(by_length.values()), color=line.get_color(), label="_", **ring)
 
         # both axes are logarithmic
-        axes.set_xlabel("tokens of a row", fontsize=9)
         axes.set_xticks(lengths, lengths)
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:g}")
@@ -689,12 +682,13 @@ def bench_efficiency(args):
     lengths = sorted(args.lengths or lengths)
     args.seconds = args.seconds or seconds
 
+    # sizes, without memory for the weights
     parameters = {}
     for name in args.models:
         model = make_classifier(name, 512, "meta")
         parameters[name] = sum(weight.numel() for weight in model.parameters())
 
-    # {measure: {model: {length: cell}}}
+    # {measure: {model: {length: cell}}}, a length at a time
     cells = {measure: {name: {} for name in args.models} for measure in measures}
     for i, length in enumerate(tqdm(lengths, unit="length")):
         for measure, models in measure_length(length, args).items():
@@ -717,11 +711,11 @@ def bench_efficiency(args):
 
 
 def mamba_ssm(u, delta, A, B, C, D, z, bias):
-    """mamba-ssm's CUDA kernel. It wants channels first; `scan_inputs` lays out memory for it, so
-    that nothing is copied here."""
+    """mamba-ssm's CUDA kernel. It wants channels first; `scan_inputs` lays memory out like that,
+    so that nothing is copied here."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    u, delta, B, C, z = (x.transpose(1, 2) for x in (u, delta, B, C, z))
+    u, delta, B, C, z = (x.transpose(1, 2) for x in (u, delta, B, C, z))  # (b, d or n, l)
     return selective_scan_fn(u, delta, A, B, C, D, z, bias, delta_softplus=True).transpose(1, 2)
 
 
@@ -732,8 +726,8 @@ def pscan(u, delta, A, B, C, D, z, bias):
     delta = F.softplus(delta + bias)
     a = torch.exp(delta[..., None] * A)  # (b, l, d, n)
     x = delta[..., None] * B[:, :, None] * u[..., None]  # (b, l, d, n)
-    h = pscan(a, x)
-    y = (h @ C.to(x.dtype)[..., None]).squeeze(3)
+    h = pscan(a, x)  # (b, l, d, n)
+    y = (h @ C.to(x.dtype)[..., None]).squeeze(3)  # (b, l, d)
     return (y + D * u) * F.silu(z)
 
 
@@ -762,22 +756,24 @@ def scan_inputs(name: str, size: tuple, device: str) -> tuple[list, torch.Tensor
     b, l, d, n = size
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
-    # what a row has at each step
+    # (b, l, width) each; for mamba-ssm with channels first in memory
     widths = (d, d, d, d, n, n)
-    steps = [torch.randn(b, l, width, device=device).to(dtype) for width in widths]
-    if name == "mamba_ssm":  # channels first in memory, in the same shape
-        steps = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in steps]
-    u, delta, z, dy, B, C = steps
+    tensors = [torch.randn(b, l, width, device=device).to(dtype) for width in widths]
+    if name == "mamba_ssm":
+        tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+    u, delta, z, dy, B, C = tensors
 
-    # the layer's parameters, as they begin
-    A = -torch.arange(1.0, n + 1, device=device).expand(d, n).clone()
-    D = torch.randn(d, device=device)
-    bias = torch.full((d,), -4.0, device=device)
+    # parameters of a layer
+    A = -torch.arange(1.0, n + 1, device=device).expand(d, n).clone()  # (d, n)
+    D = torch.randn(d, device=device)  # (d,)
+    bias = torch.full((d,), -4.0, device=device)  # (d,)
     return [x.requires_grad_() for x in (u, delta, A, B, C, D, z, bias)], dy
 
 
 def scan_error(name: str, device: str) -> str:
     """The largest relative error of y and the gradients, beside the formula in float64."""
+
+    # the same inputs for both
     inputs, dy = scan_inputs(name, (2, 300, 1536, 16), device)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     pairs = zip(run_scan(name, inputs, dy), run_scan("reference", exact, dy.double()))
@@ -795,30 +791,32 @@ def scan_memory(name: str, size: tuple, device: str) -> int:
 
 def scan_times(names: list[str], size: tuple, device: str) -> dict[tuple, float | str]:
     """{(name, pass): median of milliseconds, or the reason why there is none}."""
-    inputs = functools.cache(lambda name: scan_inputs(name, size, device))
+    inputs = functools.cache(lambda name: scan_inputs(name, size, device))  # at the first turn
 
     def run_ms(name: str, passes: str) -> float:
-        scanned, dy = inputs(name)
-        call = lambda: run_scan(name, scanned, dy if "backward" in passes else None)  # noqa: E731
+        tensors, dy = inputs(name)
+        call = lambda: run_scan(name, tensors, dy if "backward" in passes else None)  # noqa: E731
         if device == "cuda":
             return triton.testing.do_bench_cudagraph(call, return_mode="median")
         return wall_ms(call)
 
+    # interleaved, all scans and passes
     calls = {key: functools.partial(run_ms, *key) for key in itertools.product(names, PASSES)}
     return interleaved_medians(calls, rounds=7, seconds=5 if device == "cuda" else 60)
 
 
 def gpu_bounds(b: int, l: int, d: int, n: int) -> list[list]:
-    """Lines of the table: what the GPU needs at least, for one of its resources alone.
+    """Two lines of the table: the least time, if one thing alone kept the GPU busy.
 
-    Exponentials: one for each update of a state forward, two more backward; a multiprocessor has
-    16 a cycle. Memory, in bf16: u, delta, z and y forward; backward also dy, the first three again
-    and their gradients.
+    Exponentials: one for each update of a state forward, two more backward; a multiprocessor makes
+    16 in a cycle. Memory traffic, in bf16: u, delta, z and y forward; backward also dy, the first
+    three again and their gradients.
     """
     gpu = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
-    exponentials_a_ms = 16 * gpu["multiprocessor_count"] * gpu["sm_clock_rate"]  # a rate in kHz
+    exponentials_a_ms = 16 * gpu["multiprocessor_count"] * gpu["sm_clock_rate"]  # clock in kHz
     bytes_a_ms = triton.testing.get_dram_gbps() * 1e6
 
+    # ms for the exponentials of a forward pass, and for one tensor (b, l, d)
     exponentials = b * l * d * n / exponentials_a_ms
     tensor = 2 * b * l * d / bytes_a_ms
     return [
@@ -857,7 +855,7 @@ forward and backward, beyond the inputs.""")
     # a table for each size
     errors = {name: value_or_reason(scan_error, name, DEVICE) for name in names}
     for size in tqdm(sizes, unit="size"):
-        times = scan_times(names, size, DEVICE)  # the scans take turns
+        times = scan_times(names, size, DEVICE)  # interleaved
         body = []
         for name in names:
             texts = [time_text(times[name, passes], times[names[0], passes]) for passes in PASSES]
@@ -866,14 +864,15 @@ forward and backward, beyond the inputs.""")
         if DEVICE == "cuda":
             body += gpu_bounds(*size)
 
-        times_head = [f"{passes}, ms" for passes in PASSES]
-        head = [f"(b, l, d, n) = {size}", "error", *times_head, "peak memory, MB"]
+        # the first cell says the size
+        milliseconds = [f"{passes}, ms" for passes in PASSES]
+        head = [f"(b, l, d, n) = {size}", "error", *milliseconds, "peak memory, MB"]
         tqdm.write(f"\n{table(head, body)}", sys.stdout)
 
 
 # ---- Machine code: what the compiler makes of the kernels, without a GPU ----
 
-STATIC_CONSTANTS = dict(  # of every kernel, as the base model calls it: d 1536, n 16, softplus, z
+STATIC_CONSTANTS = dict(  # of all kernels, as the base model calls them: d 1536, n 16, softplus, z
     **dict(d=1536, n=16, N=16, SOFTPLUS=True, SIGN=1, BACKWARD=False, CHUNK=mabert._chunk(16)),
     **dict(u_row=1536, v_row=1536, dy_row=1536, delta_row=1536, z_row=3072),
 )
@@ -882,14 +881,14 @@ STATIC_CASES = {  # a kernel, and what else is constant
     "_segment_ends": dict(TILE=8, z_ptr=None),
     "_segment_ends (backward)": dict(TILE=4, BACKWARD=True),
     "_segment_starts": dict(TILE=8),
-    "_outputs": dict(TILE=8),  # from start states, keeping the states at the ends of chunks
+    "_outputs": dict(TILE=8),  # from start states, keeping the states of the chunks
     "_gradients": dict(TILE=4),
 }
-INPUT_POINTERS = {  # tensors in the dtype of the inputs; all others are float32
+INPUT_POINTERS = {  # of tensors in the dtype of the inputs; the others are float32
     *("u_ptr", "v_ptr", "delta_ptr", "z_ptr", "y_ptr", "B_ptr", "C_ptr"),
     *("dy_ptr", "du_ptr", "ddelta_ptr", "dz_ptr"),
 }
-TARGETS = list(itertools.product(("sm_80", "sm_90"), ("bf16", "fp32")))
+TARGETS = list(itertools.product(("sm_80", "sm_90"), ("bf16", "fp32")))  # A100, H100
 
 
 def compile_kernel(case: str, arch: str, dtype: str) -> bytes:
@@ -897,22 +896,25 @@ def compile_kernel(case: str, arch: str, dtype: str) -> bytes:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    # the kinds of the arguments: constants, pointers to 16 bytes, integers
+    # the constants that this kernel has
     kernel = getattr(mabert, case.split()[0])
     values = STATIC_CONSTANTS | STATIC_CASES[case]
     constants = {name: values[name] for name in kernel.arg_names if name in values}
+
+    # the kinds of the arguments
     signature = {}
-    aligned = {}
+    attributes = {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif "_ptr" in name:
             signature[name] = f"*{dtype if name in INPUT_POINTERS else 'fp32'}"
-            aligned[i,] = [["tt.divisibility", 16]]
+            attributes[(i,)] = [["tt.divisibility", 16]]  # as tensors of PyTorch begin
         else:
             signature[name] = "i32"
 
-    source = ASTSource(kernel, signature, constants, aligned)
+    # compile, not for the GPU of this machine
+    source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     options = dict(num_warps=1, enable_fp_fusion=True)
     return triton.compile(source, target=target, options=options).asm["cubin"]
@@ -922,8 +924,8 @@ def disassemble(cubin: bytes) -> str:
     """The listing of NVIDIA's cuobjdump, which comes with Triton."""
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass"]
-        command.append(file.name)
+        program = triton.knobs.nvidia.cuobjdump.path
+        command = [program, "--dump-resource-usage", "--dump-sass", file.name]
         return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
 
 
@@ -934,17 +936,18 @@ def innermost_loops(listing: str) -> list[list[str]]:
     line = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);"
     code = [(int(at, 16), name, operands) for at, name, operands in re.findall(line, listing)]
 
-    # a loop is a branch back to an earlier address; it is innermost if no other ends inside
+    # a loop is a branch back to an earlier address
     loops = []
     for at, name, operands in code:
         if name == "BRA":
             target = int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)
             if target < at:
                 loops.append((target, at))
+
+    # it is innermost if no other loop ends inside
     ends = [end for _, end in loops]
-    innermost = [
-        (start, end) for start, end in loops if not any(start < other < end for other in ends)
-    ]
+    has_inner = lambda start, end: any(start < other < end for other in ends)  # noqa: E731
+    innermost = [loop for loop in loops if not has_inner(*loop)]
     return [[name for at, name, _ in code if start <= at <= end] for start, end in innermost]
 
 
@@ -956,21 +959,22 @@ def static_cells(case: tuple[str, str, str]) -> list:
     """
     kernel = case[0]
     listing = disassemble(compile_kernel(*case))
-    cells = list(case)
-    for resource in ("REG", "STACK"):
-        cells.append(re.search(rf"{resource}:(\d+)", listing)[1])
+    registers, stack = (re.search(rf"{key}:(\d+)", listing)[1] for key in ("REG", "STACK"))
 
-    # in an iteration a lane updates all 16 states for each step of the tile, in _segment_starts one
+    # in an iteration a lane updates 16 states for each step of a tile; in _segment_starts one
     states = 1 if kernel == "_segment_starts" else 16
     updates = STATIC_CASES[kernel]["TILE"] * states
+
+    # the sum over the loops; of all instructions also that of each loop
     loops = innermost_loops(listing)
+    texts = []
     for prefix in ("", "MUFU", "SHFL"):
         counts = [sum(name.startswith(prefix) for name in loop) / updates for loop in loops]
-        text = f"{sum(counts):.2f}"
+        texts.append(f"{sum(counts):.2f}")
         if len(counts) > 1 and not prefix:
-            text = " + ".join(f"{count:.2f}" for count in counts) + f" = {text}"
-        cells.append(text)
-    return cells
+            terms = " + ".join(f"{count:.2f}" for count in counts)
+            texts[-1] = f"{terms} = {texts[-1]}"
+    return [*case, registers, stack, *texts]
 
 
 def bench_static(args):
@@ -978,13 +982,10 @@ def bench_static(args):
         needed = "the package triton (on Linux), and no TRITON_INTERPRET in the environment"
         raise SystemExit(f"--static needs {needed}")
 
-    # compile in all cores: it takes a minute or so for each kernel and target
-    kernels = ["_outputs", "_gradients"]
-    targets = [("sm_90", "bf16")]
+    # the two main kernels for an H100 and bf16, or all there is
+    cases = [("_outputs", "sm_90", "bf16"), ("_gradients", "sm_90", "bf16")]
     if args.all:
-        kernels = list(STATIC_CASES)
-        targets = TARGETS
-    cases = [(kernel, *target) for kernel in kernels for target in targets]
+        cases = [(kernel, *target) for kernel in STATIC_CASES for target in TARGETS]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         body = list(tqdm(pool.map(static_cells, cases), total=len(cases)))
 
@@ -1001,9 +1002,10 @@ lane; _outputs keeps states for the backward pass, _gradients has two loops, rep
 
 PSM_FORMS = ("none", "post", "pre", "pre+post", "scan", "pre+scan", "pre+scan+post")
 CONVOLUTIONS = ("causal", "centred")
-SIDES = ("right", "left")
-SENTENCES = 100  # rows that are compared
+SIDES = ("right", "left")  # where the pads are
+SENTENCES = 100
 DRIFTS = {
+    # how far apart are states with and without pads
     "tokens_l2": "Relative L2 change of the final hidden states of real tokens",
     "cls_cosine": "Cosine distance of the final [CLS] (the paper's Figures 3a and 4)",
     "mean_cosine": "Cosine distance of the mean over real tokens (the paper's Figure 3b)",
@@ -1015,7 +1017,7 @@ def read_sentences(args, config: MaBERTConfig) -> list[torch.Tensor]:
     if not args.sentences:
         return list(torch.randint(5, config.vocab_size, (SENTENCES, 24)))
 
-    # the last column of a table, as in CoLA's dev.tsv, or whole lines
+    # lines of a text, or the last column of a table, as in CoLA's dev.tsv
     try:
         lines = Path(args.sentences).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -1044,9 +1046,9 @@ def unpadded_states(model: MaBERT, rows: list[torch.Tensor]) -> list[torch.Tenso
 
 
 def padded_states(model: MaBERT, rows: list[torch.Tensor], pads: int, side: str):
-    """The same of the real tokens of one batch, in which the longest row has this many pads."""
+    """The same, of all rows as one batch, in which the longest row has this many pads."""
     lengths = [len(row) for row in rows]
-    mask = torch.arange(max(lengths) + pads) < torch.tensor(lengths)[:, None]
+    mask = torch.arange(max(lengths) + pads) < torch.tensor(lengths)[:, None]  # (b, l)
     if side == "left":
         mask = mask.flip(1)
     ids = torch.full(mask.shape, model.config.pad_token_id).masked_scatter(mask, torch.cat(rows))
@@ -1054,12 +1056,12 @@ def padded_states(model: MaBERT, rows: list[torch.Tensor], pads: int, side: str)
 
 
 def cosine_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """1 - cos(x, y), without the cancellation of the difference."""
+    """1 − cos(x, y), without the cancellation of that difference."""
     return (F.normalize(x, dim=0) - F.normalize(y, dim=0)).square().sum() / 2
 
 
 def mean_drifts(unpadded, padded) -> dict[str, float]:
-    """{of DRIFTS: mean over the rows}, between the states (l, h) of each row."""
+    """{a name of DRIFTS: mean over the rows}, of the states (l, h) of each row."""
     drifts = {measure: [] for measure in DRIFTS}
     for x, y in zip(unpadded, padded):
         drifts["tokens_l2"].append((y - x).norm() / x.norm())
@@ -1068,22 +1070,44 @@ def mean_drifts(unpadded, padded) -> dict[str, float]:
     return {measure: torch.stack(values).mean().item() for measure, values in drifts.items()}
 
 
+@torch.no_grad()
+def measure_drifts(base: MaBERT, rows: list[torch.Tensor], numbers_of_pads: list[int]) -> dict:
+    """{measure: {(convolution, side): {form: {pads: value}}}}, for the weights of one model."""
+    cases = list(itertools.product(CONVOLUTIONS, SIDES))
+    drifts = {m: {case: {form: {} for form in PSM_FORMS} for case in cases} for m in DRIFTS}
+    models = list(itertools.product(PSM_FORMS, CONVOLUTIONS))
+    for form, convolution in tqdm(models, unit="model"):
+        # the weights under this form of PSM, with this convolution
+        stages = train_mlm.psm_stages(form)
+        causal = convolution == "causal"
+        model = MaBERT(dataclasses.replace(base.config, psm=stages, causal_conv=causal))
+        model.load_state_dict(base.state_dict())
+        model.double().eval()
+
+        # every number of pads, on both sides
+        unpadded = unpadded_states(model, rows)
+        for side, pads in itertools.product(SIDES, numbers_of_pads):
+            padded = padded_states(model, rows, pads, side)
+            for measure, value in mean_drifts(unpadded, padded).items():
+                drifts[measure][convolution, side][form][pads] = value
+    return drifts
+
+
 def drift_text(args, base: MaBERT, rows: list, drifts: dict) -> str:
     """The page of {measure: {(convolution, side): {form: {pads: value}}}}."""
 
     # what was done
     weights = "random weights (MMT four times, hidden size 64)"
     if args.checkpoint:
-        config = base.config
-        convolution = "causal" if config.causal_conv else "centred"
-        trained = f"pretrained with PSM {'+'.join(config.psm) or 'none'}"
-        weights = f"{args.checkpoint}, {config.pattern} {trained} and a {convolution} convolution"
+        convolution = "causal" if base.config.causal_conv else "centred"
+        training = f"PSM {'+'.join(base.config.psm) or 'none'} and a {convolution} convolution"
+        weights = f"{args.checkpoint}, {base.config.pattern} pretrained with {training}"
     source = f"sentences of {args.sentences}" if args.sentences else "random rows of 24 tokens"
     pads = " / ".join(map(str, args.pads))
     text = f"{header()}\nWith {pads} pads in the longest row, float64; "
     text += f"{weights}, {len(rows)} {source}.\n"
 
-    # a table for each measure, a line for each form of PSM
+    # a table for each measure, with a line for each form of PSM
     for measure, title in DRIFTS.items():
         cases = drifts[measure]
         body = []
@@ -1095,33 +1119,40 @@ def drift_text(args, base: MaBERT, rows: list, drifts: dict) -> str:
     return text
 
 
-def draw_drift(file: str, title: str, cases: dict):
+def draw_drift(file: str, cases: dict):
     """The relative L2 change with a centred convolution, {(convolution, side): {form: {pads: x}}}.
 
     What is zero but for rounding lies on one line at the bottom, called exact.
     """
-    rounding, exact = 1e-12, 1e-4
-    figure, panels = new_figure(
-        [f"pads {side}" for side in SIDES], "relative L2 change", sharey=True
-    )
-    figure.suptitle(title, fontsize=9)
+    titles = [f"pads on the {side}" for side in SIDES]
+    figure, panels = new_figure(titles, "pads of the longest row", "relative L2 change")
+    title = "Change of real tokens under padding, for each form of padding-safe masking"
+    figure.suptitle(f"{title}; centred convolution", fontsize=9)
 
+    # exact is a power of ten below all that is not
+    rounding = 1e-12
+    centred = [form for side in SIDES for form in cases["centred", side].values()]
+    changes = [x for form in centred for x in form.values() if x > rounding]
+    lowest = math.floor(math.log10(min(changes, default=1e-3))) - 1
+    ticks = {10.0**power: f"{10.0**power:g}" for power in range(lowest + 1, 1)}
+    ticks[10.0**lowest] = "exact"
+
+    # the panels
     for axes, side in zip(panels, SIDES):
         lines = {}
         for form, by_pads in cases["centred", side].items():
-            lines[form] = {str(n): x if x > rounding else exact for n, x in by_pads.items()}
+            lines[form] = {str(n): max(x, 10.0**lowest) for n, x in by_pads.items()}
         draw_lines(axes, lines, strong="pre+scan+post")
-        axes.set(yscale="log", ylim=(exact / 1.5, 1))
-        axes.set_yticks([exact, 1e-3, 1e-2, 1e-1, 1], ["exact", "0.001", "0.01", "0.1", "1"])
-        axes.set_xlabel("pads of the longest row", fontsize=9)
+        axes.set(yscale="log", ylim=(10.0**lowest / 1.6, 1))
+        axes.set_yticks(list(ticks), list(ticks.values()))
+        axes.minorticks_off()
     save_figure(figure, file)
 
 
-@torch.no_grad()
 def bench_drift(args):
     check_out(args.out)
 
-    # the weights
+    # the weights, and the rows
     torch.manual_seed(0)
     small = dict(vocab_size=1000, hidden_size=64, num_heads=4, intermediate_size=256)
     try:
@@ -1133,45 +1164,28 @@ def bench_drift(args):
         raise SystemExit(f"--checkpoint: {error}") from error
     rows = read_sentences(args, base.config)
 
-    # {measure: {(convolution, side): {form: {pads: value}}}}
-    cases = list(itertools.product(CONVOLUTIONS, SIDES))
-    drifts = {m: {case: {form: {} for form in PSM_FORMS} for case in cases} for m in DRIFTS}
-    models = list(itertools.product(PSM_FORMS, CONVOLUTIONS))
-    for form, convolution in tqdm(models, unit="model"):
-        # the same weights under this form of PSM and this convolution
-        stages = train_mlm.psm_stages(form)
-        causal = convolution == "causal"
-        model = MaBERT(dataclasses.replace(base.config, psm=stages, causal_conv=causal))
-        model.load_state_dict(base.state_dict())
-        model.double().eval()
-
-        # each side and number of pads
-        unpadded = unpadded_states(model, rows)
-        for side, pads in itertools.product(SIDES, args.pads):
-            padded = padded_states(model, rows, pads, side)
-            for measure, value in mean_drifts(unpadded, padded).items():
-                drifts[measure][convolution, side][form][pads] = value
-
+    # the page and the figure
+    drifts = measure_drifts(base, rows, args.pads)
     text = drift_text(args, base, rows, drifts)
     print(text)
     if args.out:
         write_atomically(Path(f"{args.out}.md"), text)
-        title = "Change of real tokens under padding, for each form of PSM; centred convolution"
-        draw_drift(f"{args.out}.png", title, drifts["tokens_l2"])
+        draw_drift(f"{args.out}.png", drifts["tokens_l2"])
 
 
 # ---- Step: where the time of a training step goes ----
 
-WARM_UP = 2  # steps before those that are measured
+WARM_UP = 2  # steps of each row length that do not count
 WAITING = "waiting for data"
 
 
 def flops_per_token(config: MaBERTConfig, length: int, mask_rate: float) -> float:
     """Operations of matrix products and convolutions for a token, forward and backward."""
+    # the encoder, and the head at the tokens that are predicted
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         MaBERT(config)(torch.zeros(1, length, dtype=torch.long))
     head = 2 * config.hidden_size * (config.hidden_size + config.vocab_size) * mask_rate
-    return 3 * (counter.get_total_flops() / length + head)
+    return 3 * (counter.get_total_flops() / length + head)  # backward is twice forward
 
 
 class Stopwatch:
@@ -1198,6 +1212,7 @@ class Stopwatch:
         """{name: seconds}, in the order in which the names came."""
         if DEVICE == "cuda":
             torch.cuda.synchronize()
+        # from each mark to the next, which names what lies between
         totals = collections.defaultdict(float)
         for (_, begin), (name, end) in itertools.pairwise(self.marks):
             totals[name] += begin.elapsed_time(end) / 1000 if DEVICE == "cuda" else end - begin
@@ -1205,7 +1220,7 @@ class Stopwatch:
 
 
 def hook_stopwatch(watch: Stopwatch, model, optimizer, layers: bool):
-    """Marks the parts of a training step, by hooks on the model, its layers and the optimizer.
+    """Marks the parts of a training step by hooks on the model, its layers and the optimizer.
 
     What is outside the layers is "rest": forward, the copy to the device, embeddings, head and
     loss; backward, these again, the exchange between processes and the clipping of gradients.
@@ -1219,13 +1234,13 @@ def hook_stopwatch(watch: Stopwatch, model, optimizer, layers: bool):
         if watch.marks[-1][0] != WAITING:
             watch.mark("backward, rest")
 
+    # the model and the optimizer
     model.register_forward_pre_hook(before_forward)
     model.register_forward_hook(marks("forward, rest"))
     optimizer.register_step_pre_hook(marks("backward, rest"))
-    if not layers:
-        return
 
-    for letter, layer in zip(model.config.pattern, model.encoder.layers):
+    # each layer
+    for letter, layer in zip(model.config.pattern, model.encoder.layers if layers else ()):
         layer.register_forward_pre_hook(marks("forward, rest"))
         layer.register_forward_hook(marks(f"forward, {letter} layers"))
         layer.register_full_backward_pre_hook(marks("backward, rest"))
@@ -1235,15 +1250,17 @@ def hook_stopwatch(watch: Stopwatch, model, optimizer, layers: bool):
 def measure_steps(args, steps: int):
     """Prints where the time of training steps goes, for each row length of train_mlm.py's args."""
 
-    # all that training needs; a tokenizer that is trained for it is not kept
+    # all that training needs; a tokenizer that is trained for this is not kept
     with contextlib.redirect_stdout(sys.stderr):
         data = train_mlm.prepare(args, Path(os.devnull))
     model, shared, optimizer = train_mlm.make_model(args, data)
     watch = Stopwatch()
-    hook_stopwatch(watch, model, optimizer, layers=not args.compile)  # hooks would cut its graph
+    hook_stopwatch(watch, model, optimizer, layers=not args.compile)  # hooks would cut the graph
 
     for _, rows in data.phases:
-        real = padded = 0  # tokens, pads included in the second
+        # tokens of all processes, without and with pads
+        real = padded = 0
+
         batches = train_mlm.batches_ahead(args, [(0, rows)], range(WARM_UP + steps))
         for step, batch in enumerate(batches):
             # the first steps do not count
@@ -1253,30 +1270,29 @@ def measure_steps(args, steps: int):
                 if DEVICE == "cuda":
                     torch.cuda.reset_peak_memory_stats()
 
+            # a step
             watch.mark(WAITING)
             train_mlm.train_step(shared, optimizer, batch, step, args)
             watch.mark("optimizer")
             real += batch.real
             padded += batch.padded
 
-        # of all steps, those of all processes included
+        # all steps
         parts = watch.seconds()
         seconds = sum(parts.values())
         flops = real * flops_per_token(model.config, rows.length, args.mask_rate)
         tflops = flops / seconds / train_mlm.PROCESSES / 1e12
-        memory = ""
+        words = f"rows of {rows.length} tokens: {seconds / steps:.3f} s a step, "
+        words += f"{real / seconds:.0f} tokens/s, {1 - real / padded:.1%} padding, "
+        words += f"{tflops:.3g} TFLOP/s a device"
         if DEVICE == "cuda":
-            memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
-        print(f"\nrows of {rows.length} tokens: {seconds / steps:.3f} s a step, "
-              f"{real / seconds:.0f} tokens/s, {1 - real / padded:.1%} padding, "
-              f"{tflops:.3g} TFLOP/s a device{memory}\n")  # fmt: skip
+            words += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
 
-        # of a step
-        body = [
-            [name, f"{1000 * part / steps:.1f}", f"{part / seconds:.1%}"]
-            for name, part in parts.items()
-        ]
-        print(table(["part of a step", "ms", "share"], body))
+        # the parts of a step
+        body = []
+        for name, part in parts.items():
+            body.append([name, f"{1000 * part / steps:.1f}", f"{part / seconds:.1%}"])
+        print(f"\n{words}\n\n{table(['part of a step', 'ms', 'share'], body)}")
 
 
 def bench_step(args):
@@ -1289,11 +1305,12 @@ def bench_step(args):
     try:
         print(header(DEVICE))
         measure_steps(args.training, args.measure)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         advice = "lower --micro-batch-size, or pass --activation-checkpointing"
-        raise SystemExit(f"out of memory: {advice}\n{error}") from error
+        first_line = str(error).split("\n")[0]
+        raise SystemExit(f"out of memory: {advice} ({first_line})") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1319,6 +1336,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True)
     # fmt: off
 
+    # efficiency
     title = "Tables B5 to B7 and Figure 5: MaBERT and its peers"
     efficiency = commands.add_parser("efficiency", help=title, description=title)
     efficiency.set_defaults(bench=bench_efficiency)
@@ -1335,6 +1353,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     efficiency.add_argument("--out", metavar="NAME",
         help="write NAME.md and, if MaBERT is among the models, NAME.png (needs matplotlib)")
 
+    # scan
     title = "time and memory of the selective scan, on the GPU or on one thread of the CPU"
     scan = commands.add_parser("scan", help=title, description=title)
     scan.set_defaults(bench=bench_scan)
@@ -1345,6 +1364,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     scan.add_argument("--all", action="store_true",
         help="the same of all kernels of the scan, for an A100 and float32 as well")
 
+    # drift
     title = "what padding does to real tokens, for each form of padding-safe masking (PSM)"
     drift = commands.add_parser("drift", help=title, description=title)
     drift.set_defaults(bench=bench_drift)
@@ -1357,6 +1377,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     drift.add_argument("--out", metavar="NAME",
         help="write NAME.md and NAME.png (needs matplotlib)")
 
+    # step
     title = "where the time of a training step goes"
     step = commands.add_parser("step", help=title, allow_abbrev=False,
         usage="python bench.py step [--measure STEPS] [any flags of train_mlm.py]",
@@ -1366,6 +1387,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="steps of each row length, after two that do not count (%(default)s)")
     # fmt: on
 
+    # of step, what is left over is for train_mlm.py
     args, others = parser.parse_known_args(argv)
     if args.bench == bench_step:
         args.training = train_mlm.parse_args(others)
