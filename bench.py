@@ -135,6 +135,7 @@ def name_lines(axes, gap: float = 0.068):
     ends.sort(key=lambda end: end[0][1])
 
     # heights, as shares of the panel's; neighbours that are too close push each other apart
+    axes.autoscale_view()  # the limits are stale until they are asked for
     to_panel = axes.transData + axes.transAxes.inverted()
     heights = [to_panel.transform(point)[1] for point, _ in ends]
     for _ in range(100):

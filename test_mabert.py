@@ -2436,11 +2436,11 @@ def test_efficiency_takes_the_fastest_setting(small_peers, monkeypatch, capsys):
 def test_efficiency_compiles_every_model_and_never_falls_back(small_peers, monkeypatch):
     compile, graphs = torch.compile, []
 
-    def keep_graph(graph, inputs):
-        graphs.append(graph)
-        return graph
-
     def compiled(model, **options):
+        def keep_graph(graph, inputs):  # one for each call, or the second would find the first's
+            graphs.append(graph)
+            return graph
+
         return compile(model, backend=keep_graph, dynamic=False)
 
     patterns = ("M", "H", "T", "TT", "TTT")
