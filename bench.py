@@ -187,6 +187,7 @@ def in_own_process(function, *args):
     """value_or_reason(function, *args); on a CPU, which is the last argument, in a new process."""
     if args[-1] == "cuda":
         return value_or_reason(function, *args)
+    # a spawned process begins without the memory of this one
     with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
         return value_or_reason(pool.submit(function, *args).result)
 
@@ -522,6 +523,7 @@ def layer_flops(letter: str, length: int) -> int:
 
 def crossover() -> int:
     """The row length from which on a T layer takes more operations than an M layer."""
+    # attention grows with the square of the length: from there on it always takes more
     lengths = range(1, 2**16)
     t_takes_more = lambda length: layer_flops("T", length) > layer_flops("M", length)  # noqa: E731
     return lengths[bisect.bisect(lengths, False, key=t_takes_more)]
@@ -538,6 +540,7 @@ def ratios_to(reference: str, values: dict[str, float | str | None]) -> dict[str
 
     With them the means over the paper's baselines, its headline, if each of them has a ratio.
     """
+    # each model
     numbers = {name: value for name, value in values.items() if isinstance(value, float)}
     if reference not in numbers:
         return {}
@@ -987,6 +990,8 @@ def bench_static(args):
     cases = [("_outputs", "sm_90", "bf16"), ("_gradients", "sm_90", "bf16")]
     if args.all:
         cases = [(kernel, *target) for kernel in STATIC_CASES for target in TARGETS]
+
+    # a compiler on each core
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         body = list(tqdm(pool.map(static_cells, cases), total=len(cases)))
 
@@ -1042,16 +1047,19 @@ def unpadded_states(model: MaBERT, rows: list[torch.Tensor]) -> list[torch.Tenso
     """The final hidden states (l, h) of each row; rows of one length are a batch without pads."""
     states = []
     for _, same_length in itertools.groupby(rows, len):
-        states += model(torch.stack(list(same_length)))
+        states += model(torch.stack(list(same_length)))  # (b, l, h)
     return states
 
 
 def padded_states(model: MaBERT, rows: list[torch.Tensor], pads: int, side: str):
     """The same, of all rows as one batch, in which the longest row has this many pads."""
+
+    # where the real tokens are, on either side
     lengths = [len(row) for row in rows]
     mask = torch.arange(max(lengths) + pads) < torch.tensor(lengths)[:, None]  # (b, l)
     if side == "left":
         mask = mask.flip(1)
+    # their states, row by row
     ids = torch.full(mask.shape, model.config.pad_token_id).masked_scatter(mask, torch.cat(rows))
     return model(ids, mask)[mask].split(lengths)
 
@@ -1112,7 +1120,7 @@ def drift_text(args, base: MaBERT, rows: list, drifts: dict) -> str:
     for measure, title in DRIFTS.items():
         cases = drifts[measure]
         body = []
-        for form in PSM_FORMS:
+        for form in PSM_FORMS:  # all numbers of pads in a cell
             cells = [" / ".join(f"{x:.0e}" for x in case[form].values()) for case in cases.values()]
             body.append([form, *cells])
         head = ["PSM stages", *(f"{convolution}, pads {side}" for convolution, side in cases)]
@@ -1200,7 +1208,7 @@ class Stopwatch:
 
     def mark(self, name: str):
         now = perf_counter()
-        if DEVICE == "cuda":
+        if DEVICE == "cuda":  # when the GPU has come this far
             now = torch.cuda.Event(enable_timing=True)
             now.record()
         self.marks.append((name, now))
@@ -1252,8 +1260,7 @@ def measure_steps(args, steps: int):
     """Prints where the time of training steps goes, for each row length of train_mlm.py's args."""
 
     # all that training needs; a tokenizer that is trained for this is not kept
-    with contextlib.redirect_stdout(sys.stderr):
-        data = train_mlm.prepare(args, Path(os.devnull))
+    data = train_mlm.prepare(args, Path(os.devnull))
     model, shared, optimizer = train_mlm.make_model(args, data)
     watch = Stopwatch()
     hook_stopwatch(watch, model, optimizer, layers=not args.compile)  # hooks would cut the graph
@@ -1283,6 +1290,8 @@ def measure_steps(args, steps: int):
         seconds = sum(parts.values())
         flops = real * flops_per_token(model.config, rows.length, args.mask_rate)
         tflops = flops / seconds / train_mlm.PROCESSES / 1e12
+
+        # in one line
         words = f"rows of {rows.length} tokens: {seconds / steps:.3f} s a step, "
         words += f"{real / seconds:.0f} tokens/s, {1 - real / padded:.1%} padding, "
         words += f"{tflops:.3g} TFLOP/s a device"
@@ -1303,6 +1312,7 @@ def bench_step(args):
     if train_mlm.RANK > 0:
         sys.stdout = open(os.devnull, "w")
 
+    # too little memory is what a user may try out here
     try:
         print(header(DEVICE))
         measure_steps(args.training, args.measure)
@@ -1402,12 +1412,12 @@ def clear_errors():
     """Ends a program with one line, not with a traceback, for what is no fault of the program."""
     try:
         yield
-    except ModuleNotFoundError as error:
+    except ModuleNotFoundError as error:  # one of the extra "bench"
         message = f'this needs the package {error.name}: pip install -e ".[bench]"'
         raise SystemExit(message) from error
     except OSError as error:  # a full disk, a folder that may not be written
         raise SystemExit(f"cannot go on: {error}") from error
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # Ctrl-C
         raise SystemExit("\ninterrupted") from None
 
 

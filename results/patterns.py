@@ -35,7 +35,9 @@ PATTERNS = [unit * (12 // len(unit)) for unit in TABLE_1 + OTHERS]
 CAUSAL_TOO = PATTERNS[-3:]  # also with a causal convolution; the others with a centred one only
 
 STEPS = 1200
-TOKENS = 2048  # of a step
+TOKENS = 2048  # of a step, in rows of --length
+
+# of all models
 VOCAB_SIZE = "4096"
 SMALL = """--hidden-size 64 --num-heads 4 --intermediate-size 256 --d-state 8 --dropout 0 --lr 2e-3
     --warmup-steps 100""".split()
@@ -46,11 +48,14 @@ SMALL = """--hidden-size 64 --num-heads 4 --intermediate-size 256 --d-state 8 --
 
 def call(script: str, flags: list[str], threads: int | None = None) -> str:
     """What a script of the project prints; SystemExit with its last words if it fails."""
+    # in a process of its own, on its share of the cores
     environment = dict(os.environ)
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, str(Path(bench.__file__).with_name(script)), *flags]
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    # the last two lines say why
     if process.returncode:
         words = process.stderr.strip().splitlines() or [f"ended with {process.returncode}"]
         raise SystemExit(f"{script} {' '.join(flags[-2:])}: {' '.join(words[-2:])}")
@@ -60,11 +65,13 @@ def call(script: str, flags: list[str], threads: int | None = None) -> str:
 def pretrain(args, variants: dict[str, list[str]]) -> dict[str, list[Path]]:
     """{name: its runs' folders, one for each seed} of {name: its flags of train_mlm.py}."""
 
-    # what all runs share, also a tokenizer, since two trainings of one differ
+    # text, sizes and batch of all runs
     text = ["--data", *args.data] if args.data else ["--demo"]
     rows = str(TOKENS // args.length)
     shared = [*SMALL, *text, "--length-schedule", f"{args.length}:1"]
     shared += ["--batch-size", rows, "--micro-batch-size", rows]
+
+    # their tokenizer, of a run of one step, since two trainings of a tokenizer differ
     tokenizer = Path(args.out, "tokenizer")
     flags = [*shared, "--vocab-size", VOCAB_SIZE, "--pattern", "T", "--steps", "1"]
     call("train_mlm.py", [*flags, "--resume", "--out", str(tokenizer)])
@@ -79,8 +86,7 @@ def pretrain(args, variants: dict[str, list[str]]) -> dict[str, list[Path]]:
         folders[name].append(folder)
         runs.append((folder, [*shared, *variants[name], "--seed", str(seed)]))
 
-    # the times of steps, one run after the other; those of a variant are far apart, so that a clock
-    # that drifts hits all alike
+    # the times of steps: one run after the other, variants in turns, as a machine's clock drifts
     for folder, flags in tqdm(runs, desc="step time", unit="run"):
         if not (folder / "step.md").exists():
             printed = call("bench.py", ["step", "--measure", "10", *flags])
@@ -126,9 +132,11 @@ def held_out_loss(folder: Path) -> float:
 
 def read_result(folders: list[Path], length: int) -> Result:
     """The result of the runs of a variant, whose rows have this length."""
+    # what was measured
     pages = [(folder / "step.md").read_text(encoding="utf-8") for folder in folders]
     seconds = [float(re.search(r"tokens: ([\d.]+) s a step", page)[1]) for page in pages]
 
+    # what the model costs
     settings = read_settings(folders[0])
     model = MaBERTForMaskedLM.from_pretrained(folders[0])
     flops = bench.flops_per_token(model.config, length, settings.mask_rate)
@@ -152,11 +160,14 @@ def spread(values: list[float]) -> str:
 def compare_variants(args, variants: dict[str, list[str]], varying: str) -> tuple[str, dict]:
     """Trains all variants: (a page with their table, {name: result}).
 
-    varying: for the page's second line, what its rows do not have in common, or what they are.
+    varying says what the variants have in common, and in what they differ.
     """
+
+    # all runs
     folders = pretrain(args, variants)
     results = {name: read_result(runs, args.length) for name, runs in folders.items()}
 
+    # a line for each variant
     body = []
     for name, result in results.items():
         size = f"{result.parameters / 1e6:.2f}"
@@ -220,6 +231,7 @@ def main(argv: list[str]):
     # fmt: on
     args = parser.parse_args(argv)
 
+    # with a centred convolution, then with a causal one
     variants = {}
     for pattern in args.patterns:
         variants[pattern] = ["--pattern", pattern, "--no-causal-conv"]

@@ -112,16 +112,19 @@ def make_recall_model(pattern: str) -> MaBERTForMaskedLM:
 
 def train_recall(pattern: str, seed: int, steps: int) -> MaBERTForMaskedLM:
     """A model trained on rows of LENGTHS[0] tokens with 1 to MOST_PAIRS pairs, 64 in a step."""
+    # a model and the rows it sees are functions of the seed
     torch.manual_seed(seed)
     model = make_recall_model(pattern)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     rng = torch.Generator().manual_seed(seed)
 
     for step in tqdm(range(steps), f"{pattern}, seed {seed}", unit="step", mininterval=10):
+        # the learning rate of train_mlm.py
         warmup = min(200, steps // 10)
         lr = train_mlm.learning_rate(step, steps, 2e-3, warmup)
         optimizer.param_groups[0]["lr"] = lr
 
+        # forward, backward, update
         pairs = int(torch.randint(1, MOST_PAIRS + 1, (), generator=rng))
         ids, labels = recall_rows(64, LENGTHS[0], pairs, rng)
         model(ids, labels=labels).loss.backward()

@@ -45,13 +45,14 @@ for unit in ("T", "M", "MMT", "MWT", "H"):
         flags += f" --hidden-size {hidden} --intermediate-size {4 * hidden}"
         STUDIES["sizes"][f"{unit}, hidden {hidden}"] = flags.split()
 
-VARYING = {
-    "psm": "1200 steps, six layers, hidden size 64; the form of padding-safe masking varies",
+LENGTH = 64  # tokens of a row
+STEPS = patterns.STEPS
+VARYING = {  # what a study's runs have in common, and in what they differ
+    "psm": f"{STEPS} steps, six layers, hidden size 64; the pattern and the form of PSM vary",
     "budgets": "12 layers, hidden size 64; the pattern and the number of steps vary",
-    "sizes": "1200 steps, 12 layers; the pattern and the hidden size vary",
+    "sizes": f"{STEPS} steps, 12 layers; the pattern and the hidden size vary",
 }
 COSTS = {"budgets": ("steps", "seconds"), "sizes": ("TFLOP", "seconds")}  # x axes of the figures
-LENGTH = 64  # tokens of a row
 PADDINGS = {  # of held-out rows: how many at once, pads beside those of training, their side
     "as in training": (32, 1, "right"),
     "left": (32, 1, "left"),
@@ -64,14 +65,16 @@ PADDINGS = {  # of held-out rows: how many at once, pads beside those of trainin
 
 
 def repad(batch: tuple, times: int, side: str, pad_token_id: int) -> list[torch.Tensor]:
-    """(ids, real, labels) of rows padded on the right, with this many times as many pads."""
+    """(ids, real, labels) of rows padded on the right, with `times` as many pads, on this side."""
+
+    # so many more pads on the right, without labels
     lengths = batch[1].sum(1)
     padded_length = batch[1].shape[1]
     more = round((times - 1) * (padded_length - lengths.double().mean().item()))
     fill = (pad_token_id, False, train_mlm.IGNORED)
     batch = [F.pad(tensor, (0, more), value=value) for tensor, value in zip(batch, fill)]
 
-    # the pads, which are on the right, go round to the left
+    # all pads go round to the left
     if side == "left":
         pads = (padded_length + more - lengths).tolist()
         batch = [torch.stack([row.roll(n) for row, n in zip(tensor, pads)]) for tensor in batch]
@@ -83,6 +86,8 @@ def losses_by_padding(folder: Path, held_out: tuple) -> list[float]:
     """The loss of a run's model on held-out rows, in nats, for each of PADDINGS."""
     model = MaBERTForMaskedLM.from_pretrained(folder)
     labelled = (held_out[2] != train_mlm.IGNORED).sum()
+
+    # the sum over micro-batches, by labelled token
     losses = []
     for rows_at_once, times, side in PADDINGS.values():
         total = 0.0
@@ -111,6 +116,8 @@ def compare_paddings(results: dict) -> tuple[str, dict]:
         pattern, form = variant.split(", ")
         points = dict(zip(PADDINGS, map(statistics.mean, by_padding)))
         panels.setdefault(pattern, {})[form] = points
+
+    # below the other table
     title = "The held-out loss with other pads"
     return f"\n\n{title}:\n\n{bench.table(['', *PADDINGS], body)}", panels
 
@@ -121,6 +128,8 @@ def compare_paddings(results: dict) -> tuple[str, dict]:
 def loss_panels(results: dict, costs: tuple[str, ...]) -> dict[str, dict[str, dict[float, float]]]:
     """{title of a panel, by a cost: {pattern: {cost of a run: loss}}}."""
     panels = {f"by {cost}": {} for cost in costs}
+
+    # each result is a point in each panel
     for variant, result in results.items():
         pattern = variant.split(", ")[0]
         run = dict(steps=result.steps, TFLOP=result.tflop, seconds=result.steps * result.seconds)
@@ -166,7 +175,7 @@ def main(argv: list[str]):
     patterns.add_data(parser)
     args = parser.parse_args(argv)
     args.length = LENGTH
-    args.steps = patterns.STEPS
+    args.steps = STEPS
     with bench.clear_errors():
         run_study(args)
 
