@@ -45,8 +45,8 @@ def recall_rows(count: int, length: int, pairs: int, rng: torch.Generator):
 
         f2 f2  k7 v3  f4 f4  [MASK] f1  k2 v9  f5 v8 ...  k2 [MASK]  k7 [MASK]
 
-    A filler is one token twice. For every fourth the first of the two is hidden, for every fourth
-    the second, half of them behind [MASK] and half behind any token: as in text, what is hidden
+    A filler is one token twice. A quarter of the fillers have the first of the two hidden, a
+    quarter the second, half behind [MASK] and half behind any token: as in text, what is hidden
     follows from its neighbour, and this is what a model learns first.
     """
 
@@ -89,8 +89,8 @@ def recall_rows(count: int, length: int, pairs: int, rng: torch.Generator):
 
 
 def make_recall_model(pattern: str) -> MaBERTForMaskedLM:
-    """A small model. As BERT begins, it would learn nothing for long: weights of deviation 0.02 are
-    too small for 64 inputs, and random positions say nothing of distances."""
+    """A small model. With BERT's weights of deviation 0.02 and its random positions, so small a
+    model learns nothing for long; so both begin otherwise."""
     sizes = dict(hidden_size=64, num_heads=2, intermediate_size=256, d_state=8, dropout=0.0)
     positions = LENGTHS[0]
     model = MaBERTForMaskedLM(
