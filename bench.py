@@ -1059,6 +1059,7 @@ def padded_states(model: MaBERT, rows: list[torch.Tensor], pads: int, side: str)
     mask = torch.arange(max(lengths) + pads) < torch.tensor(lengths)[:, None]  # (b, l)
     if side == "left":
         mask = mask.flip(1)
+
     # their states, row by row
     ids = torch.full(mask.shape, model.config.pad_token_id).masked_scatter(mask, torch.cat(rows))
     return model(ids, mask)[mask].split(lengths)
@@ -1152,8 +1153,9 @@ def draw_drift(file: str, cases: dict):
         for form, by_pads in cases["centred", side].items():
             lines[form] = {str(n): max(x, 10.0**lowest) for n, x in by_pads.items()}
         draw_lines(axes, lines, strong="pre+scan+post")
-        axes.set(yscale="log", ylim=(10.0**lowest / 1.6, 1))
+        axes.set_yscale("log")
         axes.set_yticks(list(ticks), list(ticks.values()))
+        axes.set_ylim(bottom=10.0**lowest / 1.6)
         axes.minorticks_off()
     save_figure(figure, file)
 
