@@ -2396,7 +2396,7 @@ def test_efficiency_measures_all_models_beside_the_papers(device, small_peers, c
 
 
 def test_efficiency_accumulates_what_does_not_fit_and_goes_on(small_peers, monkeypatch, capsys):
-    forward, most = bench.Contender.forward, {"MMT": 2, "TT": 8, "MM": 0}  # rows
+    forward, most = bench.Contender.forward, {"MMT": 4, "TT": 8, "MM": 0}  # rows
 
     def scarce(self, setting, rows, **labels):
         if len(rows) > most[self.model.config.pattern]:
@@ -2406,7 +2406,7 @@ def test_efficiency_accumulates_what_does_not_fit_and_goes_on(small_peers, monke
     monkeypatch.setattr(bench.Contender, "forward", scarce)
     efficiency("--device cpu --lengths 8 2147483647", ["MaBERT", "T12", "M12"])
     text, none = capsys.readouterr().out, r"– \(out of memory\) \|\n"
-    assert re.search(rf"\| MaBERT \| \S+ \| [\d.]+ \(4 × 2 rows\) \| {none}", text)
+    assert re.search(rf"\| MaBERT \| \S+ \| [\d.]+ \(2 × 4 rows\) \| {none}", text)
     assert len(re.findall(rf"\| T12 \| \S+ \| [\d.]+ \| {none}", text)) == 3
     assert len(re.findall(rf"\| M12 \| \S+ \| – \(out of memory\) \| {none}", text)) == 3
 
