@@ -1,27 +1,29 @@
-"""Measurements, each printed as Markdown under the command, the machine and the versions that made it.
+"""Four measurements. Each prints Markdown under the command and the machine that made it.
 
-    python bench.py scan             # the masked selective scan beside other ways to compute it, on the GPU or the CPU
-    python bench.py scan --static    # its two main kernels, compiled for an H100: instructions, registers; no GPU
-    python bench.py efficiency       # memory, latency and training time of MaBERT and its peers, beside the paper's
-    python bench.py drift            # what padding does to real tokens, for each form of padding-safe masking
-    python bench.py patterns         # does interleaving help? A short pretraining of Table 1's patterns, and others
-    python bench.py study psm        # what padding-safe masking is worth in pretraining; also: budgets, sizes
-    python bench.py recall           # which layers find the value of a key, among how many and how far away
+    python bench.py efficiency       # memory, latency and training time of MaBERT and its peers
+    python bench.py scan             # the masked selective scan beside other ways to compute it
+    python bench.py scan --static    # its kernels compiled for an H100, which need not be there:
+                                     # registers, and instructions for each update of a state
+    python bench.py drift            # what padding does to real tokens, for each form of
+                                     # padding-safe masking
+    python bench.py step --demo      # where the time of a training step goes: takes every flag of
+                                     # train_mlm.py, and runs under torchrun
 
-Keep a table with a redirection, python bench.py scan > results/scan.md; efficiency and drift write their tables, JSON
-and a figure with --out NAME, study and recall into their folder.
+To keep a table, redirect it: python bench.py scan > results/scan.md. With --out NAME, efficiency
+and drift write NAME.md and a figure, NAME.png.
+
+In order: tables and figures · measuring · efficiency · scan · machine code · drift · step · the
+command line.
 """
 
 import argparse
 import bisect
 import collections
 import contextlib
-import csv
 import dataclasses
 import functools
 import gc
 import itertools
-import json
 import math
 import os
 import re
@@ -31,14 +33,17 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
 
 import train_mlm  # before torch, which reads OpenMP's settings when it loads
 from train_mlm import bounded, describe_machine, load_tokenizer, write_atomically
 
 # isort: split
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import timer
@@ -46,145 +51,675 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import mabert
-from mabert import MaBERT, MaBERTConfig, MaBERTForMaskedLM, MaBERTForSequenceClassification, triton
+from mabert import MaBERT, MaBERTConfig, MaBERTForSequenceClassification, triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of scan and step; efficiency has a flag
+
+# ---- Tables and figures ----
+
+STRONG = "#c1121f"  # the colour of MaBERT, or of the form that MaBERT has
+MUTED = "#7088a0 #b08d57 #76976f #9678a3 #a8705f #5f9494 #8f8f4f #8c8c8c #7d83bd #b07a99".split()
 
 
 def header(device: str = "cpu") -> str:
-    return f"`{shlex.join(['python', 'bench.py', *sys.argv[1:]])}` on {describe_machine(device)}\n"
+    """The first line of every result: the command as it was typed, and the machine."""
+    return f"`{shlex.join(['python', *sys.argv])}` on {describe_machine(device)}\n"
 
 
-def table(head: list, rows: list[list]) -> str:
-    return "\n".join(
-        f"| {' | '.join(map(str, cells))} |" for cells in [head, ["---"] * len(head), *rows]
-    )
+def table(head: list, body: list[list]) -> str:
+    """A Markdown table of these cells."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
 def check_out(name: str | None):
-    """Before the work: can NAME.md, NAME.json and NAME.png be written?"""
-    if name:
-        import matplotlib  # noqa: F401
+    """SystemExit, before any work is done, if NAME.md and NAME.png cannot be written."""
+    if not name:
+        return
+    import matplotlib  # noqa: F401  # if it is missing, `clear_errors` says so
 
-        if name.endswith("/"):
-            raise SystemExit(f"--out: {name} is a folder; it must be the beginning of file names")
-        try:
-            tempfile.TemporaryFile(dir=Path(name).parent).close()
-        except OSError as error:
-            raise SystemExit(f"--out: cannot write {name}.md: {error.strerror}") from error
+    # NAME is the beginning of two files in a folder that can be written
+    if name.endswith("/"):
+        raise SystemExit(f"--out: {name} is a folder; it must be the beginning of file names")
+    try:
+        tempfile.TemporaryFile(dir=Path(name).parent).close()
+    except OSError as error:
+        raise SystemExit(f"--out: cannot write {name}.md: {error.strerror}") from error
 
 
-def write_results(
-    name: str, text: str, panels: dict[str, dict[str, dict]], x_label: str, y_scale="log"
-):
-    """NAME.md; NAME.json, {title: {label: {x: y}}}; and NAME.png, a panel for each title, without text and zeros. Where
-    y is linear, numbers on the x axis are logarithmic; else values of x stand side by side."""
+def new_figure(titles: list[str], x_label: str, y_label: str):
+    """(a figure, its panels side by side, one for each title, with one y axis)."""
     from matplotlib.figure import Figure
 
-    write_atomically(Path(f"{name}.md"), text)
-    write_atomically(
-        Path(f"{name}.json"), json.dumps(dict(made=text.split("\n")[0]) | panels, indent=1) + "\n"
-    )
-    columns = min(4, len(panels))
-    rows = len(panels) // columns
-    figure = Figure(figsize=(1 + 3 * columns, 2 + 2.4 * rows), layout="constrained")
-    grid = figure.subplots(
-        rows, columns, squeeze=False, sharey="row" if rows > 1 or y_scale == "linear" else "none"
-    )
-    for axes, (title, lines) in zip(grid.flat, panels.items()):
-        for i, (label, points) in enumerate(lines.items()):
-            y = [math.nan if isinstance(x, str) else x or math.nan for x in points.values()]
-            x = [x if y_scale == "linear" else str(x) for x in points]
-            width = max(1, 5 - 0.7 * i)  # lines that coincide show
-            axes.plot(x, y, marker="osv^Dp*XPh<>"[i], lw=width, ms=4, alpha=0.8, label=label)
-        if not isinstance(x[0], str):
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_yscale(y_scale)
-        axes.set_title(title, fontsize=9)
-    where = dict(loc="outside lower center", ncols=7, fontsize=8)
-    figure.legend(*axes.get_legend_handles_labels(), title=f"x: {x_label}", **where)
-    figure.savefig(f"{name}.png", dpi=120)
+    figure = Figure(figsize=(10, 3.6), layout="constrained")  # inches
+    panels = figure.subplots(1, len(titles), squeeze=False, sharey=True)[0]
+
+    # small letters, no box, faint lines to read y by
+    for axes, title in zip(panels, titles):
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(x_label, fontsize=9)
+        axes.tick_params(labelsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.92")
+    panels[0].set_ylabel(y_label, fontsize=9)
+    return figure, panels
 
 
-# ---- measuring: a number, or as text the reason why there is none ----
+def draw_lines(axes, lines: dict[str, dict], strong: str):
+    """A line for each {name: {x: y}}, that of the name `strong` in the strong colour.
+
+    Where x is text, the texts stand side by side; numbers lie on a logarithmic axis.
+    """
+    # thin lines in muted colours, a thick one above them
+    for (name, points), colour in zip(lines.items(), itertools.cycle(MUTED)):
+        style = dict(color=colour, linewidth=1.3, markersize=3.5)
+        if name == strong:
+            style = dict(color=STRONG, linewidth=3, markersize=6, zorder=3)
+        axes.plot(list(points), list(points.values()), marker="o", label=name, **style)
+
+    # all lines have the same kind of x
+    if not isinstance(next(iter(points)), str):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
 
 
-def attempt(function, *args):
-    """What it returns; or what a cell says of its failure. A process that takes too much memory is killed by Linux."""
+def name_lines(axes, gap: float = 0.068):
+    """Writes the name of each line at its right end; names closer than `gap` are moved apart."""
+
+    # the last point of each line that has a name, from the bottom up
+    ends = []
+    for line in axes.get_lines():
+        points = [point for point in line.get_xydata() if math.isfinite(point[1])]
+        if points and not line.get_label().startswith("_"):
+            ends.append((points[-1], line))
+    ends.sort(key=lambda end: end[0][1])
+
+    # heights, as shares of the panel's; neighbours that are too close push each other apart
+    axes.autoscale_view()  # the limits are stale until they are asked for
+    to_panel = axes.transData + axes.transAxes.inverted()
+    heights = [to_panel.transform(point)[1] for point, _ in ends]
+    for _ in range(100):
+        for i in range(1, len(heights)):
+            overlap = max(0, heights[i - 1] + gap - heights[i])
+            heights[i - 1] -= overlap / 2
+            heights[i] += overlap / 2
+
+    # the name, and a thin line that leads to it
+    for height, (point, line) in zip(heights, ends):
+        colour = line.get_color()
+        place = dict(xy=point, xytext=(1.06, height), textcoords="axes fraction", va="center")
+        thin = dict(arrowstyle="-", color=colour, linewidth=0.6, relpos=(0, 0.5))
+        font = dict(color=colour, fontsize=9, weight="bold" if colour == STRONG else "normal")
+        axes.annotate(line.get_label(), arrowprops=thin, **place, **font)
+
+
+def save_figure(figure, file: str):
+    """Writes a figure, once its lines have their names."""
+    for axes in figure.axes:
+        name_lines(axes)
+    figure.savefig(file, dpi=120)
+
+
+# ---- Measuring: a number, or as text the reason why there is none ----
+
+OUT_OF_MEMORY = "out of memory"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice. A process that takes too much is killed by Linux."""
+    reasons = "MemoryError|BrokenProcessPool|out of memory|allocate memory"
+    return re.search(reasons, f"{type(error).__name__} {error}") is not None
+
+
+def value_or_reason(function, *args):
+    """The function's result; or, if it fails, what a table's cell says of the failure."""
     try:
         return function(*args)
     except Exception as error:
-        kind, text = type(error).__name__, str(error).strip()
-        no_memory = re.search(
-            "MemoryError|BrokenProcessPool|out of memory|allocate memory", f"{kind} {text}"
-        )
-        return "out of memory" if no_memory else (text or kind).split("\n")[0]
+        if is_out_of_memory(error):
+            return OUT_OF_MEMORY
+        # the first line of the message; of an error without one, its kind
+        message = str(error).strip() or type(error).__name__
+        return message.split("\n")[0]
 
 
-def alone(function, *args):
-    """attempt(function, *args, device), on a CPU in a process of its own."""
+def in_own_process(function, *args):
+    """value_or_reason(function, *args); on a CPU, which is the last argument, in a new process."""
     if args[-1] == "cuda":
-        return attempt(function, *args)
+        return value_or_reason(function, *args)
+    # a spawned process begins without the memory of this one
     with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
-        return attempt(pool.submit(function, *args).result)
+        return value_or_reason(pool.submit(function, *args).result)
 
 
 def wall_ms(call, *args) -> float:
-    start = timer()  # it waits for a GPU
+    """Milliseconds that call(*args) takes."""
+    start = timer()  # waits for a GPU
     call(*args)
     return (timer() - start) * 1e3
 
 
-def in_turns(calls: dict, rounds: int, seconds: float) -> dict[tuple, float | str]:
-    """Of each call, which returns milliseconds, their median or why it failed. The calls take turns, so that a drifting
-    clock hits all alike. The first rounds compile, find the batch that fits, and do not count: a sixth, two at least.
-    When the seconds are over, five rounds suffice."""
-    times, end = {key: [] for key in calls}, timer() + seconds
-    for done in range(1, rounds + 1):
-        for key in [key for key in calls if isinstance(times[key], list)]:
-            value = attempt(calls[key])
-            times[key] = value if isinstance(value, str) else [*times[key], value]
+def interleaved_medians(calls: dict, rounds: int, seconds: float) -> dict:
+    """For each call, which returns milliseconds, their median or the reason why it failed.
+
+    In a round each call has its turn, so that a clock that drifts hits all alike. The first rounds
+    compile and find how many rows fit; a sixth of the rounds, at least two, does not count. Once
+    the seconds are over, five rounds are enough.
+    """
+    times = {key: [] for key in calls}
+    reasons = {}  # why a call failed
+    end = timer() + seconds
+
+    for completed in range(1, rounds + 1):
+        # a turn of each call that has not failed
+        for key in [key for key in calls if key not in reasons]:
+            value = value_or_reason(calls[key])
             if isinstance(value, str):
+                reasons[key] = value
                 tqdm.write(f"{', '.join(map(str, key))}: {value}", file=sys.stderr)
-        if done >= 5 and timer() > end:
+            else:
+                times[key].append(value)
+
+        if completed >= 5 and timer() > end:
             break
-    count = max(2, done // 6)
-    return {
-        key: x if isinstance(x, str) else statistics.median(x[count:]) for key, x in times.items()
-    }
+
+    # of the rounds that count
+    first = max(2, completed // 6)
+    timed = [key for key in calls if key not in reasons]
+    return reasons | {key: statistics.median(times[key][first:]) for key in timed}
 
 
-def most_memory(call, device: str) -> int:
+def peak_memory(call, device: str) -> int:
     """Bytes that call() takes at most: of tensors on a GPU, else of this process (on Linux)."""
 
     def peak() -> int:
         if device == "cuda":
             return torch.cuda.max_memory_allocated()
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1])
 
-    release()
-    torch.cuda.reset_peak_memory_stats() if device == "cuda" else Path(
-        "/proc/self/clear_refs"
-    ).write_text("5")
-    before = peak()  # what there is now
+    # let the peak begin at what is in use now
+    free_memory()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    # what the call adds
+    before = peak()
     call()
     return peak() - before
 
 
-def release():
+def free_memory():
     gc.collect()
     torch.cuda.empty_cache()  # does nothing without a GPU
 
 
-# ---- scan: time and memory of the selective scan ----
+# ---- Efficiency: the paper's Tables B5 to B7 and Figure 5 ----
+
+MEASURES = {
+    "memory": "Table B5: peak memory, MiB (one forward pass at batch 1, weights included)",
+    "training": "Table B6: training time, ms (one optimizer step)",
+    "latency": "Table B7: latency, ms (one forward pass at batch 1)",
+}
+PAPER_LENGTHS = (128, 512, 1024, 2048, 4096)
+PAPER_EFFICIENCY = {  # at these lengths, on an A100
+    # full attention
+    ("BERT", "memory"): (441.364, 454.748, 471.274, 507.313, 579.392),
+    ("BERT", "training"): (42.372, 189.501, 487.204, 1451.200, 4894.397),
+    ("BERT", "latency"): (5.220, 5.331, 5.702, 15.122, 43.424),
+    # layers that share their weights
+    ("ALBERT", "memory"): (70.649, 90.971, 117.992, 173.382, 283.109),
+    ("ALBERT", "training"): (50.941, 225.783, 545.223, 1491.872, 4662.279),
+    ("ALBERT", "latency"): (6.140, 6.217, 6.692, 17.994, 48.749),
+    # sparse attention
+    ("Longformer", "memory"): (602.629, 652.634, 709.375, 828.660, 1066.699),
+    ("Longformer", "training"): (834.994, 838.428, 1709.029, 3466.178, 6985.296),
+    ("Longformer", "latency"): (36.794, 36.866, 38.420, 42.468, 55.676),
+    ("BigBird", "memory"): (507.797, 551.183, 662.196, 1115.224, 2885.278),
+    ("BigBird", "training"): (60.710, 263.221, 658.337, 1993.710, 6430.660),
+    ("BigBird", "latency"): (7.921, 7.948, 8.059, 23.378, 67.887),
+    # attention by relative positions
+    ("DeBERTa-v3", "memory"): (742.110, 825.994, 1047.506, 1908.529, 5262.076),
+    ("DeBERTa-v3", "training"): (74.079, 371.969, 1151.794, 4251.722, 16136.670),
+    ("DeBERTa-v3", "latency"): (13.737, 14.038, 17.456, 57.592, 206.592),
+    # the paper's own
+    ("MaBERT", "memory"): (808.787, 841.846, 923.875, 1238.917, 2445.003),
+    ("MaBERT", "training"): (64.117, 240.334, 516.242, 1240.849, 3319.429),
+    ("MaBERT", "latency"): (9.160, 9.193, 9.263, 13.914, 34.703),
+}
+
+# The peers: the name with which their classes begin, what their published configs say beside the
+# defaults of `transformers`
+BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+LONGFORMER = dict(vocab_size=50265, max_position_embeddings=4098, type_vocab_size=1)
+DEBERTA = dict(
+    vocab_size=128100,
+    type_vocab_size=0,
+    layer_norm_eps=1e-7,
+    # attention by relative positions, in both directions
+    relative_attention=True,
+    position_buckets=256,
+    position_biased_input=False,
+    pos_att_type=["p2c", "c2p"],
+    share_att_key=True,
+    norm_rel_ebd="layer_norm",
+    # the classifier's head
+    pooler_dropout=0,
+    pooler_hidden_act="gelu",
+    pooler_hidden_size=768,
+)
+TRANSFORMERS = {
+    "BERT": ("Bert", {}),
+    "ALBERT": ("Albert", BASE),
+    "Longformer": ("Longformer", LONGFORMER),
+    "BigBird": ("BigBird", {}),
+    "DeBERTa-v3": ("DebertaV2", BASE | DEBERTA),
+    "ModernBERT": ("ModernBert", dict(reference_compile=False, attn_implementation="sdpa")),
+}
+BASELINES = list(TRANSFORMERS)[:5]  # the paper's
+
+# MaBERT and others of its kind: fields of MaBERTConfig
+MABERTS = {
+    "MaBERT": {},
+    "MaBERT-211M": dict(expand=8),  # the paper's has 205.3 M parameters, the more in its SSM
+    "T12": dict(pattern="T" * 12),  # with pre-LN, so not BERT
+    "M12": dict(pattern="M" * 12),
+    "MW6": dict(pattern="MW" * 6),
+    "H12": dict(pattern="H" * 12),
+}
+MODELS = [*TRANSFORMERS, *MABERTS]
+
+SETTINGS = {  # the mode of torch.compile
+    "plain": None,
+    "compiled": "default",
+    "CUDA graphs": "reduce-overhead",
+}
+PAPER_ATTENTION = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]  # not FlashAttention
+PROTOCOL = {  # row lengths, rows of an optimizer step, rounds, seconds for the rounds of a measure
+    "cuda": ([*PAPER_LENGTHS, 8192, 16384], 32, 120, 600),  # rounds as in the paper: 20 and 100
+    "cpu": ([128, 512, 1024], 1, 7, 60),
+}
+
+
+def make_classifier(name: str, length: int, device: str = "cpu") -> torch.nn.Module:
+    """A two-label classifier with random weights, for rows of up to `length` tokens."""
+
+    # ours
+    if name in MABERTS:
+        config = MaBERTConfig(**MABERTS[name])
+        config.max_position = max(config.max_position, length)
+        with torch.device(device):
+            return MaBERTForSequenceClassification(config)
+
+    # a peer
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # no notes on how a model pads its rows
+    family, changes = TRANSFORMERS[name]
+    config = getattr(transformers, f"{family}Config")(**changes)
+
+    # BigBird takes whole blocks of 64 tokens; Longformer counts positions from 2 on
+    positions = length + -length % 64 + 2 * (name == "Longformer")
+    config.max_position_embeddings = max(config.max_position_embeddings, positions)
+    with torch.device(device):
+        return getattr(transformers, f"{family}ForSequenceClassification")(config)
+
+
+class Contender:
+    """A model with its optimizer and a batch, and the two things that are timed.
+
+    Each setting, a name of SETTINGS, calls the model in its own way.
+    """
+
+    def __init__(self, name, length, device, batch_size=1, settings=("plain",), flash=False):
+        self.flash = flash  # whether FlashAttention is allowed
+        self.model = make_classifier(name, length, device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        vocab_size = self.model.config.vocab_size
+        self.rows = torch.randint(5, vocab_size, (batch_size, length), device=device)
+
+        # for each setting, the rows of the batch that go through at once, and the model to call
+        self.rows_at_once = dict.fromkeys(settings, batch_size)
+        self.calls = {}
+        for setting in settings:
+            self.calls[setting] = self.model
+            if mode := SETTINGS[setting]:
+                self.calls[setting] = torch.compile(self.model, dynamic=False, mode=mode)
+
+    def forward(self, setting: str, rows: torch.Tensor, **labels):
+        """The model's output; with labels, in training."""
+
+        # the mode, and where a CUDA graph's step begins
+        training = bool(labels)
+        if self.model.training != training:
+            self.model.train(training)
+        if setting == "CUDA graphs":
+            torch.compiler.cudagraph_mark_step_begin()
+
+        # a tokenizer gives a mask of ones, which FlashAttention does not take
+        mask = None if self.flash else torch.ones_like(rows)
+        kernels = contextlib.nullcontext()
+        if rows.is_cuda and not self.flash:
+            kernels = sdpa_kernel(PAPER_ATTENTION)
+
+        # bf16 on a GPU; its copies of the weights are kept where the backward pass needs them
+        bf16 = dict(dtype=torch.bfloat16, enabled=rows.is_cuda, cache_enabled=training)
+        with torch.autocast(rows.device.type, **bf16), kernels:
+            return self.calls[setting](input_ids=rows, attention_mask=mask, **labels)
+
+    @torch.no_grad()
+    def latency(self, setting: str):
+        """A forward pass of one row."""
+        self.forward(setting, self.rows[:1])
+
+    def training(self, setting: str):
+        """An optimizer step. Once memory does not suffice, the batch goes through in parts."""
+        try:
+            # forward and backward over the parts, one optimizer step
+            for rows in self.rows.split(self.rows_at_once[setting]):
+                labels = rows.new_zeros(len(rows))
+                share = len(rows) / len(self.rows)
+                # the loss has no name, so that its graph is freed before the next part
+                (self.forward(setting, rows, labels=labels).loss * share).backward()
+            self.optimizer.step()
+            return
+        except torch.OutOfMemoryError:
+            self.optimizer.state.clear()  # half of it may have been made
+            if self.rows_at_once[setting] == 1 or setting == "CUDA graphs":  # cannot accumulate
+                raise
+        finally:
+            self.optimizer.zero_grad()
+
+        # again, in parts half as large
+        self.rows_at_once[setting] //= 2
+        free_memory()
+        self.training(setting)
+
+
+def forward_memory(name: str, length: int, device: str) -> float:
+    """MiB that a model and a forward pass of it take at most, alone on the device."""
+
+    # what first calls load does not count: the model's modules, PyTorch's kernels
+    make_classifier(name, length, "meta")
+    tiny = MaBERTConfig(hidden_size=16, num_heads=2, intermediate_size=16, pattern="MT")
+    with torch.device(device):
+        MaBERTForSequenceClassification(tiny)(torch.zeros(1, 1, dtype=torch.long))
+
+    # the model itself counts
+    call = lambda: Contender(name, length, device).latency("plain")  # noqa: E731
+    return peak_memory(call, device) / 2**20
+
+
+class Cell(NamedTuple):
+    """What was measured of a model at a length."""
+
+    value: float | str  # or the reason why there is no number
+    notes: tuple[str, ...] = ()  # the best setting; the parts of the batch
+
+
+def measure_length(length: int, args) -> dict[str, dict[str, Cell]]:
+    """{measure: {model: cell}} at a length; with --fastest no memory, and the best setting."""
+    cells = {}
+    fitting = args.models
+
+    # memory: each model alone on the device; one that does not fit is not timed
+    if not args.fastest:
+        cells["memory"] = {}
+        for name in args.models:
+            value = in_own_process(forward_memory, name, length, args.device)
+            cells["memory"][name] = Cell(value)
+        fitting = [name for name in fitting if cells["memory"][name].value != OUT_OF_MEMORY]
+
+    # a compiled model never falls back to one that is not; models of one class share the limit
+    torch._dynamo.config.recompile_limit = 1000
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+    @functools.cache  # a model is made when it has its first turn
+    def contender(name: str) -> Contender:
+        flash = args.fastest and args.device == "cuda"
+        return Contender(name, length, args.device, args.batch_size, args.settings, flash)
+
+    def run_ms(measure: str, name: str, setting: str) -> float:
+        call = getattr(contender(name), measure)
+        return wall_ms(call, setting)
+
+    # time: interleaved, all models in all settings
+    for measure in ("latency", "training"):
+        keys = itertools.product(fitting, args.settings)
+        calls = {key: functools.partial(run_ms, measure, *key) for key in keys}
+        times = interleaved_medians(calls, args.rounds, args.seconds)
+
+        cells[measure] = {name: Cell(OUT_OF_MEMORY) for name in args.models}
+        for name in fitting:
+            # the best setting; one without a number, if there is no other
+            by_setting = {setting: times[name, setting] for setting in args.settings}
+            numbers = {key: ms for key, ms in by_setting.items() if isinstance(ms, float)}
+            best = min(numbers, key=numbers.get, default=args.settings[0])
+            notes = [best] if args.fastest else []
+
+            # into how many parts the batch was split
+            if best in numbers and (rows := contender(name).rows_at_once[best]) < args.batch_size:
+                notes.append(f"{math.ceil(args.batch_size / rows)} × {rows} rows")
+            cells[measure][name] = Cell(by_setting[best], tuple(notes))
+
+    torch.compiler.reset()
+    return cells
+
+
+def layer_flops(letter: str, length: int) -> int:
+    """Floating-point operations of a layer of the base model: a forward pass of one row.
+
+    To what PyTorch counts, the scan adds 7 for each update of a state: Δ A, its exponential, Δ u
+    times B, and two fused multiply-adds, one for the state and one with C.
+    """
+    config = MaBERTConfig()
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        mabert.LAYERS[letter](config)(torch.zeros(1, length, config.hidden_size))
+    updates = length * config.expand * config.hidden_size * config.d_state
+    return counter.get_total_flops() + 7 * updates * (letter == "M")
+
+
+def crossover() -> int:
+    """The row length from which on a T layer takes more operations than an M layer."""
+    # attention grows with the square of the length: from there on it always takes more
+    lengths = range(1, 2**16)
+    t_takes_more = lambda length: layer_flops("T", length) > layer_flops("M", length)  # noqa: E731
+    return lengths[bisect.bisect(lengths, False, key=t_takes_more)]
+
+
+def paper_value(model: str, measure: str, length: int) -> float | None:
+    """A number of the paper's tables, if they have it."""
+    values = PAPER_EFFICIENCY.get((model, measure), ())
+    return dict(zip(PAPER_LENGTHS, values)).get(length)
+
+
+def ratios_to(reference: str, values: dict[str, float | str | None]) -> dict[str, float]:
+    """Each model's value over that of the reference, where both are numbers.
+
+    With them the means over the paper's baselines, its headline, if each of them has a ratio.
+    """
+    # each model
+    numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+    if reference not in numbers:
+        return {}
+    ratios = {name: value / numbers[reference] for name, value in numbers.items()}
+
+    # the headline
+    means = {
+        "mean of the paper's baselines": BASELINES,
+        "the same without DeBERTa-v3": BASELINES[:-1],
+    }
+    for title, names in means.items():
+        if ratios.keys() >= set(names):
+            ratios[title] = statistics.mean(ratios[name] for name in names)
+    return ratios
+
+
+def cell_text(value: float | str, *notes: float | str | None) -> str:
+    """A value, or a dash and the reason why there is none; in brackets the notes, if any."""
+    if isinstance(value, str):
+        notes = (value, *notes)
+        value = "–"
+    # numbers with as many digits as can be read
+    texts = []
+    for part in (value, *notes):
+        if isinstance(part, float):
+            part = f"{part:.0f}" if part >= 100 else f"{part:.2f}"
+        if part is not None:
+            texts.append(part)
+    first, *others = texts
+    return f"{first} ({'; '.join(others)})" if others else first
+
+
+def ratio_table(cells: dict, length: int) -> str:
+    """What each model takes over what MaBERT takes, the paper's in brackets; "" without MaBERT."""
+    columns = {}
+    for measure, models in cells.items():
+        # measured, and the paper's
+        values = {name: by_length[length].value for name, by_length in models.items()}
+        paper = ratios_to("MaBERT", {name: paper_value(name, measure, length) for name in MODELS})
+
+        # a column for each MaBERT
+        for reference in models:
+            if reference.startswith("MaBERT"):
+                ratios = ratios_to(reference, values)
+                texts = {name: cell_text(ratio, paper.get(name)) for name, ratio in ratios.items()}
+                columns[f"{measure} ÷ {reference}"] = texts
+
+    # a line for each model and mean that has a ratio in some column
+    names = dict.fromkeys(itertools.chain(*columns.values()))
+    if not names:
+        return ""
+    body = [[name, *(column.get(name, "–") for column in columns.values())] for name in names]
+    text = table(["model", *columns], body)
+    return f"\nRatios at {length} tokens; above 1, MaBERT takes less:\n\n{text}\n"
+
+
+def efficiency_text(cells: dict, lengths: list[int], parameters: dict[str, int], args) -> str:
+    """The page of {measure: {model: {length: cell}}}: a table for each measure, and the ratios."""
+
+    # what was done
+    precision = "float32 on a CPU, PyTorch's fused attention"
+    if args.device == "cuda":
+        precision = "bf16 autocast, float32 weights"
+    setting = "neither torch.compile nor, on a GPU, FlashAttention"
+    if args.fastest:
+        setting = "each model's fastest setting"
+    counted = args.rounds - max(2, args.rounds // 6)
+    text = f"""{header(args.device)}
+{precision}; {setting}.
+Medians of {counted} runs in turns, or at least 3, if those took over {args.seconds:g} s.
+In brackets the paper's figures, from an A100, 32 rows in an optimizer step; its MaBERT has 205.3 M
+parameters. T12, M12, MW6 and H12 are MaBERT with other patterns (T12 is pre-LN, so not BERT).
+"""
+
+    # a table for each measure
+    for measure, models in cells.items():
+        body = []
+        for name, by_length in models.items():
+            body.append([name, f"{parameters[name] / 1e6:.1f}"])
+            for length, cell in by_length.items():
+                paper = paper_value(name, measure, length)
+                body[-1].append(cell_text(cell.value, paper, *cell.notes))
+        step = f"optimizer step, batch {args.batch_size}"
+        title = MEASURES[measure].replace("optimizer step", step)
+        text += f"\n{title}:\n\n{table(['model', 'parameters, M', *lengths], body)}\n"
+
+    # the ratios, and what operations alone would say
+    text += ratio_table(cells, 4096 if 4096 in lengths else max(lengths))
+    operations = f"From {crossover()} tokens on, a T layer of the base model takes more operations"
+    return f"{text}\n{operations} than an M layer.\n"
+
+
+def draw_efficiency(file: str, title: str, cells: dict[str, dict[str, dict[int, Cell]]]):
+    """{measure: {model: {length: cell}}} as a figure: a panel for each measure, ratios to MaBERT.
+
+    A ring is the paper's ratio, in the colour of its model.
+    """
+    titles = dict(memory="peak memory", training="training step", latency="latency")
+    titles = [titles[measure] for measure in cells]
+    figure, panels = new_figure(titles, "tokens of a row", "ratio to MaBERT")
+    meaning = "Above 1, MaBERT takes less. Rings: the paper's ratios, on an A100"
+    figure.suptitle(f"{title}\n{meaning}", fontsize=9)
+
+    for axes, (measure, models) in zip(panels, cells.items()):
+        # {model: {length: ratio}}, of what was measured and of the paper's
+        measured = {name: {} for name in models}
+        paper = {name: {} for name in models}
+        lengths = list(models["MaBERT"])
+        for length in lengths:
+            here = {name: by_length[length].value for name, by_length in models.items()}
+            there = {name: paper_value(name, measure, length) for name in models}
+            for name in models:
+                measured[name][length] = ratios_to("MaBERT", here).get(name, math.nan)
+                paper[name][length] = ratios_to("MaBERT", there).get(name, math.nan)
+
+        # lines, and rings in their colours
+        draw_lines(axes, measured, strong="MaBERT")
+        for line, by_length in zip(axes.get_lines(), paper.values()):
+            ring = dict(marker="o", markersize=7, linestyle="", markerfacecolor="none")
+            axes.plot(lengths, list(by_length.values()), color=line.get_color(), label="_", **ring)
+
+        # both axes are logarithmic
+        axes.set_xticks(lengths, lengths)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
+    save_figure(figure, file)
+
+
+def bench_efficiency(args):
+    if args.device == "cuda" and DEVICE == "cpu":
+        message = "--device cuda: PyTorch sees no GPU here; --device cpu has a smaller measurement"
+        raise SystemExit(message)
+    check_out(args.out)
+
+    # the protocol of the device, where the flags say nothing else
+    lengths, args.batch_size, args.rounds, seconds = PROTOCOL[args.device]
+    measures = list(MEASURES)
+    args.settings = ["plain"]
+    if args.fastest:
+        lengths = [length for length in lengths if length in (512, 4096)]
+        measures.remove("memory")
+        args.settings = list(SETTINGS) if args.device == "cuda" else ["plain", "compiled"]
+    lengths = sorted(args.lengths or lengths)
+    args.seconds = args.seconds or seconds
+
+    # sizes, without memory for the weights
+    parameters = {}
+    for name in args.models:
+        model = make_classifier(name, 512, "meta")
+        parameters[name] = sum(weight.numel() for weight in model.parameters())
+
+    # {measure: {model: {length: cell}}}, a length at a time
+    cells = {measure: {name: {} for name in args.models} for measure in measures}
+    for i, length in enumerate(tqdm(lengths, unit="length")):
+        for measure, models in measure_length(length, args).items():
+            for name, cell in models.items():
+                cells[measure][name][length] = cell
+        free_memory()
+
+        # written after each length, so that a run that is stopped leaves what it has measured
+        text = efficiency_text(cells, lengths[: i + 1], parameters, args)
+        if args.out:
+            write_atomically(Path(f"{args.out}.md"), text)
+        if args.out and "MaBERT" in args.models:
+            machine = describe_machine(args.device).split(",")[0]
+            title = f"{machine}, {args.batch_size} row(s) in a training step"
+            draw_efficiency(f"{args.out}.png", title, cells)
+    print(text)
+
+
+# ---- Scan: time and memory of the selective scan ----
 
 
 def mamba_ssm(u, delta, A, B, C, D, z, bias):
-    """mamba-ssm's CUDA kernel. Its layout is channel-first, so `scan_inputs` lays memory out for it: no copies here."""
+    """mamba-ssm's CUDA kernel. It wants channels first; `scan_inputs` lays memory out like that,
+    so that nothing is copied here."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    u, delta, B, C, z = (x.transpose(1, 2) for x in (u, delta, B, C, z))
+    u, delta, B, C, z = (x.transpose(1, 2) for x in (u, delta, B, C, z))  # (b, d or n, l)
     return selective_scan_fn(u, delta, A, B, C, D, z, bias, delta_softplus=True).transpose(1, 2)
 
 
@@ -193,45 +728,61 @@ def pscan(u, delta, A, B, C, D, z, bias):
     from mambapy.pscan import pscan
 
     delta = F.softplus(delta + bias)
-    a, x = torch.exp(delta[..., None] * A), delta[..., None] * B[:, :, None] * u[..., None]
-    return ((pscan(a, x) @ C.to(x.dtype)[..., None]).squeeze(3) + D * u) * F.silu(z)
+    a = torch.exp(delta[..., None] * A)  # (b, l, d, n)
+    x = delta[..., None] * B[:, :, None] * u[..., None]  # (b, l, d, n)
+    h = pscan(a, x)  # (b, l, d, n)
+    y = (h @ C.to(x.dtype)[..., None]).squeeze(3)  # (b, l, d)
+    return (y + D * u) * F.silu(z)
 
 
-SCANS = {  # each (u, delta, A, B, C, D, z, delta_bias) -> y as the model calls it, softplus and gate included
+SCANS = {  # each (u, delta, A, B, C, D, z, delta_bias) -> y, as the model calls it
     "kernels": functools.partial(mabert.selective_scan, delta_softplus=True, backend="triton"),
     "loop": functools.partial(mabert.selective_scan, delta_softplus=True, backend="loop"),
     "reference": functools.partial(mabert.reference_scan, delta_softplus=True),
     "mamba_ssm": mamba_ssm,
     "pscan": pscan,
 }
+PASSES = ("forward", "forward + backward")
 
 
 def run_scan(name: str, inputs: list, dy: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """y; given its gradient, also those of the inputs."""
+    """[y]; and, given the gradient of y, the gradients of the inputs."""
     with torch.set_grad_enabled(dy is not None):
         y = SCANS[name](*inputs)
-        return [y] if dy is None else [y, *torch.autograd.grad(y, inputs, dy)]
+        if dy is None:
+            return [y]
+        return [y, *torch.autograd.grad(y, inputs, dy)]
 
 
 def scan_inputs(name: str, size: tuple, device: str) -> tuple[list, torch.Tensor]:
-    """The inputs of a scan, and a gradient of y."""
+    """(the inputs of a scan, a gradient of y): bf16 on a GPU, float32 on a CPU."""
     torch.manual_seed(0)
-    (b, l, d, n), dtype = size, torch.bfloat16 if device == "cuda" else torch.float32
-    rows = [torch.randn(b, l, width, device=device).to(dtype) for width in (d, d, d, d, n, n)]
+    b, l, d, n = size
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    # (b, l, width) each; for mamba-ssm with channels first in memory
+    widths = (d, d, d, d, n, n)
+    tensors = [torch.randn(b, l, width, device=device).to(dtype) for width in widths]
     if name == "mamba_ssm":
-        rows = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in rows]
-    u, delta, z, dy, B, C = rows
-    A = -torch.arange(1.0, n + 1, device=device).expand(d, n).clone()
-    D, bias = torch.randn(d, device=device), torch.full((d,), -4.0, device=device)
+        tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+    u, delta, z, dy, B, C = tensors
+
+    # parameters of a layer
+    A = -torch.arange(1.0, n + 1, device=device).expand(d, n).clone()  # (d, n)
+    D = torch.randn(d, device=device)  # (d,)
+    bias = torch.full((d,), -4.0, device=device)  # (d,)
     return [x.requires_grad_() for x in (u, delta, A, B, C, D, z, bias)], dy
 
 
 def scan_error(name: str, device: str) -> str:
-    """How far y and the gradients are from the formula in float64, relative to their norms, at most."""
+    """The largest relative error of y and the gradients, beside the formula in float64."""
+
+    # the same inputs for both
     inputs, dy = scan_inputs(name, (2, 300, 1536, 16), device)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     pairs = zip(run_scan(name, inputs, dy), run_scan("reference", exact, dy.double()))
-    return f"{torch.stack([(x - y).norm() / y.norm() for x, y in pairs]).max():.0e}"
+    errors = [(result - expected).norm() / expected.norm() for result, expected in pairs]
+    return f"{torch.stack(errors).max():.0e}"
 
 
 def scan_memory(name: str, size: tuple, device: str) -> int:
@@ -239,999 +790,556 @@ def scan_memory(name: str, size: tuple, device: str) -> int:
     torch.set_num_threads(1)
     run_scan(name, *scan_inputs(name, (1, 4, 8, 2), device))  # loads what first calls load
     inputs = scan_inputs(name, size, device)
-    return round(most_memory(lambda: run_scan(name, *inputs), device) / 1e6)
-
-
-PASSES = ("forward", "forward + backward")
+    return round(peak_memory(lambda: run_scan(name, *inputs), device) / 1e6)
 
 
 def scan_times(names: list[str], size: tuple, device: str) -> dict[tuple, float | str]:
-    """Medians, by name and PASSES."""
-    inputs = functools.cache(lambda name: scan_inputs(name, size, device))
-    clock = (
-        functools.partial(triton.testing.do_bench_cudagraph, return_mode="median")
-        if device == "cuda"
-        else wall_ms
-    )
+    """{(name, pass): median of milliseconds, or the reason why there is none}."""
+    inputs = functools.cache(lambda name: scan_inputs(name, size, device))  # at the first turn
 
-    def ms(name: str, passes: str) -> float:
-        values, dy = inputs(name)
-        return clock(lambda: run_scan(name, values, dy if "backward" in passes else None))
+    def run_ms(name: str, passes: str) -> float:
+        tensors, dy = inputs(name)
+        call = lambda: run_scan(name, tensors, dy if "backward" in passes else None)  # noqa: E731
+        if device == "cuda":
+            return triton.testing.do_bench_cudagraph(call, return_mode="median")
+        return wall_ms(call)
 
-    keys = itertools.product(names, PASSES)
-    return in_turns(
-        {key: functools.partial(ms, *key) for key in keys},
-        rounds=7,
-        seconds=5 if device == "cuda" else 60,
-    )
+    # interleaved, all scans and passes
+    calls = {key: functools.partial(run_ms, *key) for key in itertools.product(names, PASSES)}
+    return interleaved_medians(calls, rounds=7, seconds=5 if device == "cuda" else 60)
 
 
-def bounds(b: int, l: int, d: int, n: int) -> list[list]:
-    """Rows of what a GPU needs for the exponentials alone, one a state update forward and two more backward, 16 a cycle
-    and multiprocessor; and for the memory traffic alone, in bf16: u, delta, z and y, backward also dy, the first three
-    again and their gradients."""
+def gpu_bounds(b: int, l: int, d: int, n: int) -> list[list]:
+    """Two lines of the table: the least time, if one thing alone kept the GPU busy.
+
+    Exponentials: one for each update of a state forward, two more backward; a multiprocessor makes
+    16 in a cycle. Memory traffic, in bf16: u, delta, z and y forward; backward also dy, the first
+    three again and their gradients.
+    """
     gpu = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
-    update = (
-        b * l * d * n / (16 * gpu["multiprocessor_count"] * gpu["sm_clock_rate"])
-    )  # ms, since the clock is in kHz
-    tensor = 2 * b * l * d / (triton.testing.get_dram_gbps() * 1e6)
-    rows = (
-        ("exponentials alone", update, 3 * update),
-        ("memory traffic alone", 4 * tensor, 11 * tensor),
-    )
-    return [[name, "", f"{forward:.3g}", f"{both:.3g}", ""] for name, forward, both in rows]
+    exponentials_a_ms = 16 * gpu["multiprocessor_count"] * gpu["sm_clock_rate"]  # clock in kHz
+    bytes_a_ms = triton.testing.get_dram_gbps() * 1e6
+
+    # ms for the exponentials of a forward pass, and for one tensor (b, l, d)
+    exponentials = b * l * d * n / exponentials_a_ms
+    tensor = 2 * b * l * d / bytes_a_ms
+    return [
+        ["exponentials alone", "", f"{exponentials:.3g}", f"{3 * exponentials:.3g}", ""],
+        ["memory traffic alone", "", f"{4 * tensor:.3g}", f"{11 * tensor:.3g}", ""],
+    ]
+
+
+def time_text(ms: float | str, first_ms: float | str) -> str:
+    """Milliseconds, and in brackets their ratio to those of the first scan."""
+    if isinstance(ms, str):
+        return ms
+    if isinstance(first_ms, str):
+        return f"{ms:.3g}"
+    return f"{ms:.3g} ({ms / first_ms:.2f}×)"
 
 
 def bench_scan(args):
     if args.static or args.all:
         return bench_static(args)
+
+    # which scans, at which (b, l) of the base model
     torch.set_num_threads(1)
-    device, names, shapes = DEVICE, ["loop", "reference", "pscan"], [(8, 128), (1, 1024)]
-    if device == "cuda":
+    names = ["loop", "reference", "pscan"]
+    shapes = [(8, 128), (1, 1024)]
+    if DEVICE == "cuda":
         names = ["kernels", "mamba_ssm", "pscan"]
         shapes = [(32, 128), (32, 512), (32, 4096), (8, 512), (1, 512), (1, 4096), (1, 16384)]
-    print(f"""{header(device)}
-Error: the largest of y and the gradients, relative to the formula in float64. Times: medians, in turns, of float32 on a
-CPU and bf16 on a GPU, there of a CUDA graph's replays, without the gaps between launches; in brackets the ratio to
-`{names[0]}`. Forward: without gradients. Peak memory: of forward and backward, beyond the inputs.""")
-    errors = {name: attempt(scan_error, name, device) for name in names}
-    for size in tqdm(args.sizes or [(b, l, 1536, 16) for b, l in shapes], unit="size"):
-        times, rows = scan_times(names, size, device), []
+    sizes = args.sizes or [(b, l, 1536, 16) for b, l in shapes]
+    print(f"""{header(DEVICE)}
+Error: the largest of y and the gradients, relative to the formula in float64. Times: medians, in
+turns, of float32 on a CPU and bf16 on a GPU, there of a CUDA graph's replays, without the gaps
+between launches; in brackets the ratio to `{names[0]}`. Forward: without gradients. Peak memory: of
+forward and backward, beyond the inputs.""")
+
+    # a table for each size
+    errors = {name: value_or_reason(scan_error, name, DEVICE) for name in names}
+    for size in tqdm(sizes, unit="size"):
+        times = scan_times(names, size, DEVICE)  # interleaved
+        body = []
         for name in names:
-            rows.append([name, errors[name]])
-            for passes in PASSES:
-                found, first = times[name, passes], times[names[0], passes]
-                ratio = (
-                    f" ({found / first:.2f}×)"
-                    if isinstance(found, float) and isinstance(first, float)
-                    else ""
-                )
-                rows[-1].append(found if isinstance(found, str) else f"{found:.3g}{ratio}")
-            rows[-1].append(alone(scan_memory, name, size, device))
-        head = [
-            f"(b, l, d, n) = {size}",
-            "error",
-            "forward, ms",
-            "forward + backward, ms",
-            "peak memory, MB",
-        ]
-        tqdm.write(
-            "\n" + table(head, rows + (bounds(*size) if device == "cuda" else [])), sys.stdout
-        )
+            texts = [time_text(times[name, passes], times[names[0], passes]) for passes in PASSES]
+            memory = in_own_process(scan_memory, name, size, DEVICE)
+            body.append([name, errors[name], *texts, memory])
+        if DEVICE == "cuda":
+            body += gpu_bounds(*size)
+
+        # the first cell says the size
+        milliseconds = [f"{passes}, ms" for passes in PASSES]
+        head = [f"(b, l, d, n) = {size}", "error", *milliseconds, "peak memory, MB"]
+        tqdm.write(f"\n{table(head, body)}", sys.stdout)
 
 
-# ---- without a GPU: what the compiler makes of the kernels, read from the machine code ----
+# ---- Machine code: what the compiler makes of the kernels, without a GPU ----
 
-STATIC_CASES = {  # kernel: constants
-    "_pack": dict(TILE=8),
-    "_segment_ends": dict(TILE=8, z_ptr=None),
-    "_segment_ends (backward)": dict(TILE=4, BACKWARD=True),
+# What is constant in all kernels, as the base model calls them: d 1536, n 16, softplus, z
+STATIC_CONSTANTS = dict(
+    **dict(d=1536, n=16, N=16, SOFTPLUS=True, BACKWARD=False, CHUNK=mabert._chunk_length(16)),
+    **dict(u_stride=1536, dy_stride=1536, delta_stride=1536, z_stride=3072),
+)
+STATIC_CASES = {  # a kernel, and what else is constant
+    "_pack": dict(TILE=mabert.FORWARD_TILE),
+    "_state_ends": dict(TILE=mabert.FORWARD_TILE),
+    "_gradient_ends": dict(TILE=mabert.BACKWARD_TILE),
     "_segment_starts": dict(TILE=8),
-    "_outputs": dict(TILE=8),  # from start states, and keeping the chunks' states
-    "_gradients": dict(TILE=4),
+    "_outputs": dict(TILE=mabert.FORWARD_TILE),  # from start states, keeping those of the chunks
+    "_gradients": dict(TILE=mabert.BACKWARD_TILE),
 }
-TARGETS = list(itertools.product(("sm_80", "sm_90"), ("bf16", "fp32")))
+INPUT_POINTERS = {  # of tensors in the dtype of the inputs; the others are float32
+    *("u_ptr", "delta_ptr", "z_ptr", "y_ptr", "B_ptr", "C_ptr"),
+    *("dy_ptr", "du_ptr", "ddelta_ptr", "dz_ptr"),
+}
+TARGETS = list(itertools.product(("sm_80", "sm_90"), ("bf16", "fp32")))  # A100, H100
 
 
 def compile_kernel(name: str, arch: str, dtype: str) -> bytes:
-    """The machine code (cubin) of a kernel for d 1536, n 16, softplus and z, as the base model calls it."""
+    """The machine code (a cubin) of a kernel of STATIC_CASES."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(mabert, name.split()[0])
-    values = dict(
-        d=1536, n=16, N=16, u_row=1536, v_row=1536, dy_row=1536, delta_row=1536, z_row=3072
-    )
-    values |= (
-        dict(SOFTPLUS=True, SIGN=1, CHUNK=mabert._chunk(16), BACKWARD=False) | STATIC_CASES[name]
-    )
-    constants = {name: values[name] for name in kernel.arg_names if name in values}
-    half = "u_ptr v_ptr delta_ptr z_ptr y_ptr dy_ptr du_ptr ddelta_ptr dz_ptr B_ptr C_ptr".split()
-    kinds = {
-        name: f"*{dtype if name in half else 'fp32'}" if "_ptr" in name else "i32"
-        for name in kernel.arg_names
-    }
-    signature = kinds | dict.fromkeys(constants, "constexpr")
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(signature.values())
-        if kind[0] == "*"
-    }
-    source, options = (
-        ASTSource(kernel, signature, constants, aligned),
-        {"num_warps": 1, "enable_fp_fusion": True},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32), options=options).asm[
-        "cubin"
-    ]
+    # the constants that this kernel has
+    kernel = getattr(mabert, name)
+    values = STATIC_CONSTANTS | STATIC_CASES[name]
+    constants = {key: values[key] for key in kernel.arg_names if key in values}
+
+    # the kinds of the arguments
+    signature = {}
+    attributes = {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif "_ptr" in argument:
+            signature[argument] = f"*{dtype if argument in INPUT_POINTERS else 'fp32'}"
+            attributes[(i,)] = [["tt.divisibility", 16]]  # as tensors of PyTorch begin
+        else:
+            signature[argument] = "i32"
+
+    # compile, not for the GPU of this machine
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    return triton.compile(source, target=target, options=mabert.ONE_WARP).asm["cubin"]
 
 
-def static_row(case: tuple) -> list:
-    """A row of the table: registers and stack bytes of a kernel, and of its innermost loops the instructions, all,
-    exponentials and the like, and shuffles, per state update and lane."""
+def disassemble(cubin: bytes) -> str:
+    """The listing of NVIDIA's cuobjdump, which comes with Triton."""
     with tempfile.NamedTemporaryFile() as file:
-        Path(file.name).write_bytes(compile_kernel(*case))
-        command = [
-            triton.knobs.nvidia.cuobjdump.path,
-            "--dump-resource-usage",
-            "--dump-sass",
-            file.name,
-        ]
-        listing = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
+        Path(file.name).write_bytes(cubin)
+        program = triton.knobs.nvidia.cuobjdump.path
+        command = [program, "--dump-resource-usage", "--dump-sass", file.name]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
+
+
+def innermost_loops(listing: str) -> list[list[str]]:
+    """For each innermost loop of a listing, the names of its instructions."""
+
+    # a line is /*address*/, perhaps @predicate, the name, operands up to a semicolon
     line = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);"
-    code = [(int(address, 16), op, rest) for address, op, rest in re.findall(line, listing)]
-    jumps = [
-        (int(re.search(r"0x([0-9a-f]+)", rest)[1], 16), at) for at, op, rest in code if op == "BRA"
-    ]
-    loops = [(start, end) for start, end in jumps if start < end]
-    inner = [
-        (start, end) for start, end in loops if not any(start < other < end for _, other in loops)
-    ]
-    updates = STATIC_CASES[case[0]]["TILE"] * (
-        1 if case[0] == "_segment_starts" else 16
-    )  # of an iteration, in a lane
-    row = [*case, *(re.search(rf"{key}:(\d+)", listing)[1] for key in ("REG", "STACK"))]
-    for kind in ("", "MUFU", "SHFL"):
-        counts = [
-            sum(s <= at <= e and op.startswith(kind) for at, op, _ in code) / updates
-            for s, e in inner
-        ]
-        each = (
-            " + ".join(f"{count:.2f}" for count in counts) + " = "
-            if len(counts) > 1 and not kind
-            else ""
-        )
-        row.append(f"{each}{sum(counts):.2f}")
-    return row
+    code = [(int(at, 16), name, operands) for at, name, operands in re.findall(line, listing)]
+
+    # a loop is a branch back to an earlier address
+    loops = []
+    for at, name, operands in code:
+        if name == "BRA":
+            target = int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)
+            if target < at:
+                loops.append((target, at))
+
+    # it is innermost if no other loop ends inside
+    ends = [end for _, end in loops]
+    has_inner = lambda start, end: any(start < other < end for other in ends)  # noqa: E731
+    innermost = [loop for loop in loops if not has_inner(*loop)]
+    return [[name for at, name, _ in code if start <= at <= end] for start, end in innermost]
+
+
+def static_cells(case: tuple[str, str, str]) -> list:
+    """A line of the table for (kernel, architecture, dtype of the inputs).
+
+    Registers and bytes of stack; then instructions of the time loops per update of a state and
+    lane: all of them, those of the pipe for exponentials (MUFU), shuffles (SHFL).
+    """
+    kernel = case[0]
+    listing = disassemble(compile_kernel(*case))
+    registers, stack = (re.search(rf"{key}:(\d+)", listing)[1] for key in ("REG", "STACK"))
+
+    # in an iteration a lane updates 16 states for each step of a tile; in _segment_starts one
+    states = 1 if kernel == "_segment_starts" else 16
+    updates = STATIC_CASES[kernel]["TILE"] * states
+
+    # the sum over the loops; of all instructions also that of each loop
+    loops = innermost_loops(listing)
+    texts = []
+    for prefix in ("", "MUFU", "SHFL"):
+        counts = [sum(name.startswith(prefix) for name in loop) / updates for loop in loops]
+        texts.append(f"{sum(counts):.2f}")
+        if len(counts) > 1 and not prefix:
+            terms = " + ".join(f"{count:.2f}" for count in counts)
+            texts[-1] = f"{terms} = {texts[-1]}"
+    return [*case, registers, stack, *texts]
 
 
 def bench_static(args):
     if not triton or mabert.INTERPRETED:
-        raise SystemExit(
-            "--static needs the package triton (on Linux), and no TRITON_INTERPRET in the environment"
-        )
-    kernels, targets = (
-        (STATIC_CASES, TARGETS) if args.all else (("_outputs", "_gradients"), [("sm_90", "bf16")])
-    )
-    cases = [(kernel, *target) for kernel in kernels for target in targets]
+        needed = "the package triton (on Linux), and no TRITON_INTERPRET in the environment"
+        raise SystemExit(f"--static needs {needed}")
+
+    # the two main kernels for an H100 and bf16, or all there is
+    cases = [("_outputs", "sm_90", "bf16"), ("_gradients", "sm_90", "bf16")]
+    if args.all:
+        cases = [(kernel, *target) for kernel in STATIC_CASES for target in TARGETS]
+
+    # a compiler on each core
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        rows = list(tqdm(pool.map(static_row, cases), total=len(cases)))
+        body = list(tqdm(pool.map(static_cells, cases), total=len(cases)))
+
     print(header())
-    print("Compiled, not run: d 1536, n 16, softplus, D, z. Instructions of the time loops per state update and lane; "
-          "_outputs keeps states for the backward pass, _gradients has two loops, replay and reverse.\n")  # fmt: skip
-    head = "kernel, architecture, inputs, registers, stack bytes, instructions, exponential pipe, shuffles".split(
-        ", "
-    )
-    print(table(head, rows))
+    print("""\
+Compiled, not run: d 1536, n 16, softplus, D, z. Instructions of the time loops per state update and
+lane; _outputs keeps states for the backward pass, _gradients has two loops, replay and reverse.
+""")
+    head = ["kernel", "architecture", "inputs", "registers", "stack bytes"]
+    print(table([*head, "instructions", "exponential pipe", "shuffles"], body))
 
 
-# ---- efficiency: the paper's Tables B5 to B7 and Figure 5 ----
-
-MEASURES = {
-    "memory": "Table B5: peak memory, MiB (one forward pass at batch 1, weights included)",
-    "training": "Table B6: training time, ms (one optimizer step)",
-    "latency": "Table B7: latency, ms (one forward pass at batch 1)",
-}
-PAPER_LENGTHS = (128, 512, 1024, 2048, 4096)
-PAPER = {  # on an A100
-    ("BERT", "memory"): (441.364, 454.748, 471.274, 507.313, 579.392),
-    ("BERT", "training"): (42.372, 189.501, 487.204, 1451.200, 4894.397),
-    ("BERT", "latency"): (5.220, 5.331, 5.702, 15.122, 43.424),
-    ("ALBERT", "memory"): (70.649, 90.971, 117.992, 173.382, 283.109),
-    ("ALBERT", "training"): (50.941, 225.783, 545.223, 1491.872, 4662.279),
-    ("ALBERT", "latency"): (6.140, 6.217, 6.692, 17.994, 48.749),
-    ("Longformer", "memory"): (602.629, 652.634, 709.375, 828.660, 1066.699),
-    ("Longformer", "training"): (834.994, 838.428, 1709.029, 3466.178, 6985.296),
-    ("Longformer", "latency"): (36.794, 36.866, 38.420, 42.468, 55.676),
-    ("BigBird", "memory"): (507.797, 551.183, 662.196, 1115.224, 2885.278),
-    ("BigBird", "training"): (60.710, 263.221, 658.337, 1993.710, 6430.660),
-    ("BigBird", "latency"): (7.921, 7.948, 8.059, 23.378, 67.887),
-    ("DeBERTa-v3", "memory"): (742.110, 825.994, 1047.506, 1908.529, 5262.076),
-    ("DeBERTa-v3", "training"): (74.079, 371.969, 1151.794, 4251.722, 16136.670),
-    ("DeBERTa-v3", "latency"): (13.737, 14.038, 17.456, 57.592, 206.592),
-    ("MaBERT", "memory"): (808.787, 841.846, 923.875, 1238.917, 2445.003),
-    ("MaBERT", "training"): (64.117, 240.334, 516.242, 1240.849, 3319.429),
-    ("MaBERT", "latency"): (9.160, 9.193, 9.263, 13.914, 34.703),
-}
-
-# The models. Those of transformers: its name for the class, and what of the published config differs from its defaults.
-BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
-DEBERTA = dict(vocab_size=128100, type_vocab_size=0, relative_attention=True, position_buckets=256)
-DEBERTA |= dict(
-    norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], layer_norm_eps=1e-7
-)
-DEBERTA |= dict(
-    position_biased_input=False, pooler_dropout=0, pooler_hidden_act="gelu", pooler_hidden_size=768
-)
-TRANSFORMERS = {
-    "BERT": ("Bert", {}),
-    "ALBERT": ("Albert", BASE),
-    "Longformer": (
-        "Longformer",
-        dict(vocab_size=50265, max_position_embeddings=4098, type_vocab_size=1),
-    ),
-    "BigBird": ("BigBird", {}),
-    "DeBERTa-v3": ("DebertaV2", BASE | DEBERTA),
-    "ModernBERT": ("ModernBert", dict(reference_compile=False, attn_implementation="sdpa")),
-}
-BASELINES = list(TRANSFORMERS)[:5]  # the paper's
-OURS = {
-    "MaBERT": {},
-    "MaBERT-211M": dict(
-        expand=8
-    ),  # the paper's has 205.3 M parameters, the additional ones for "SSM capacity"
-    "T12": dict(pattern="T" * 12),  # the pattern alone: pre-LN, so not BERT
-    "M12": dict(pattern="M" * 12),
-    "MW6": dict(pattern="MW" * 6),
-    "H12": dict(pattern="H" * 12),
-}
-MODELS = [*TRANSFORMERS, *OURS]
-SETTINGS = {
-    "plain": None,
-    "compiled": "default",
-    "CUDA graphs": "reduce-overhead",
-}  # modes of torch.compile
-PAPER_ATTENTION = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
-PROTOCOL = {  # lengths, rows of an optimizer step, rounds (100 after a warm-up of 20, as in the paper), seconds
-    "cuda": ([*PAPER_LENGTHS, 8192, 16384], 32, 120, 600),
-    "cpu": ([128, 512, 1024], 1, 7, 60),
-}
-
-
-def build(name: str, length: int, device: str = "cpu") -> torch.nn.Module:
-    """A two-label classifier with random weights for rows of up to length tokens."""
-    if name in OURS:
-        config, model_class, positions = (
-            MaBERTConfig(**OURS[name]),
-            MaBERTForSequenceClassification,
-            "max_position",
-        )
-    else:
-        import transformers
-
-        transformers.logging.set_verbosity_error()  # no notes on how it pads
-        family, changes = TRANSFORMERS[name]
-        config = getattr(transformers, f"{family}Config")(**changes)
-        model_class, positions = (
-            getattr(transformers, f"{family}ForSequenceClassification"),
-            "max_position_embeddings",
-        )
-        length += -length % 64 + 2 * (
-            name == "Longformer"
-        )  # BigBird: whole blocks of 64; Longformer: from 2 on
-    setattr(config, positions, max(getattr(config, positions), length))
-    with torch.device(device):
-        return model_class(config)
-
-
-class Contender:
-    """A model and its optimizer, with the two runs that are timed, under a setting."""
-
-    def __init__(
-        self, name: str, length: int, device: str, batch_size=1, settings=("plain",), flash=False
-    ):
-        self.model, self.flash = build(name, length, device), flash
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
-        compiled = functools.partial(torch.compile, self.model, dynamic=False)
-        self.calls = {
-            key: compiled(mode=SETTINGS[key]) if SETTINGS[key] else self.model for key in settings
-        }
-        self.rows = torch.randint(
-            5, self.model.config.vocab_size, (batch_size, length), device=device
-        )
-        self.at_once = dict.fromkeys(settings, batch_size)
-
-    def run(self, setting: str, rows: torch.Tensor, **labels):
-        """bf16 autocast on a GPU, float32 weights; their copies in bf16 are kept only where training needs them twice.
-        The mask of ones is what a tokenizer gives; FlashAttention knows no mask. Without it, the paper's kernels."""
-        call, mask = self.calls[setting], None if self.flash else torch.ones_like(rows)
-        kernels = (
-            sdpa_kernel(PAPER_ATTENTION)
-            if rows.is_cuda and not self.flash
-            else contextlib.nullcontext()
-        )
-        if self.model.training != bool(labels):
-            self.model.train(bool(labels))
-        if setting == "CUDA graphs":
-            torch.compiler.cudagraph_mark_step_begin()
-        with (
-            torch.autocast(
-                rows.device.type, torch.bfloat16, rows.is_cuda, cache_enabled=bool(labels)
-            ),
-            kernels,
-        ):
-            return call(input_ids=rows, attention_mask=mask, **labels)
-
-    @torch.no_grad()
-    def latency(self, setting: str):
-        self.run(setting, self.rows[:1])
-
-    def training(self, setting: str):
-        """An optimizer step; where memory does not suffice for the batch, it is accumulated from now on."""
-        try:
-            for rows in self.rows.split(self.at_once[setting]):
-                labels, share = rows.new_zeros(len(rows)), len(rows) / len(self.rows)
-                (
-                    self.run(setting, rows, labels=labels).loss * share
-                ).backward()  # without a name, so it is freed
-            return self.optimizer.step()
-        except torch.OutOfMemoryError:
-            self.optimizer.state.clear()  # which may be half made
-            if self.at_once[setting] == 1 or setting == "CUDA graphs":  # which cannot accumulate
-                raise
-        finally:
-            self.optimizer.zero_grad()
-        self.at_once[setting] //= 2
-        release()
-        self.training(setting)
-
-
-def forward_memory(name: str, length: int, device: str) -> float:
-    """MiB that a model and one forward pass of it take at most, alone on the device."""
-    build(name, length, "meta")  # imports what it needs
-    tiny = MaBERTConfig(hidden_size=16, num_heads=2, intermediate_size=16, pattern="MT")
-    with torch.device(device):
-        MaBERTForSequenceClassification(tiny)(
-            torch.zeros(1, 1, dtype=torch.long)
-        )  # takes what first calls take
-    return most_memory(lambda: Contender(name, length, device).latency("plain"), device) / 2**20
-
-
-def measure(length: int, args, cells: dict, notes: dict):
-    """Adds to the cells of each measure and model its value (of all settings, the fastest) or why there is none."""
-    torch._dynamo.config.recompile_limit = 1000  # the models of one class share it
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    names = args.models
-    if not args.fastest:
-        for name in args.models:
-            cells["memory"][name][length] = alone(forward_memory, name, length, args.device)
-        names = [name for name in names if cells["memory"][name][length] != "out of memory"]
-    how = (
-        length,
-        args.device,
-        args.batch_size,
-        args.settings,
-        args.fastest and args.device == "cuda",
-    )
-    contender = functools.cache(lambda name: Contender(name, *how))  # made when it is first called
-    for what in ("latency", "training"):
-        keys = itertools.product(names, args.settings)
-        calls = {
-            key: lambda key=key, what=what: wall_ms(getattr(contender(key[0]), what), key[1])
-            for key in keys
-        }
-        times = in_turns(calls, args.rounds, args.seconds)
-        for name in args.models:
-            own = {
-                setting: times.get((name, setting), "out of memory") for setting in args.settings
-            }
-            best = min(
-                own,
-                key=lambda setting: own[setting] if isinstance(own[setting], float) else math.inf,
-            )
-            cells[what][name][length] = own[best]
-            notes[what, name, length] += [best] * args.fastest
-            if (
-                isinstance(own[best], float)
-                and (rows := contender(name).at_once[best]) < args.batch_size
-            ):
-                notes[what, name, length].append(
-                    f"{math.ceil(args.batch_size / rows)} × {rows} rows"
-                )
-    torch.compiler.reset()
-
-
-def layer_flops(letter: str, length: int) -> int:
-    """Floating-point operations of a forward pass of a row through a layer of the base model: what PyTorch counts, and
-    7 for each update of the scan's state: Δ A, exp, times Δ u and B, a fused multiply-add, another with C."""
-    config = MaBERTConfig()
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        mabert.LAYERS[letter](config)(torch.zeros(1, length, config.hidden_size))
-    updates = length * config.expand * config.hidden_size * config.d_state
-    return counter.get_total_flops() + 7 * updates * (letter == "M")
-
-
-def paper_value(model: str, measure: str, length: int) -> float | None:
-    return dict(zip(PAPER_LENGTHS, PAPER.get((model, measure), ()))).get(length)
-
-
-def ratios(values: dict[str, float | str | None], over: str) -> dict[str, float]:
-    """What a model takes over what MaBERT takes; and the mean of the paper's baselines: the headline of the paper."""
-    values = {name: value for name, value in values.items() if isinstance(value, float)}
-    found = {name: value / values[over] for name, value in values.items() if over in values}
-    means = {
-        "mean of the paper's baselines": BASELINES,
-        "the same without DeBERTa-v3": BASELINES[:-1],
-    }
-    means = {what: names for what, names in means.items() if found.keys() >= {*names}}
-    return found | {
-        what: statistics.mean(found[name] for name in names) for what, names in means.items()
-    }
-
-
-def shown(value: float | str, *notes: float | str | None) -> str:
-    """A value of a table or a dash; in brackets why there is none, and notes."""
-    value, *notes = ("–", value, *notes) if isinstance(value, str) else (value, *notes)
-    value, *notes = (
-        x if isinstance(x, str) else f"{x:.0f}" if x >= 100 else f"{x:.2f}"
-        for x in (value, *notes)
-        if x
-    )
-    return f"{value} ({'; '.join(notes)})" if notes else value
-
-
-def efficiency_text(cells: dict, notes: dict, parameters: dict[str, int], args) -> str:
-    how = (
-        "bf16 autocast, float32 weights"
-        if args.device == "cuda"
-        else "float32 on a CPU, PyTorch's fused attention"
-    )
-    setting = (
-        "each model's fastest setting"
-        if args.fastest
-        else "neither torch.compile nor, on a GPU, FlashAttention"
-    )
-    text = f"""{header(args.device)}
-{how}; {setting}.
-Medians of {args.rounds - max(2, args.rounds // 6)} runs in turns, or at least 3, if those took over {args.seconds:g} s.
-In brackets the paper's figures, from an A100, 32 rows in an optimizer step; its MaBERT has 205.3 M parameters. T12,
-M12, MW6 and H12 are MaBERT with other patterns (T12 is pre-LN, so not BERT).
-"""
-    columns = {}
-    for measure, models in cells.items():
-        rows = []
-        for name, values in models.items():
-            own = (
-                shown(x, paper_value(name, measure, l), *notes[measure, name, l])
-                for l, x in values.items()
-            )
-            rows.append([name, f"{parameters[name] / 1e6:.1f}", *own])
-        title = MEASURES[measure].replace(
-            "optimizer step", f"optimizer step, batch {args.batch_size}"
-        )
-        text += f"\n{title}:\n\n{table(['model', 'parameters, M', *values], rows)}\n"
-        length = 4096 if 4096 in values else max(values)
-        paper = ratios({name: paper_value(name, measure, length) for name in MODELS}, "MaBERT")
-        for over in (name for name in models if name.startswith("MaBERT")):
-            own = ratios({name: values[length] for name, values in models.items()}, over)
-            columns[f"{measure} ÷ {over}"] = {
-                name: shown(value, paper.get(name)) for name, value in own.items()
-            }
-    names = dict.fromkeys(itertools.chain(*columns.values()))
-    rows = [[name, *(column.get(name, "–") for column in columns.values())] for name in names]
-    if rows:
-        text += f"\nRatios at {length} tokens; above 1, MaBERT takes less:\n\n{table(['model', *columns], rows)}\n"
-    more = (
-        bisect.bisect(
-            range(1, 2**16), False, key=lambda l: layer_flops("T", l) > layer_flops("M", l)
-        )
-        + 1
-    )
-    return f"{text}\nFrom {more} tokens on, a T layer of the base model takes more operations than an M layer.\n"
-
-
-def bench_efficiency(args):
-    if args.device == "cuda" and DEVICE == "cpu":
-        raise SystemExit(
-            "--device cuda: PyTorch sees no GPU here; --device cpu has a smaller measurement"
-        )
-    check_out(args.out)
-    lengths, args.batch_size, args.rounds, seconds = PROTOCOL[args.device]
-    args.lengths = args.lengths or [
-        length for length in lengths if not args.fastest or length in (512, 4096)
-    ]
-    args.seconds = args.seconds or seconds
-    args.settings = list(SETTINGS)[: (3 if args.device == "cuda" else 2) if args.fastest else 1]
-    parameters = {
-        name: sum(p.numel() for p in build(name, 512, "meta").parameters()) for name in args.models
-    }
-    cells = {what: {name: {} for name in args.models} for what in list(MEASURES)[args.fastest :]}
-    notes = collections.defaultdict(list)
-    for length in tqdm(sorted(args.lengths), unit="length"):
-        measure(length, args, cells, notes)
-        release()
-        text = efficiency_text(cells, notes, parameters, args)
-        if args.out:  # after every length, so that a run that is stopped has what it measured
-            write_results(args.out, text, cells, x_label="tokens")
-    print(text)
-
-
-# ---- drift: what padding does to real tokens (the question of the paper's Figures 3 and 4) ----
+# ---- Drift: what padding does to real tokens (the question of the paper's Figures 3 and 4) ----
 
 PSM_FORMS = ("none", "post", "pre", "pre+post", "scan", "pre+scan", "pre+scan+post")
-ROWS = 100
-DRIFTS = dict(
-    tokens_l2="Relative L2 change of the final hidden states of real tokens",
-    cls_cosine="Cosine distance of the final [CLS] (the paper's Figures 3a and 4)",
-    mean_cosine="Cosine distance of the mean over real tokens (the paper's Figure 3b)",
-)
+CONVOLUTIONS = ("causal", "centred")
+SIDES = ("right", "left")  # where the pads are
+SENTENCES = 100
+DRIFTS = {
+    # how far apart are states with and without pads
+    "tokens_l2": "Relative L2 change of the final hidden states of real tokens",
+    "cls_cosine": "Cosine distance of the final [CLS] (the paper's Figures 3a and 4)",
+    "mean_cosine": "Cosine distance of the mean over real tokens (the paper's Figure 3b)",
+}
 
 
-def sentences(args, config: MaBERTConfig) -> list[torch.Tensor]:
-    """Token ids of --sentences, or random ones, a row each, by length; no pads."""
+def read_sentences(args, config: MaBERTConfig) -> list[torch.Tensor]:
+    """Token ids of --sentences, or random ones: a row each, without pads, the shortest first."""
     if not args.sentences:
-        return list(torch.randint(5, config.vocab_size, (ROWS, 24)))
+        return list(torch.randint(5, config.vocab_size, (SENTENCES, 24)))
+
+    # lines of a text, or the last column of a table, as in CoLA's dev.tsv
     try:
         lines = Path(args.sentences).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SystemExit(f"--sentences: cannot read {args.sentences}: {error}") from error
-    texts = [line.split("\t")[-1].strip() for line in lines]  # CoLA's dev.tsv has the sentence last
-    texts = [text for text in texts if text][:ROWS]
+    texts = [line.split("\t")[-1].strip() for line in lines]
+    texts = [text for text in texts if text][:SENTENCES]
     if not texts:
         raise SystemExit(f"--sentences: {args.sentences} has no text")
+
+    # the checkpoint's tokens; without one a word is a token, whose id is made of its letters
     if args.checkpoint:
         tokenizer = load_tokenizer(str(Path(args.checkpoint, "tokenizer.json")))
         rows = [tokenizer.encode(text).ids for text in texts]
-    else:  # without a tokenizer, words are told apart, no more
-        rows = [
-            [5 + zlib.crc32(word.encode()) % (config.vocab_size - 5) for word in text.split()]
-            for text in texts
-        ]
+    else:
+        word_id = lambda word: 5 + zlib.crc32(word.encode()) % (config.vocab_size - 5)  # noqa: E731
+        rows = [[word_id(word) for word in text.split()] for text in texts]
     return [torch.tensor(row[: config.max_position]) for row in sorted(rows, key=len)]
 
 
-def distances(
-    model: MaBERT, rows: list[torch.Tensor], unpadded: list[torch.Tensor], pads: int, side: str
-) -> list:
-    """How far the real tokens' states are from those without pads, in the order of DRIFTS, as means over the rows; all
-    rows are one batch, in which the longest has so many pads. Cosine distances are without cancellation."""
-    lengths, found = [len(row) for row in rows], []
-    mask = torch.arange(pads + max(lengths)) < torch.tensor(lengths)[:, None]
-    mask = mask if side == "right" else mask.flip(1)
+def unpadded_states(model: MaBERT, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The final hidden states (l, h) of each row; rows of one length are a batch without pads."""
+    states = []
+    for _, same_length in itertools.groupby(rows, len):
+        states += model(torch.stack(list(same_length)))  # (b, l, h)
+    return states
+
+
+def padded_states(model: MaBERT, rows: list[torch.Tensor], pads: int, side: str):
+    """The same, of all rows as one batch, in which the longest row has this many pads."""
+
+    # where the real tokens are, on either side
+    lengths = [len(row) for row in rows]
+    mask = torch.arange(max(lengths) + pads) < torch.tensor(lengths)[:, None]  # (b, l)
+    if side == "left":
+        mask = mask.flip(1)
+
+    # their states, row by row
     ids = torch.full(mask.shape, model.config.pad_token_id).masked_scatter(mask, torch.cat(rows))
-    for x, y in zip(unpadded, model(ids, mask)[mask].split(lengths)):  # (l, h)
-        vectors = [
-            F.normalize(torch.stack(pair), dim=1) for pair in ((x[0], y[0]), (x.mean(0), y.mean(0)))
-        ]
-        found.append([(y - x).norm() / x.norm(), *((a - b).square().sum() / 2 for a, b in vectors)])
-    return torch.tensor(found).mean(0).tolist()
+    return model(ids, mask)[mask].split(lengths)
+
+
+def cosine_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """1 − cos(x, y), without the cancellation of that difference."""
+    return (F.normalize(x, dim=0) - F.normalize(y, dim=0)).square().sum() / 2
+
+
+def mean_drifts(unpadded, padded) -> dict[str, float]:
+    """{a name of DRIFTS: mean over the rows}, of the states (l, h) of each row."""
+    drifts = {measure: [] for measure in DRIFTS}
+    for x, y in zip(unpadded, padded):
+        drifts["tokens_l2"].append((y - x).norm() / x.norm())
+        drifts["cls_cosine"].append(cosine_distance(x[0], y[0]))
+        drifts["mean_cosine"].append(cosine_distance(x.mean(0), y.mean(0)))
+    return {measure: torch.stack(values).mean().item() for measure, values in drifts.items()}
 
 
 @torch.no_grad()
-def bench_drift(args):
-    """Figures 3 and 4 of the paper, for every form of PSM, side of the pads and kind of convolution."""
-    check_out(args.out)
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=1000, hidden_size=64, num_heads=4, intermediate_size=256)
-    try:
-        base = (
-            MaBERT.from_pretrained(args.checkpoint)
-            if args.checkpoint
-            else MaBERT(MaBERTConfig(**sizes))
-        )
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--checkpoint: {error}") from error
-    rows = sentences(args, base.config)
-    cases = ["causal, pads right", "causal, pads left", "centred, pads right", "centred, pads left"]
-    found = {
-        f"{measure}, {case}": {form: {} for form in PSM_FORMS}
-        for measure in DRIFTS
-        for case in cases
-    }
-    for form, conv in tqdm(list(itertools.product(PSM_FORMS, ("causal", "centred"))), unit="model"):
-        config = dataclasses.replace(
-            base.config, psm=train_mlm.psm_stages(form), causal_conv=conv == "causal"
-        )
-        model = MaBERT(config).double().eval()
+def measure_drifts(base: MaBERT, rows: list[torch.Tensor], numbers_of_pads: list[int]) -> dict:
+    """{measure: {(convolution, side): {form: {pads: value}}}}, for the weights of one model."""
+    cases = list(itertools.product(CONVOLUTIONS, SIDES))
+    drifts = {m: {case: {form: {} for form in PSM_FORMS} for case in cases} for m in DRIFTS}
+    models = list(itertools.product(PSM_FORMS, CONVOLUTIONS))
+    for form, convolution in tqdm(models, unit="model"):
+        # the weights under this form of PSM, with this convolution
+        stages = train_mlm.psm_stages(form)
+        causal = convolution == "causal"
+        model = MaBERT(dataclasses.replace(base.config, psm=stages, causal_conv=causal))
         model.load_state_dict(base.state_dict())
-        unpadded = [
-            x for _, alike in itertools.groupby(rows, len) for x in model(torch.stack(list(alike)))
-        ]
-        for side, pads in itertools.product(("right", "left"), args.pads):
-            for measure, value in zip(DRIFTS, distances(model, rows, unpadded, pads, side)):
-                found[f"{measure}, {conv}, pads {side}"][form][pads] = value
+        model.double().eval()
+
+        # every number of pads, on both sides
+        unpadded = unpadded_states(model, rows)
+        for side, pads in itertools.product(SIDES, numbers_of_pads):
+            padded = padded_states(model, rows, pads, side)
+            for measure, value in mean_drifts(unpadded, padded).items():
+                drifts[measure][convolution, side][form][pads] = value
+    return drifts
+
+
+def drift_text(args, base: MaBERT, rows: list, drifts: dict) -> str:
+    """The page of {measure: {(convolution, side): {form: {pads: value}}}}."""
+
+    # what was done
     weights = "random weights (MMT four times, hidden size 64)"
     if args.checkpoint:
-        conv, psm = (
-            "causal" if base.config.causal_conv else "centred",
-            "+".join(base.config.psm) or "none",
-        )
-        weights = f"{args.checkpoint}, {base.config.pattern} pretrained with PSM {psm} and a {conv} convolution"
+        convolution = "causal" if base.config.causal_conv else "centred"
+        training = f"PSM {'+'.join(base.config.psm) or 'none'} and a {convolution} convolution"
+        weights = f"{args.checkpoint}, {base.config.pattern} pretrained with {training}"
     source = f"sentences of {args.sentences}" if args.sentences else "random rows of 24 tokens"
     pads = " / ".join(map(str, args.pads))
-    text = f"{header()}\nWith {pads} pads in the longest row, float64; {weights}, {len(rows)} {source}.\n"
+    text = f"{header()}\nWith {pads} pads in the longest row, float64; "
+    text += f"{weights}, {len(rows)} {source}.\n"
+
+    # a table for each measure, with a line for each form of PSM
     for measure, title in DRIFTS.items():
-        forms = {
-            form: [found[f"{measure}, {case}"][form].values() for case in cases]
-            for form in PSM_FORMS
-        }
-        cells = [
-            [form, *(" / ".join(f"{x:.0e}" for x in values) for values in row)]
-            for form, row in forms.items()
-        ]
-        text += f"\n{title}:\n\n{table(['PSM stages', *cases], cells)}\n"
+        cases = drifts[measure]
+        body = []
+        for form in PSM_FORMS:  # all numbers of pads in a cell
+            cells = [" / ".join(f"{x:.0e}" for x in case[form].values()) for case in cases.values()]
+            body.append([form, *cells])
+        head = ["PSM stages", *(f"{convolution}, pads {side}" for convolution, side in cases)]
+        text += f"\n{title}:\n\n{table(head, body)}\n"
+    return text
+
+
+def draw_drift(file: str, cases: dict):
+    """The relative L2 change with a centred convolution, {(convolution, side): {form: {pads: x}}}.
+
+    What is zero but for rounding lies on one line at the bottom, called exact.
+    """
+    titles = [f"pads on the {side}" for side in SIDES]
+    figure, panels = new_figure(titles, "pads of the longest row", "relative L2 change")
+    title = "Change of real tokens under padding, for each form of padding-safe masking"
+    figure.suptitle(f"{title}; centred convolution", fontsize=9)
+
+    # exact is a power of ten below all that is not
+    rounding = 1e-12
+    centred = [form for side in SIDES for form in cases["centred", side].values()]
+    changes = [x for form in centred for x in form.values() if x > rounding]
+    lowest = math.floor(math.log10(min(changes, default=1e-3))) - 1
+    ticks = {10.0**power: f"{10.0**power:g}" for power in range(lowest + 1, 1)}
+    ticks[10.0**lowest] = "exact"
+
+    # the panels
+    for axes, side in zip(panels, SIDES):
+        lines = {}
+        for form, by_pads in cases["centred", side].items():
+            lines[form] = {str(n): max(x, 10.0**lowest) for n, x in by_pads.items()}
+        draw_lines(axes, lines, strong="pre+scan+post")
+        axes.set_yscale("log")
+        axes.set_yticks(list(ticks), list(ticks.values()))
+        axes.set_ylim(bottom=10.0**lowest / 1.6)
+        axes.minorticks_off()
+    save_figure(figure, file)
+
+
+def bench_drift(args):
+    check_out(args.out)
+
+    # the weights, and the rows
+    torch.manual_seed(0)
+    small = dict(vocab_size=1000, hidden_size=64, num_heads=4, intermediate_size=256)
+    try:
+        if args.checkpoint:
+            base = MaBERT.from_pretrained(args.checkpoint)
+        else:
+            base = MaBERT(MaBERTConfig(**small))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--checkpoint: {error}") from error
+    rows = read_sentences(args, base.config)
+
+    # the page and the figure
+    drifts = measure_drifts(base, rows, args.pads)
+    text = drift_text(args, base, rows, drifts)
     print(text)
     if args.out:
-        write_results(args.out, text, found, x_label="pads of the longest row; zero is not drawn")
+        write_atomically(Path(f"{args.out}.md"), text)
+        draw_drift(f"{args.out}.png", drifts["tokens_l2"])
 
 
-# ---- patterns: the paper's Table 1 in small ----
+# ---- Step: where the time of a training step goes ----
 
-PATTERNS = [
-    unit * (12 // len(unit)) for unit in "M T MTT TM MT TMM TTM MMMTMM W H MMT MWT MW".split()
-]
-CAUSAL_TOO = PATTERNS[-3:]  # the others with a centred convolution only
-VOCAB_SIZE = "4096"
-STEPS = 1200
-TOKENS = 2048  # of a step
-SMALL = """--hidden-size 64 --num-heads 4 --intermediate-size 256 --d-state 8 --dropout 0 --lr 2e-3
-    --warmup-steps 100""".split()
+WARM_UP = 2  # steps of each row length that do not count
+WAITING = "waiting for data"
 
 
-def pretrain(args, name: str, flags: list[str], profile: bool = False) -> Path:
-    """The folder --out/NAME, with model.pt and log.csv of train_mlm.py under these flags, or profile.txt. What is
-    finished stays as it is, and a run that was stopped goes on. One of several --jobs has its share of the cores."""
-    out = Path(args.out, name)
-    made, kept = out / "flags.txt", out / ("profile.txt" if profile else "model.pt")
-    if kept.exists():
-        if not made.exists() or made.read_text(encoding="utf-8") != shlex.join(flags):
-            raise SystemExit(
-                f"{out} was made with other flags than these, its flags.txt has them: give another --out"
-            )
-        return out
-    goal = ["--profile", "10"] if profile else ["--resume"]
-    threads = (
-        {}
-        if args.jobs == 1 or profile
-        else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
-    )
-    command = [sys.executable, train_mlm.__file__, *flags, *goal, "--out", str(out)]
-    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
-    if ran.returncode:
-        why = ran.stderr.strip() or f"ended with {ran.returncode}"
-        raise SystemExit(f"{out}: train_mlm.py: {' '.join(why.splitlines()[-2:])}")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(made, shlex.join(flags))
-    if profile:
-        write_atomically(kept, ran.stdout)
-    return out
+def flops_per_token(config: MaBERTConfig, length: int, mask_rate: float) -> float:
+    """Operations of matrix products and convolutions for a token, forward and backward."""
+    # the encoder, and the head at the tokens that are predicted
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        MaBERT(config)(torch.zeros(1, length, dtype=torch.long))
+    head = 2 * config.hidden_size * (config.hidden_size + config.vocab_size) * mask_rate
+    return 3 * (counter.get_total_flops() / length + head)  # backward is twice forward
 
 
-def pretrain_all(args, variants: dict[str, list[str]]) -> dict[str, list[Path]]:
-    """Of each named variant, which is flags of train_mlm.py, the folders of its runs, one for each seed. All share a
-    tokenizer, that of a run of one step, since two trainings of one differ."""
-    text = (
-        ["--data", *(str(Path(path).resolve()) for path in args.data)] if args.data else ["--demo"]
-    )
-    rows = str(TOKENS // args.length)
-    flags = [
-        *SMALL,
-        *text,
-        "--length-schedule",
-        f"{args.length}:1",
-        "--batch-size",
-        rows,
-        "--micro-batch-size",
-        rows,
-    ]
-    first = pretrain(
-        args, "tokenizer", [*flags, "--vocab-size", VOCAB_SIZE, "--pattern", "T", "--steps", "1"]
-    )
-    flags += [
-        "--tokenizer",
-        str(first / "tokenizer.json"),
-        "--steps",
-        str(args.steps),
-        "--eval-every",
-        str(args.steps),
-    ]
-    runs = list(itertools.product(range(args.seeds), variants))
+class Stopwatch:
+    """The time between marks, each of which names what has just ended.
 
-    def run(seed: int, name: str, profile: bool = False) -> Path:
-        folder = f"{re.sub('[, ]+', '-', name)}-seed{seed}"
-        return pretrain(args, folder, [*flags, *variants[name], "--seed", str(seed)], profile)
+    On a GPU by its own clock, without waiting for it.
+    """
 
-    folders = {name: [] for name in variants}
-    for seed, name in tqdm(
-        runs, desc="step time", unit="run"
-    ):  # alone and in turns: a drifting clock hits all alike
-        folders[name].append(run(seed, name, profile=True))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(tqdm(pool.map(run, *zip(*runs)), desc="pretraining", unit="run", total=len(runs)))
-    return folders
+    def __init__(self):
+        self.marks = []  # (name, time)
+
+    def mark(self, name: str):
+        now = perf_counter()
+        if DEVICE == "cuda":  # when the GPU has come this far
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        self.marks.append((name, now))
+
+    def restart(self):
+        """Forgets all but the last mark, from which time goes on."""
+        del self.marks[:-1]
+
+    def seconds(self) -> dict[str, float]:
+        """{name: seconds}, in the order in which the names came."""
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        # from each mark to the next, which names what lies between
+        totals = collections.defaultdict(float)
+        for (_, begin), (name, end) in itertools.pairwise(self.marks):
+            totals[name] += begin.elapsed_time(end) / 1000 if DEVICE == "cuda" else end - begin
+        return dict(totals)
 
 
-def held_out_loss(folder: Path) -> float:
-    """In nats, at the end of a run."""
-    with open(folder / "log.csv", newline="") as file:
-        return float(list(csv.DictReader(file))[-1]["held_out_loss"])
+def hook_stopwatch(watch: Stopwatch, model, optimizer, layers: bool):
+    """Marks the parts of a training step by hooks on the model, its layers and the optimizer.
+
+    What is outside the layers is "rest": forward, the copy to the device, embeddings, head and
+    loss; backward, these again, the exchange between processes and the clipping of gradients.
+    """
+
+    def marks(name: str):
+        return lambda *_: watch.mark(name)
+
+    def before_forward(*_):
+        # the first micro-batch of a step follows the wait for data, others a backward pass
+        if watch.marks[-1][0] != WAITING:
+            watch.mark("backward, rest")
+
+    # the model and the optimizer
+    model.register_forward_pre_hook(before_forward)
+    model.register_forward_hook(marks("forward, rest"))
+    optimizer.register_step_pre_hook(marks("backward, rest"))
+
+    # each layer
+    for letter, layer in zip(model.config.pattern, model.encoder.layers if layers else ()):
+        layer.register_forward_pre_hook(marks("forward, rest"))
+        layer.register_forward_hook(marks(f"forward, {letter} layers"))
+        layer.register_full_backward_pre_hook(marks("backward, rest"))
+        layer.register_full_backward_hook(marks(f"backward, {letter} layers"))
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f}" + (
-        f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    )
+def measure_steps(args, steps: int):
+    """Prints where the time of training steps goes, for each row length of train_mlm.py's args."""
+
+    # all that training needs; a tokenizer that is trained for this is not kept
+    data = train_mlm.prepare(args, Path(os.devnull))
+    model, shared, optimizer = train_mlm.make_model(args, data)
+    watch = Stopwatch()
+    hook_stopwatch(watch, model, optimizer, layers=not args.compile)  # hooks would cut the graph
+
+    for _, rows in data.phases:
+        # tokens of all processes, without and with pads
+        real = padded = 0
+
+        batches = train_mlm.batches_ahead(args, [(0, rows)], range(WARM_UP + steps))
+        for step, batch in enumerate(batches):
+            # the first steps do not count
+            if step == WARM_UP:
+                watch.restart()
+                real = padded = 0
+                if DEVICE == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+
+            # a step
+            watch.mark(WAITING)
+            train_mlm.train_step(shared, optimizer, batch, step, args)
+            watch.mark("optimizer")
+            real += batch.real
+            padded += batch.padded
+
+        # all steps
+        parts = watch.seconds()
+        seconds = sum(parts.values())
+        flops = real * flops_per_token(model.config, rows.length, args.mask_rate)
+        tflops = flops / seconds / train_mlm.PROCESSES / 1e12
+
+        # in one line
+        words = f"rows of {rows.length} tokens: {seconds / steps:.3f} s a step, "
+        words += f"{real / seconds:.0f} tokens/s, {1 - real / padded:.1%} padding, "
+        words += f"{tflops:.3g} TFLOP/s a device"
+        if DEVICE == "cuda":
+            words += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
+
+        # the parts of a step
+        body = []
+        for name, part in parts.items():
+            body.append([name, f"{1000 * part / steps:.1f}", f"{part / seconds:.1%}"])
+        print(f"\n{words}\n\n{table(['part of a step', 'ms', 'share'], body)}")
 
 
-def compare(args, variants: dict[str, list[str]]) -> tuple[str, dict[str, dict]]:
-    """A table of the variants' held-out losses and what they cost, and its numbers."""
-    rows, found = [], {}
-    for name, runs in pretrain_all(args, variants).items():
-        profiles = [(folder / "profile.txt").read_text(encoding="utf-8") for folder in runs]
-        time = min(float(re.search(r"tokens: ([\d.]+) s a step", text)[1]) for text in profiles)
-        losses = list(map(held_out_loss, runs))
-        model = MaBERTForMaskedLM.from_pretrained(runs[0])
-        run = json.loads((runs[0] / "args.json").read_text(encoding="utf-8"))
-        flops = (
-            run["steps"]
-            * TOKENS
-            * train_mlm.flops_per_token(model.config, args.length, run["mask_rate"])
-            / 1e12
-        )
-        size = sum(weight.numel() for weight in model.parameters()) / 1e6
-        rows.append([name, spread(losses), f"{size:.2f}", f"{1000 * time:.0f}", f"{flops:.3g}"])
-        found[name] = dict(
-            loss=statistics.mean(losses),
-            steps=run["steps"],
-            TFLOP=flops,
-            seconds=run["steps"] * time,
-        )
-        found[name]["folders"] = runs
-    text = f"""{header(DEVICE)}
-Masked language modelling: {args.steps} steps of {TOKENS // args.length} rows of {args.length} tokens, hidden size 64, a
-centred convolution, unless said otherwise; seeds: {args.seeds}. TFLOP: PyTorch's count, without the scan.
+def bench_step(args):
+    # of torchrun's processes the first speaks
+    if train_mlm.PROCESSES > 1:
+        train_mlm.join_processes()
+    if train_mlm.RANK > 0:
+        sys.stdout = open(os.devnull, "w")
 
-"""
-    head = [
-        "",
-        "held-out loss, nats",
-        "parameters, M",
-        f"ms a step, best of {args.seeds}",
-        "TFLOP of the run",
-    ]
-    return text + table(head, rows), found
+    # too little memory is what a user may try out here
+    try:
+        print(header(DEVICE))
+        measure_steps(args.training, args.measure)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "lower --micro-batch-size, or pass --activation-checkpointing"
+        first_line = str(error).split("\n")[0]
+        raise SystemExit(f"out of memory: {advice} ({first_line})") from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def bench_patterns(args):
-    variants = {p: ["--pattern", p, "--no-causal-conv"] for p in args.patterns}
-    variants |= {
-        f"{p}, causal": ["--pattern", p, "--causal-conv"] for p in CAUSAL_TOO if p in variants
-    }
-    print(compare(args, variants)[0])
-
-
-# ---- study: what each choice is worth: pretrainings that differ in it alone ----
-
-STUDIES = {  # a variant's name, which begins with its pattern, and flags of train_mlm.py
-    "psm": {
-        f"{pattern}, {form}": f"--pattern {pattern} --psm {form} --sample-by paragraph"
-        for pattern in ("MMTMMT", "MWTMWT")
-        for form in ("none", "pre", "post", "pre+post", "pre+scan+post")
-    },
-    "budgets": {
-        f"{unit}, {steps} steps": f"--pattern {unit * (12 // len(unit))} --steps {steps}"
-        for unit in ("T", "MMT", "MWT")
-        for steps in (400, 1000, 2000, 4000)  # 10, 25, 50, 100 %
-    },
-    "sizes": {
-        f"{unit}, hidden {h}": f"--pattern {unit * (12 // len(unit))} --hidden-size {h} --intermediate-size {4 * h}"
-        for unit in ("T", "M", "MMT", "MWT", "H")
-        for h in (32, 64, 128)
-    },
-}
-PADDINGS = {  # of held-out rows: how many at once, pads beside those of training, their side
-    "as in training": (32, 1, "right"),
-    "left": (32, 1, "left"),
-    "4 times": (32, 4, "right"),
-    "none": (1, 0, "right"),
-}
-
-
-@torch.no_grad()
-def losses_by_padding(folder: Path, held_out: tuple) -> list[float]:
-    """The loss of a run's model on the held-out rows of `train_mlm.Data`, in nats, in the order of PADDINGS."""
-    model, losses = MaBERTForMaskedLM.from_pretrained(folder), []
-    for size, times, side in PADDINGS.values():
-        losses.append(0.0)
-        for part in train_mlm.micro_batches(held_out, size):
-            lengths = part[1].sum(1)
-            more = round((times - 1) * (part[1].shape[1] - lengths.double().mean().item()))
-            fill = (model.config.pad_token_id, False, train_mlm.IGNORED)
-            part = [F.pad(x, (0, more), value=value) for x, value in zip(part, fill)]
-            if side == "left":
-                part = [
-                    torch.stack([row.roll(len(row) - n) for row, n in zip(x, lengths.tolist())])
-                    for x in part
-                ]
-            losses[-1] += model(*part[:2], labels=part[2], reduction="sum").loss.item()
-        losses[-1] /= (held_out[2] != train_mlm.IGNORED).sum()
-    return losses
-
-
-def bench_study(args):
-    name, args.length, args.steps = str(Path(args.out, args.study)), 64, STEPS
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    check_out(name)
-    text, found = compare(
-        args, {variant: flags.split() for variant, flags in STUDIES[args.study].items()}
-    )
-    panels = collections.defaultdict(lambda: collections.defaultdict(dict))
-    x_axes = dict(psm=[], budgets=["steps", "seconds"], sizes=["TFLOP", "seconds"])[args.study]
-    for x, (variant, run) in itertools.product(x_axes, found.items()):
-        panels[f"by {x}"][variant.split(", ")[0]][run[x]] = run["loss"]
-    if args.study == "psm":
-        x_axes, rows = ["pads"], []
-        folder = next(iter(found.values()))["folders"][
-            0
-        ]  # of all variants the held-out rows are the same
-        flags = train_mlm.parse_args(
-            shlex.split((folder / "flags.txt").read_text(encoding="utf-8"))
-        )
-        with contextlib.redirect_stdout(sys.stderr):
-            held_out = train_mlm.prepare(flags, folder / "tokenizer.json").held_out
-        for variant, run in found.items():
-            losses = list(
-                zip(
-                    *(
-                        losses_by_padding(folder, held_out)
-                        for folder in tqdm(run["folders"], variant)
-                    )
-                )
-            )
-            rows.append([variant, *map(spread, losses)])
-            pattern, form = variant.split(", ")
-            panels[pattern][form] = dict(zip(PADDINGS, map(statistics.mean, losses)))
-        text += f"\n\nThe held-out loss with other pads:\n\n{table(['', *PADDINGS], rows)}"
-    print(text)
-    write_results(
-        name, text + "\n", panels, f"{' / '.join(x_axes)}; y: held-out loss, nats", "linear"
-    )
-
-
-# ---- recall: what attention brings that a state of fixed size does not, and the reverse ----
-
-RECALL = ("TTT", "MMM", "MWM", "MMT", "HHH")
-PAIRS, MOST_PAIRS = (
-    (1, 2, 4, 8, 12, 16),
-    12,
-)  # of a row: where accuracy is measured, and at most in training
-LENGTHS = (64, 128, 256)  # tokens of a row; the first is trained
-MASK, KEYS, VALUES, FILLERS = 1, range(2, 34), range(34, 66), range(66, 82)  # token ids
-
-
-def recall_rows(
-    count: int, length: int, pairs: int, rng: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and labels, (count, length) each. Pairs, a key and its value, and fillers, the same token twice, in
-    random order; then the keys in another, each with a [MASK] that stands for its value. A quarter of the fillers have
-    their first token hidden, a quarter the second, half behind [MASK] and half behind any token: as in text, what is
-    hidden follows from its neighbour, and this is what a model learns first."""
-
-    def shuffled(size: int) -> torch.Tensor:
-        return torch.rand(count, size, generator=rng).argsort(1)
-
-    def any_of(ids: range, *shape: int) -> torch.Tensor:
-        return torch.randint(ids.start, ids.stop, (count, *shape), generator=rng)
-
-    fillers = length // 2 - 2 * pairs
-    known = torch.stack(
-        [KEYS.start + shuffled(len(KEYS))[:, :pairs], any_of(VALUES, pairs)], 2
-    )  # (count, pairs, 2)
-    items = torch.cat([known, any_of(FILLERS, fillers, 1).expand(-1, -1, 2)], 1)
-    hidden = F.pad(F.one_hot(any_of(range(4), fillers), 4)[..., :2].bool(), (0, 0, pairs, 0))
-    cover = any_of(range(KEYS.start, FILLERS.stop), *items.shape[1:])
-    cover = torch.where(torch.rand(items.shape, generator=rng) < 0.5, MASK, cover)
-    row, order, asked = torch.arange(count)[:, None], shuffled(len(items[0])), shuffled(pairs)
-    whole = torch.cat([items[row, order], known[row, asked]], 1)
-    hidden = torch.cat([hidden[row, order], torch.tensor([False, True]).expand(count, pairs, 2)], 1)
-    cover = F.pad(cover[row, order], (0, 0, 0, pairs), value=MASK)
-    return tuple(
-        torch.where(hidden, *x).flatten(1) for x in ((cover, whole), (whole, train_mlm.IGNORED))
-    )
-
-
-def train_recall(pattern: str, seed: int, steps: int, out: str, threads: int) -> dict[str, dict]:
-    """{length: {pairs: accuracy}} after training on LENGTHS[0] tokens with 1 to MOST_PAIRS pairs; kept in --out."""
-    kept = Path(out, f"{pattern}-{steps}-steps-seed{seed}.json")
-    if kept.exists():
-        return json.loads(kept.read_text(encoding="utf-8"))
-    if threads:
-        torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    sizes = dict(hidden_size=64, num_heads=2, intermediate_size=256, d_state=8, dropout=0.0)
-    model = MaBERTForMaskedLM(
-        MaBERTConfig(FILLERS.stop, pattern=pattern, max_position=LENGTHS[0], **sizes)
-    )
-    for layer in (
-        model.modules()
-    ):  # so small a model learns nothing for long from BERT's 0.02 and random positions
-        if isinstance(layer, torch.nn.Linear) and layer.in_features >= 64:
-            torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-    angles = torch.arange(LENGTHS[0])[:, None] * (2 * LENGTHS[0]) ** -torch.linspace(0, 1, 32)
-    model.encoder.position_embeddings.weight.data = 0.03 * torch.cat(
-        [angles.sin(), angles.cos()], 1
-    )
-    optimizer, rng = (
-        torch.optim.AdamW(model.parameters(), weight_decay=0.01),
-        torch.Generator().manual_seed(seed),
-    )
-    for step in tqdm(range(steps), f"{pattern}, seed {seed}", unit="step", mininterval=10):
-        optimizer.param_groups[0]["lr"] = train_mlm.learning_rate(
-            step, steps, 2e-3, min(200, steps // 10)
-        )
-        pairs = int(torch.randint(1, MOST_PAIRS + 1, (), generator=rng))
-        ids, labels = recall_rows(64, LENGTHS[0], pairs, rng)
-        model(ids, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    found, positions = {}, model.encoder.position_embeddings
-    for length, pairs in itertools.product(LENGTHS, PAIRS):
-        model.encoder.position_embeddings = positions
-        model.encoder.resize_positions(length)
-        ids, labels = recall_rows(512, length, pairs, torch.Generator().manual_seed(2**31))
-        labels[:, : -2 * pairs] = train_mlm.IGNORED
-        with torch.no_grad():
-            right = (
-                model(ids, labels=labels).logits.argmax(1) == labels[labels != train_mlm.IGNORED]
-            )
-        found.setdefault(str(length), {})[str(pairs)] = right.double().mean().item()
-    write_atomically(kept, json.dumps(found) + "\n")
-    return found
-
-
-def bench_recall(args):
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    name = str(Path(args.out, "recall"))
-    check_out(name)
-    runs = list(itertools.product(args.patterns, range(args.seeds)))
-    how = args.steps, args.out, args.jobs > 1 and max(1, os.cpu_count() // args.jobs)
-    with ProcessPoolExecutor(args.jobs, torch.multiprocessing.get_context("spawn")) as pool:
-        found = dict(zip(runs, pool.map(train_recall, *zip(*runs), *map(itertools.repeat, how))))
-    panels = collections.defaultdict(dict)
-    text = f"""{header()}
-Accuracy of the value of a key, of {len(VALUES)} values, after {args.steps} steps of 64 rows of {LENGTHS[0]} tokens with
-1 to {MOST_PAIRS} pairs. Hidden size 64; weights begin with deviation 1/√inputs, positions as sinusoids. Seeds:
-{args.seeds}. Longer rows have more fillers and stretched positions.
-"""
-    for length in map(str, LENGTHS):
-        cells = {
-            p: {n: [found[p, seed][length][str(n)] for seed in range(args.seeds)] for n in PAIRS}
-            for p in args.patterns
-        }
-        rows = [[pattern, *map(spread, values.values())] for pattern, values in cells.items()]
-        text += f"\n{length} tokens:\n\n{table(['pairs', *PAIRS], rows)}\n"
-        for pattern, values in cells.items():
-            panels[f"{length} tokens"][pattern] = {n: statistics.mean(v) for n, v in values.items()}
-    print(text)
-    write_results(name, text, panels, "pairs; y: accuracy", "linear")
-
+# ---- The command line ----
 
 positive = bounded(int, 1, 2**31)
 
 
 def scan_size(text: str) -> tuple[int, ...]:
+    """A type for argparse: B,L,D,N."""
     size = tuple(positive(part) for part in text.split(","))
     if len(size) != 4:
         raise argparse.ArgumentTypeError(f"{text} is not B,L,D,N")
     return size
-
-
-def pattern(text: str) -> str:
-    try:
-        return MaBERTConfig(pattern=text).pattern
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(error) from error
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -1239,138 +1347,86 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    out = dict(metavar="NAME", help="write NAME.md, NAME.json and NAME.png (needs matplotlib)")
+    # fmt: off
 
-    def subcommand(bench, help: str):
-        command = commands.add_parser(bench.__name__.removeprefix("bench_"), help=help)
-        command.set_defaults(bench=bench)
-        return command.add_argument
+    # efficiency
+    title = "Tables B5 to B7 and Figure 5: MaBERT and its peers"
+    efficiency = commands.add_parser("efficiency", help=title, description=title)
+    efficiency.set_defaults(bench=bench_efficiency)
+    efficiency.add_argument("--device", choices=["cuda", "cpu"], default=DEVICE,
+        help="default: the GPU, if there is one; on a CPU less is measured")
+    efficiency.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL",
+        help=f"of {', '.join(MODELS)}")
+    efficiency.add_argument("--lengths", nargs="+", type=positive, metavar="TOKENS",
+        help="default: the paper's and up to 16384; on a CPU, and with --fastest, fewer")
+    efficiency.add_argument("--seconds", type=bounded(float, 1e-3),
+        help="for the runs of a measure at a length (default: 600; on a CPU 60)")
+    efficiency.add_argument("--fastest", action="store_true",
+        help="the best of torch.compile, CUDA graphs and neither, with FlashAttention")
+    efficiency.add_argument("--out", metavar="NAME",
+        help="write NAME.md and, if MaBERT is among the models, NAME.png (needs matplotlib)")
 
-    add = subcommand(
-        bench_scan, "time and memory of the selective scan: on the GPU, or on one CPU thread"
-    )
-    add(
-        "--sizes",
-        type=scan_size,
-        nargs="+",
-        metavar="B,L,D,N",
-        help="default: the base model's, at several lengths",
-    )
-    add("--static", action="store_true", help="instead: what the machine code of the two main kernels costs "
-        "on an H100, for bf16; needs no GPU")  # fmt: skip
-    add(
-        "--all",
-        action="store_true",
-        help="the same of all the scan's kernels, on an A100 and for float32 as well",
-    )
-    add = subcommand(bench_efficiency, "Tables B5 to B7 and Figure 5: MaBERT and its peers")
-    add(
-        "--device",
-        choices=["cuda", "cpu"],
-        default=DEVICE,
-        help="default: the GPU, if any; a CPU measures less",
-    )
-    add(
-        "--models",
-        nargs="+",
-        choices=MODELS,
-        default=MODELS,
-        metavar="MODEL",
-        help=f"of {', '.join(MODELS)}",
-    )
-    add(
-        "--lengths",
-        type=positive,
-        nargs="+",
-        help="tokens (default: the paper's and up to 16384; else fewer)",
-    )
-    add(
-        "--seconds",
-        type=bounded(float, 1e-3),
-        help="for the runs of a measure at a length (default: 600; on a CPU 60)",
-    )
-    add(
-        "--fastest",
-        action="store_true",
-        help="best of torch.compile, CUDA graphs and neither, with FlashAttention",
-    )
-    add("--out", **out)
-    add = subcommand(bench_drift, "what padding does to real tokens, for each form of PSM")
-    pads = dict(type=bounded(int, 0, 2**16), nargs="+", default=[0, 1, 8, 64, 512])
-    add(
-        "--pads",
-        **pads,
-        help="of the longest row; shorter ones are padded to its length (%(default)s)",
-    )
-    add("--checkpoint", help="a folder with a trained model, instead of random weights")
-    add(
-        "--sentences",
-        metavar="FILE",
-        help=f"{ROWS} rows of CoLA's dev.tsv or of a text file, instead of random ones",
-    )
-    add("--out", **out)
-    add = subcommand(
-        bench_patterns, "a short pretraining of each pattern of the paper's Table 1, and of others"
-    )
-    add("--patterns", type=pattern, nargs="+", default=PATTERNS, help="default: the paper's eight, of 12 layers, and "
-        f"others; {', '.join(CAUSAL_TOO)} also with a causal convolution")  # fmt: skip
-    add(
-        "--length",
-        type=bounded(int, 8, TOKENS + 1),
-        default=64,
-        help="tokens of a row (%(default)s)",
-    )
-    add("--steps", type=positive, default=STEPS, help="of each run (%(default)s)")
-    ask = subcommand(
-        bench_recall, "which layers find the value of a key, among how many and how far away"
-    )
-    ask("--patterns", type=pattern, nargs="+", default=RECALL, help=f"default: {' '.join(RECALL)}")
-    ask("--steps", type=positive, default=4000, help="of each run (%(default)s)")
-    more = subcommand(
-        bench_study, "what padding-safe masking, a longer and a larger pretraining are worth"
-    )
-    more("study", choices=STUDIES, help="which")
-    for both in (add, more):
-        both(
-            "--data",
-            nargs="+",
-            metavar="PATH",
-            help="text, as train_mlm.py takes it; without, its demo's",
-        )
-    for both, seeds, out in (
-        (add, 2, "out/patterns"),
-        (more, 1, "out/study"),
-        (ask, 1, "out/recall"),
-    ):
-        both("--seeds", type=positive, default=seeds, help="runs of each variant (%(default)s)")
-        both(
-            "--jobs",
-            type=positive,
-            default=1,
-            help="at the same time, each on its share of the cores (%(default)s)",
-        )
-        both(
-            "--out",
-            default=out,
-            help="a folder, where finished runs of the same flags are kept (%(default)s)",
-        )
-    return parser.parse_args(argv)
+    # scan
+    title = "time and memory of the selective scan, on the GPU or on one thread of the CPU"
+    scan = commands.add_parser("scan", help=title, description=title)
+    scan.set_defaults(bench=bench_scan)
+    scan.add_argument("--sizes", nargs="+", type=scan_size, metavar="B,L,D,N",
+        help="default: the base model's, at several lengths")
+    scan.add_argument("--static", action="store_true",
+        help="instead: the machine code of the two main kernels for an H100, without a GPU")
+    scan.add_argument("--all", action="store_true",
+        help="the same of all kernels of the scan, for an A100 and float32 as well")
+
+    # drift
+    title = "what padding does to real tokens, for each form of padding-safe masking (PSM)"
+    drift = commands.add_parser("drift", help=title, description=title)
+    drift.set_defaults(bench=bench_drift)
+    drift.add_argument("--pads", nargs="+", type=bounded(int, 0, 2**16), default=[0, 1, 8, 64, 512],
+        help="of the longest row; shorter ones are padded to its length (%(default)s)")
+    drift.add_argument("--checkpoint", metavar="FOLDER",
+        help="a trained model, instead of random weights")
+    drift.add_argument("--sentences", metavar="FILE",
+        help=f"{SENTENCES} rows of CoLA's dev.tsv or of a text file, instead of random ones")
+    drift.add_argument("--out", metavar="NAME",
+        help="write NAME.md and NAME.png (needs matplotlib)")
+
+    # step
+    title = "where the time of a training step goes"
+    step = commands.add_parser("step", help=title, allow_abbrev=False,
+        usage="python bench.py step [--measure STEPS] [any flags of train_mlm.py]",
+        description=f"Prints {title}, for each row length. Writes nothing.")
+    step.set_defaults(bench=bench_step)
+    step.add_argument("--measure", type=positive, default=20, metavar="STEPS",
+        help="steps of each row length, after two that do not count (%(default)s)")
+    # fmt: on
+
+    # of step, what is left over is for train_mlm.py
+    args, others = parser.parse_known_args(argv)
+    if args.bench == bench_step:
+        args.training = train_mlm.parse_args(others)
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return args
+
+
+@contextlib.contextmanager
+def clear_errors():
+    """Ends a program with one line, not with a traceback, for what is no fault of the program."""
+    try:
+        yield
+    except ModuleNotFoundError as error:  # one of the extra "bench"
+        message = f'this needs the package {error.name}: pip install -e ".[bench]"'
+        raise SystemExit(message) from error
+    except OSError as error:  # a full disk, a folder that may not be written
+        raise SystemExit(f"cannot go on: {error}") from error
+    except KeyboardInterrupt:  # Ctrl-C
+        raise SystemExit("\ninterrupted") from None
 
 
 def main(argv: list[str]):
     args = parse_args(argv)
-    try:
+    with clear_errors():
         args.bench(args)
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f'this needs the package {error.name}: pip install -e ".[bench]"'
-        ) from error
-    except OSError as error:  # a full disk, a folder that may not be written
-        raise SystemExit(f"cannot go on: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(
-            "\ninterrupted; patterns, study and recall go on when they are given again"
-        ) from None
 
 
 if __name__ == "__main__":

@@ -1809,24 +1809,6 @@ def test_another_run_is_not_resumed():
     pretrain(f"{SHORT} --data moved.txt --resume")  # the same text
 
 
-def test_the_profile_covers_the_step(capsys):
-    pretrain("--profile 2")
-    assert not Path("run").exists()
-    sections = capsys.readouterr().out.split("\nrows of ")[1:]
-    kinds = ("M layers", "W layers", "H layers", "T layers", "rest")
-    kinds = {f"{way}, {kind}" for way in ("forward", "backward") for kind in kinds}
-    for section, length in zip(sections, ("16", "32"), strict=True):
-        parts = dict(re.findall(r"^  (\S.*?)  .*?([\d.]+)%$", section, re.MULTILINE))
-        assert section.split()[0] == length and parts.keys() == kinds | {
-            "waiting for data",
-            "optimizer",
-        }
-        assert (
-            sum(map(float, parts.values())) == pytest.approx(100, abs=0.5)
-            and float(parts["forward, M layers"]) > 1
-        )
-
-
 # ---- Fine-tuning on GLUE ----
 
 GLUE_METRICS = [  # name, what it equals, how many values labels have
@@ -2457,199 +2439,202 @@ def test_the_average_is_over_the_papers_columns():
 # ---- Benchmarks ----
 
 
-def test_bench_scan(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "alone", bench.attempt)
+def numbers_of_the_table(text, title):
+    """{first cell of a line: the lists of numbers in its other cells} of the table with a title."""
+    numbers = {}
+    for line in text.split(title)[1].split("\n\n")[1].splitlines()[2:]:
+        first, *cells = line.strip("| ").split(" | ")
+        numbers[first] = [[float(x) for x in cell.split(" / ")] for cell in cells]
+    return numbers
+
+
+def is_png(file):
+    return Path(file).read_bytes().startswith(b"\x89PNG")
+
+
+def test_calls_take_turns_and_say_why_they_fail():
+    order, times = [], [1000.0, 1000.0, 1.0, 2.0, 9.0]  # the first two do not count
+
+    def call(name):
+        order.append(name)
+        if name == "c" and order.count(name) == 2:
+            raise RuntimeError("twice")
+        return times[order.count(name) - 1]
+
+    calls = {name: partial(call, name) for name in "abc"}
+    medians = bench.interleaved_medians(calls, rounds=20, seconds=0)
+    assert "".join(order) == "abcabc" + "ab" * 3
+    assert medians == {"a": 2.0, "b": 2.0, "c": "twice"}
+
+
+@pytest.mark.parametrize("error, reason", [
+    (torch.OutOfMemoryError(), "out of memory"),
+    (RuntimeError("can't allocate memory: x"), "out of memory"),
+    (BrokenProcessPool("x"), "out of memory"),
+    (ValueError(), "ValueError"),
+    (RuntimeError("a\nb"), "a"),
+], ids=repr)  # fmt: skip
+def test_a_failure_becomes_the_text_of_a_cell(error, reason):
+    assert bench.value_or_reason(raising(error)) == reason
+    assert bench.cell_text(reason, 5.0) == f"– ({reason}; 5.00)"
+
+
+def test_names_at_the_ends_of_lines_do_not_overlap():
+    pytest.importorskip("matplotlib")
+    figure, (axes,) = bench.new_figure(["a panel"], "x", "y")
+    ends = {"MaBERT": 1.0, "BERT": 1.01, "ALBERT": 1.02, "far away": 9.0}
+    bench.draw_lines(axes, {name: {1: 1.0, 2: y} for name, y in ends.items()}, strong="MaBERT")
+    bench.save_figure(figure, "figure.png")
+
+    # in the order of the lines' ends, a gap apart, far from each other only where the lines are
+    heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert sorted(heights, key=heights.get) == list(ends)
+    assert np.diff(sorted(heights.values())).min() > 0.067
+    assert heights["far away"] - heights["ALBERT"] > 0.5
+
+    # what is strong is so in its line and in its name
+    strong = [line.get_label() for line in axes.get_lines() if line.get_linewidth() > 2]
+    bold = [text.get_text() for text in axes.texts if text.get_weight() == "bold"]
+    assert strong == bold == ["MaBERT"] and is_png("figure.png")
+
+
+def test_scan_measures_what_it_can_and_says_why_it_cannot(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "in_own_process", bench.value_or_reason)
     monkeypatch.setitem(sys.modules, "mambapy.pscan", None)
     bench.main(["scan", "--sizes", "1,30,8,4", "1,2147483647,1536,16"])
     small, large = capsys.readouterr().out.split("| (b, l, d, n) = ")[1:]
-    assert re.match(
-        r"\(1, 30, 8, 4\) .*\| loop \| \de-07 (\| [\d.e+]+ \(1.00×\) ){2}\| \d+ \|",
-        small,
-        re.DOTALL,
-    )
+
+    # error, times with their ratio to the first scan, memory
+    assert small.startswith("(1, 30, 8, 4)") and large.startswith("(1, 2147483647, ")
+    assert re.search(r"\| loop \| \de-07 (\| [\d.e+]+ \(1.00×\) ){2}\| \d+ \|", small)
     assert re.search(r"\| reference \| \de-07 (\| [\d.e+]+ \([\d.]+×\) ){2}\| \d+ \|", small)
+
+    # what is missing, what is too large
     assert "| pscan | import of mambapy.pscan halted" in small
-    assert re.search(
-        r"^\(1, 2147483647, .*\| loop \| \de-07 (\| out of memory ){3}\|", large, re.DOTALL
-    )
+    assert re.search(r"\| loop \| \de-07 (\| out of memory ){3}\|", large)
 
 
-def test_bench_drift(monkeypatch, capsys):
+def test_drift_vanishes_with_all_stages_alone():
+    torch.manual_seed(0)
+    rows = bench.read_sentences(argparse.Namespace(sentences=None), tiny())[:8]
+    base = build(MaBERT, tiny(), torch.float32)
+    drifts = bench.measure_drifts(base, rows, [0, 5])
+    for measure, rounding in zip(bench.DRIFTS, (1e-12, 1e-24, 1e-24)):
+        forms = list(drifts[measure].values())
+        assert list(drifts[measure]) == [(c, s) for c in ("causal", "centred") for s in bench.SIDES]
+        assert all(len(form) == 7 for form in forms)
+
+        # nothing to see without pads, nor with all stages
+        assert all(pads[0] == 0 for form in forms for pads in form.values())
+        assert all(form["pre+scan+post"][5] < rounding for form in forms)
+
+        # without any, only a causal layer that never looks at the pads on its right is safe
+        assert [form["none"][5] > rounding for form in forms] == [False, True, True, True]
+
+    # the two distances are of one size
+    l2 = drifts["tokens_l2"]["centred", "left"]["none"][5]
+    cosine = drifts["mean_cosine"]["centred", "left"]["none"][5]
+    assert 0 < cosine < 2 * l2**2
+
+
+def test_drift_writes_its_page_and_its_figure(monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(bench, "ROWS", 8)
+    monkeypatch.setattr(bench, "SENTENCES", 8)
     bench.main("drift --pads 0 5 --out drift".split())
-    found, printed = json.loads(Path("drift.json").read_text()), capsys.readouterr().out
-    assert (
-        Path("drift.png").read_bytes().startswith(b"\x89PNG")
-        and Path("drift.md").read_text().strip() in printed
-    )
-    cases = [f"{conv}, pads {side}" for conv in ("causal", "centred") for side in ("right", "left")]
-    for measure, small in zip(bench.DRIFTS, (1e-12, 1e-24, 1e-24)):
-        forms = [found[f"{measure}, {case}"] for case in cases]
-        assert all(len(form) == 7 and pads["0"] == 0 for form in forms for pads in form.values())
-        assert all(form["pre+scan+post"]["5"] < small for form in forms)
-        assert [form["none"]["5"] > small for form in forms] == [False, True, True, True]
-    l2, cosine = (
-        found[f"{measure}, centred, pads left"]["none"]["5"]
-        for measure in ("tokens_l2", "mean_cosine")
-    )
-    assert 0 < cosine < 2 * l2**2 and f" | 0e+00 / {l2:.0e} |\n" in printed
+    page = Path("drift.md").read_text()
+    assert page.strip() in capsys.readouterr().out and is_png("drift.png")
 
+    table = numbers_of_the_table(page, bench.DRIFTS["tokens_l2"])
+    assert list(table) == list(bench.PSM_FORMS)
+    assert all(0 < pads[1] < 1 and pads[0] == 0 for pads in table["none"][1:])
+
+
+def test_drift_reads_sentences_with_a_tokenizer_or_without(capsys):
     put("dev.tsv", "gj04\t1\t\tw1 w2 w3\ngj04\t0\t*\tw1 w2\n\n")
     for checkpoint, lengths in ((None, [2, 3]), ("model", [4, 5])):  # [CLS] and [SEP] too
         args = argparse.Namespace(sentences="dev.tsv", checkpoint=checkpoint)
-        assert list(map(len, bench.sentences(args, tiny()))) == lengths
+        assert list(map(len, bench.read_sentences(args, tiny()))) == lengths
     bench.main("drift --pads 3 --sentences dev.tsv --checkpoint model".split())
-    assert "2 sentences of" in capsys.readouterr().out
+    assert "WH pretrained with PSM pre+scan+post" in (printed := capsys.readouterr().out)
+    assert "2 sentences of dev.tsv" in printed
 
 
-@pytest.fixture
-def small_pretrainings(monkeypatch):
-    """Those of bench.py in small: one in a process of its own, as all are, the others in this one, in turn."""
-    run, one_at_a_time = subprocess.run, threading.Lock()
+@pytest.mark.parametrize("tokenizer", ["--tokenizer words.json", "--vocab-size 100"])
+def test_step_covers_all_of_a_training_step_and_writes_nothing(tokenizer, capsys):
+    before = sorted(Path.cwd().rglob("*"))
+    bench.main(["step", "--measure", "2", *arguments(tokenizer)])
+    assert sorted(Path.cwd().rglob("*")) == before
 
-    def here(command, **options):
-        if "--resume" in command and command[-1].endswith("/T-seed0"):
-            return run(command, **options)
-        with one_at_a_time, contextlib.redirect_stdout(io.StringIO()) as printed:
-            train_mlm.main(command[2:])
-        return subprocess.CompletedProcess(command, 0, printed.getvalue(), "")
+    # a section for each row length
+    sections = capsys.readouterr().out.split("\nrows of ")[1:]
+    assert [section.split()[0] for section in sections] == ["16", "32"]
+    kinds = ("M layers", "W layers", "H layers", "T layers", "rest")
+    kinds = {f"{way}, {kind}" for way in ("forward", "backward") for kind in kinds}
+    for section in sections:
+        assert re.match(r"\d+ tokens: [\d.]+ s a step, \d+ tokens/s, [\d.]+% padding, ", section)
 
-    put("text.txt", "\n\n".join(f"w{i} w{i + 1} w{i + 2} " * (1 + i % 15) for i in range(300)))
-    small = "--hidden-size 16 --num-heads 2 --intermediate-size 16 --d-state 2 --lr 3e-2".split()
-    for name, value in dict(
-        SMALL=small, VOCAB_SIZE="100", STEPS=40, TOKENS=512, CAUSAL_TOO=["MT"]
-    ).items():
-        monkeypatch.setattr(bench, name, value)
-    monkeypatch.setattr(bench.subprocess, "run", here)
-    monkeypatch.setattr(train_mlm.signal, "signal", lambda *_: None)  # not of a thread's concern
-
-
-def test_bench_patterns(small_pretrainings, capsys, monkeypatch):
-    flags = "patterns --data text.txt --patterns T MT --length 16 --steps 3 --seeds 1 --jobs 2 --out runs"
-    bench.main(flags.split())
-    cells = r"^\| (\S.*?) \| (\d\.\d+) \| (\d\.\d+) \| \d+ \| (\S+) \|$"
-    rows = re.findall(cells, capsys.readouterr().out, re.MULTILINE)
-    assert [row[0] for row in rows] == ["T", "MT", "MT, causal"]
-    names = ("tokenizer", "T-seed0", "MT-causal-seed0")
-    assert len({Path(f"runs/{name}/tokenizer.json").read_bytes() for name in names}) == 1
-    made = [
-        json.loads(Path(f"runs/{name}-seed0/args.json").read_text()) for name in ("MT", "MT-causal")
-    ]
-    assert [(run["causal_conv"], run["batch_size"]) for run in made] == [(False, 32), (True, 32)]
-    monkeypatch.setattr(bench.subprocess, "run", None)  # a finished run is only read
-    bench.main(flags.split())
-    assert " | ".join(rows[1][:3]) in capsys.readouterr().out
-    for more, name in (("--steps 4", "T-seed0"), ("--data words.json", "tokenizer")):
-        refused(
-            bench.main, f"{flags} {more}".split(), said=f"runs/{name} was made with other flags"
-        )
+        # whose parts add up
+        parts = re.findall(r"^\| (\S.*?) \| [\d.]+ \| ([\d.]+)% \|$", section, re.MULTILINE)
+        parts = {name: float(share) for name, share in parts}
+        assert parts.keys() == kinds | {"waiting for data", "optimizer"}
+        assert sum(parts.values()) == pytest.approx(100, abs=0.7)
+        assert parts["forward, M layers"] > 1
 
 
-def test_bench_study(small_pretrainings, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
-    for study in bench.STUDIES.values():  # names make folders; flags are taken
-        assert (
-            len(
-                {
-                    train_mlm.parse_args([*bench.SMALL, *flags.split()]).pattern
-                    for flags in study.values()
-                }
-            )
-            > 1
-        )
-    psm = {
-        f"WM, {form}": f"--pattern WM --psm {form} --sample-by paragraph"
-        for form in ("none", "pre+scan+post")
-    }
-    sizes = {f"M, hidden {h}": f"--pattern M --hidden-size {h} --steps {h}" for h in (8, 16)}
-    monkeypatch.setattr(bench, "STUDIES", dict(psm=psm, sizes=sizes))
-    bench.main("study psm --data text.txt --seeds 2 --out runs".split())
-    found, printed = json.loads(Path("runs/psm.json").read_text()), capsys.readouterr().out
-    trained, left, four, none = found["WM"]["pre+scan+post"].values()
-    logged = list(map(bench.held_out_loss, Path("runs").glob("WM-pre+scan+post-seed?")))
-    assert len(logged) == 2 and trained == pytest.approx(bench.statistics.mean(logged), abs=1e-4)
-    assert (
-        left == pytest.approx(trained)
-        and four == pytest.approx(trained)
-        and none == pytest.approx(trained)
-    )
-    trained, left, four, none = found["WM"]["none"].values()
-    assert len({round(x, 5) for x in (trained, left, four, none)}) == 4
-    assert f"| WM, none | {trained:.3f} ± " in printed and Path("runs/psm.png").exists()
-    bench.main("study sizes --data text.txt --out runs".split())
-    found = json.loads(Path("runs/sizes.json").read_text())
-    assert len(found["by TFLOP"]["M"]) == len(found["by seconds"]["M"]) == 2
+def test_the_marks_of_a_step_follow_its_micro_batches():
+    class Model(torch.nn.Module):
+        config = argparse.Namespace(pattern="T")
+        encoder = argparse.Namespace(layers=[torch.nn.Linear(2, 2)])
 
+        def forward(self, x):
+            return self.encoder.layers[0](x * 1)
 
-def test_bench_recall(capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
-    for pairs in (1, 12, 16):
-        ids, labels = bench.recall_rows(50, 64, pairs, torch.Generator().manual_seed(0))
-        items, asked, known = (
-            ids[:, : -2 * pairs].unflatten(1, (-1, 2)),
-            ids[:, -2 * pairs :],
-            labels[:, -2 * pairs :],
-        )
-        pair = (items[..., 0] < bench.VALUES.start) & (items[..., 1] < bench.FILLERS.start)
-        assert asked[:, 1::2].eq(bench.MASK).all() and known[:, ::2].eq(train_mlm.IGNORED).all()
-        for row in range(50):
-            values = items[row][pair[row]].tolist()
-            assert (
-                dict(values) == dict(zip(asked[row, ::2].tolist(), known[row, 1::2].tolist()))
-                and len(values) == pairs
-            )
-    for name, value in dict(PAIRS=(1, 3), MOST_PAIRS=3, LENGTHS=(16, 32)).items():
-        monkeypatch.setattr(bench, name, value)
-    monkeypatch.setattr(
-        bench, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs)
-    )
-    bench.main("recall --patterns T MT --steps 4 --seeds 2 --out runs".split())
-    found, printed = json.loads(Path("runs/recall.json").read_text()), capsys.readouterr().out
-    assert (
-        list(found) == ["made", "16 tokens", "32 tokens"]
-        and 0 <= found["16 tokens"]["MT"]["3"] <= 1
-    )
-    assert (
-        len(re.findall(r"^\| M?T \| \d\.\d{3} ± .*", printed, re.MULTILINE)) == 4
-        and Path("runs/recall.png").exists()
-    )
-    monkeypatch.setattr(bench.torch, "manual_seed", None)  # finished runs are only read
-    bench.main("recall --patterns T MT --steps 4 --seeds 2 --out runs".split())
-    assert capsys.readouterr().out == printed
+    model, watch = Model(), bench.Stopwatch()
+    optimizer = torch.optim.SGD(model.encoder.layers[0].parameters())
+    bench.hook_stopwatch(watch, model, optimizer, layers=True)
+    watch.mark(bench.WAITING)
+    for _ in range(2):
+        model(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    optimizer.step()
+
+    forward = ["forward, rest", "forward, T layers", "forward, rest"]
+    backward = ["backward, rest", "backward, T layers", "backward, rest"]
+    names = [name for name, _ in watch.marks]
+    assert names == ["waiting for data", *forward, *backward, *forward, *backward]
 
 
 def test_the_baselines_have_the_parameters_of_the_papers_table():
     pytest.importorskip("transformers")
-    known = dict(
-        zip(bench.BASELINES, (109_483_778, 11_685_122, 148_660_994, 128_060_930, 184_423_682))
-    )
-    known |= {
+    sizes = {}
+    for name in bench.MODELS:
+        model = bench.make_classifier(name, 512, "meta")
+        sizes[name] = sum(weight.numel() for weight in model.parameters())
+    assert sizes.pop("MaBERT-211M") == pytest.approx(205.322e6, rel=0.03)  # the paper's
+    assert sizes == {
+        "BERT": 109_483_778,
+        "ALBERT": 11_685_122,
+        "Longformer": 148_660_994,
+        "BigBird": 128_060_930,
+        "DeBERTa-v3": 184_423_682,
         "ModernBERT": 149_606_402,
         "MaBERT": 120_163_586,
         "T12": 108_895_490,
         "M12": 125_797_634,
+        "MW6": 125_797_634,
+        "H12": 117_388_034,
     }
-    known |= {"MW6": known["M12"], "H12": 117_388_034}
-    found = {
-        name: sum(p.numel() for p in bench.build(name, 512, "meta").parameters())
-        for name in bench.MODELS
-    }
-    assert found.pop("MaBERT-211M") == pytest.approx(205.322e6, rel=0.03)  # the paper's
-    assert found == known
 
 
 def test_operations_of_a_layer_and_of_a_step():
     """By hand: h 768, d 1536, r 48, n 16, k 4, feed-forward 3072."""
-    m, head = (
-        768 * 3072 + 1536 * (48 + 32) + 48 * 1536 + 1536 * 768 + 2 * 768 * 3072 + 4 * 1536,
-        768 * (768 + 30522),
-    )
+    mixer = 768 * 3072 + 1536 * (48 + 32) + 48 * 1536 + 1536 * 768 + 4 * 1536
+    m = mixer + 2 * 768 * 3072
+    head = 768 * (768 + 30522)
     for length in (1, 128, 512):
         t = 4 * 768**2 + 2 * 768 * 3072 + 2 * length * 768
         assert bench.layer_flops("M", length) == length * (2 * m + 7 * 1536 * 16)
         assert bench.layer_flops("T", length) == length * 2 * t
-        step = train_mlm.flops_per_token(MaBERTConfig(), length, 0.15)
+        step = bench.flops_per_token(MaBERTConfig(), length, 0.15)
         assert step == pytest.approx(3 * 2 * (8 * m + 4 * t + 0.15 * head))
 
 
@@ -2660,41 +2645,39 @@ def test_headline_ratios_of_the_papers_own_figures():
         ("latency", {mean: 2.43, less: 1.55}),
     ):
         values = {name: bench.paper_value(name, measure, 4096) for name in bench.MODELS}
-        found = bench.ratios(values, "MaBERT")
-        assert {what: found[what] for what in headlines} == pytest.approx(headlines, abs=0.005)
-        assert mean not in bench.ratios(values | {"ALBERT": "out of memory"}, "MaBERT")
+        ratios = bench.ratios_to("MaBERT", values)
+        assert {title: ratios[title] for title in headlines} == pytest.approx(headlines, abs=0.005)
+        assert mean not in bench.ratios_to("MaBERT", values | {"ALBERT": "out of memory"})
+        assert bench.ratios_to("MaBERT", values | {"MaBERT": "out of memory"}) == {}
     assert bench.paper_value("BERT", "latency", 100) is None
 
 
 @pytest.fixture
 def small_peers(monkeypatch):
     """The models of bench.py efficiency in small."""
-    base = dict(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        vocab_size=60,
-    )
-    base |= dict(
-        max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1
-    )
-    own = {"ALBERT": dict(embedding_size=8), "BigBird": dict(block_size=8)}
-    own["Longformer"] = dict(max_position_embeddings=34, attention_window=8, pad_token_id=1)
-    own["DeBERTa-v3"] = bench.DEBERTA | dict(
-        position_buckets=8, pooler_hidden_size=16, vocab_size=60
-    )
-    small = {
-        name: (family, base | own.get(name, {})) for name, (family, _) in bench.TRANSFORMERS.items()
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    sizes |= dict(vocab_size=60, max_position_embeddings=32)
+    sizes |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1)
+    changes = {
+        "ALBERT": dict(embedding_size=8),
+        "BigBird": dict(block_size=8),
+        "Longformer": dict(max_position_embeddings=34, attention_window=8, pad_token_id=1),
+        "DeBERTa-v3": bench.DEBERTA
+        | dict(position_buckets=8, pooler_hidden_size=16, vocab_size=60),
     }
+    peers = {}
+    for name, (family, _) in bench.TRANSFORMERS.items():
+        peers[name] = (family, sizes | changes.get(name, {}))
     patterns = dict(MaBERT="MMT", T12="TT", M12="MM", MW6="MW", H12="HH")
-    own = {name: vars(tiny(pattern)) for name, pattern in patterns.items()}
-    alone = dict(
-        release=lambda: None,
-        alone=lambda function, *args: bench.attempt(lambda: 1.0 + function(*args)),
-    )
-    for name, value in dict(TRANSFORMERS=small, OURS=own, MODELS=[*small, *own], **alone).items():
-        monkeypatch.setattr(bench, name, value)
+    maberts = {name: vars(tiny(pattern)) for name, pattern in patterns.items()}
+
+    # memory is measured in this process, where it may be none
+    here = lambda function, *args: bench.value_or_reason(lambda: 1.0 + function(*args))  # noqa: E731
+    monkeypatch.setattr(bench, "in_own_process", here)
+    monkeypatch.setattr(bench, "free_memory", lambda: None)
+    monkeypatch.setattr(bench, "TRANSFORMERS", peers)
+    monkeypatch.setattr(bench, "MABERTS", maberts)
+    monkeypatch.setattr(bench, "MODELS", [*peers, *maberts])
     monkeypatch.setitem(bench.PROTOCOL, "cpu", ([], 8, 7, 0.1))
 
 
@@ -2703,53 +2686,58 @@ def efficiency(flags, models):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_bench_efficiency(device, small_peers, capsys):
+def test_efficiency_measures_all_models_beside_the_papers(device, small_peers, capsys, monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
+    drawn, draw = [], bench.draw_efficiency
+    monkeypatch.setattr(bench, "draw_efficiency", lambda *args: drawn.append(args) or draw(*args))
     efficiency(f"--device {device} --lengths 16 128 --seconds 0.1 --out efficiency", bench.MODELS)
+
+    # the page and the figure, with a number in each cell
     text = capsys.readouterr().out
-    assert Path("efficiency.md").read_text().strip() == text.strip()
-    assert (
-        all(f"Table {name}" in text for name in ("B5", "B6", "B7"))
-        and "Ratios at 128 tokens" in text
-    )
-    found = json.loads(Path("efficiency.json").read_text())
-    cells = [found[measure][name] for measure in bench.MEASURES for name in bench.MODELS]
-    assert all(isinstance(values[length], float) for values in cells for length in ("16", "128"))
-    bert, own = (found["latency"][name]["128"] for name in ("BERT", "MaBERT"))
-    assert (
-        f"| {bench.shown(bert, '5.22')} |" in text
-        and f"| {bench.shown(bert / own, 5.220 / 9.160)} |" in text
-    )
+    assert Path("efficiency.md").read_text().strip() == text.strip() and is_png("efficiency.png")
+    assert all(f"Table {name}" in text for name in ("B5", "B6", "B7")) and "–" not in text
+    file, _, cells = drawn[-1]
+    assert file == "efficiency.png" and list(cells) == list(bench.MEASURES)
+    for models in cells.values():
+        assert list(models) == bench.MODELS
+        assert all(list(by_length) == [16, 128] for by_length in models.values())
+
+    # values and ratios, the paper's in brackets
+    bert, mabert = (cells["latency"][name][128].value for name in ("BERT", "MaBERT"))
+    assert f"| {bench.cell_text(bert, '5.22')} |" in text
+    assert "Ratios at 128 tokens" in text
+    assert f"| {bench.cell_text(bert / mabert, 5.220 / 9.160)} |" in text
     assert "From 957 tokens on" in text
-    assert Path("efficiency.png").read_bytes().startswith(b"\x89PNG")
+
     if device == "cuda":
         efficiency("--lengths 128 --fastest", bench.MODELS)
         assert "–" not in capsys.readouterr().out
 
 
 def test_efficiency_accumulates_what_does_not_fit_and_goes_on(small_peers, monkeypatch, capsys):
-    run, most = bench.Contender.run, {"MMT": 2, "TT": 8, "MM": 0}
+    forward, most = bench.Contender.forward, {"MMT": 4, "TT": 8, "MM": 0}  # rows
 
     def scarce(self, setting, rows, **labels):
         if len(rows) > most[self.model.config.pattern]:
             raise torch.OutOfMemoryError
-        return run(self, setting, rows, **labels)
+        return forward(self, setting, rows, **labels)
 
-    monkeypatch.setattr(bench.Contender, "run", scarce)
+    monkeypatch.setattr(bench.Contender, "forward", scarce)
     efficiency("--device cpu --lengths 8 2147483647", ["MaBERT", "T12", "M12"])
     text, none = capsys.readouterr().out, r"– \(out of memory\) \|\n"
-    assert re.search(rf"\| MaBERT \| \S+ \| [\d.]+ \(4 × 2 rows\) \| {none}", text)
+    assert re.search(rf"\| MaBERT \| \S+ \| [\d.]+ \(2 × 4 rows\) \| {none}", text)
     assert len(re.findall(rf"\| T12 \| \S+ \| [\d.]+ \| {none}", text)) == 3
     assert len(re.findall(rf"\| M12 \| \S+ \| – \(out of memory\) \| {none}", text)) == 3
 
-    torch.manual_seed(0)  # accumulation changes nothing but the time
+    # accumulation changes nothing but the time
+    torch.manual_seed(0)
     contender, gradients = bench.Contender("MaBERT", 8, "cpu", batch_size=8), []
     step = lambda: gradients.append([p.grad for p in contender.model.parameters()])  # noqa: E731
     monkeypatch.setattr(contender.optimizer, "step", step)
     for most["MMT"] in (8, 2):
         contender.training("plain")
-    assert contender.at_once["plain"] == 2
+    assert contender.rows_at_once["plain"] == 2
     torch.testing.assert_close(*gradients)
 
 
@@ -2762,73 +2750,219 @@ def test_efficiency_takes_the_fastest_setting(small_peers, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", compiled)
     efficiency("--device cpu --lengths 256 --fastest", ["MaBERT", "T12"])
     out, told = capsys.readouterr()
-    assert (
-        len(re.findall(r"\| MaBERT \| \S+ \| [\d.]+ \(compiled\) \|\n", out)) == 2
-        and "B5" not in out
-    )
+    assert len(re.findall(r"\| MaBERT \| \S+ \| [\d.]+ \(compiled\) \|\n", out)) == 2
     assert len(re.findall(r"\| T12 \| \S+ \| [\d.]+ \(plain\) \|\n", out)) == 2
-    assert "T12, compiled: no such graph\n" in told
+    assert "B5" not in out and "T12, compiled: no such graph\n" in told
 
 
 def test_efficiency_compiles_every_model_and_never_falls_back(small_peers, monkeypatch):
     compile, graphs = torch.compile, []
 
     def compiled(model, **options):
-        return compile(
-            model, backend=lambda graph, inputs: graphs.append(graph) or graph, dynamic=False
-        )
+        def keep_graph(graph, inputs):  # one for each call, or the second would find the first's
+            graphs.append(graph)
+            return graph
 
-    monkeypatch.setattr(
-        bench, "OURS", {pattern: vars(tiny(pattern)) for pattern in ("M", "H", "T", "TT", "TTT")}
-    )
+        return compile(model, backend=keep_graph, dynamic=False)
+
+    patterns = ("M", "H", "T", "TT", "TTT")
+    monkeypatch.setattr(bench, "MABERTS", {pattern: vars(tiny(pattern)) for pattern in patterns})
     monkeypatch.setattr(torch, "compile", compiled)
-    args = dict(
-        settings=list(bench.SETTINGS)[1:],
-        fastest=True,
-        device="cpu",
-        batch_size=2,
-        rounds=5,
-        seconds=0,
-    )
-    cells = {what: {name: {} for name in bench.OURS} for what in ("latency", "training")}
-    bench.measure(
-        8,
-        argparse.Namespace(models=list(bench.OURS), **args),
-        cells,
-        bench.collections.defaultdict(list),
-    )
+    args = argparse.Namespace(models=patterns, settings=["compiled", "CUDA graphs"], fastest=True)
+    vars(args).update(device="cpu", batch_size=2, rounds=5, seconds=0)
+    cells = bench.measure_length(8, args)
+    assert list(cells) == ["latency", "training"]
     assert all(
-        isinstance(values[8], float) for models in cells.values() for values in models.values()
+        isinstance(cell.value, float) for models in cells.values() for cell in models.values()
     )
-    assert len(graphs) == 5 * 2 * 2  # models of one class, settings, runs
+    assert len(graphs) == 5 * 2 * 2  # models of one class, settings, measures
 
 
-def test_calls_take_turns_and_tell_why_they_fail():
-    order, times = [], [1000.0, 1000.0, 1.0, 2.0, 9.0]  # the first two do not count
+# The scripts in results/
 
-    def call(name):
-        order.append(name)
-        if name == "c" and order.count(name) == 2:
-            raise RuntimeError("twice")
-        return times[order.count(name) - 1]
 
-    found = bench.in_turns(
-        {name: lambda name=name: call(name) for name in "abc"}, rounds=20, seconds=0
-    )
-    assert "".join(order) == "abcabc" + "ab" * 3 and found == {"a": 2.0, "b": 2.0, "c": "twice"}
-    why = {
-        torch.OutOfMemoryError(): "out of memory",
-        RuntimeError("can't allocate memory: x"): "out of memory",
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "results")
+    import patterns
+    import recall
+    import study
+
+    return types.SimpleNamespace(patterns=patterns, recall=recall, study=study)
+
+
+@pytest.fixture
+def small_pretrainings(scripts, monkeypatch):
+    """Those of results/patterns.py in small, in this process, one at a time."""
+    mains = {"train_mlm.py": train_mlm.main, "bench.py": bench.main}
+    one_at_a_time = threading.Lock()
+
+    def run_here(command, **options):
+        _, script, *flags = command
+        with one_at_a_time, contextlib.redirect_stdout(io.StringIO()) as printed:
+            mains[Path(script).name](flags)
+        return subprocess.CompletedProcess(command, 0, printed.getvalue(), "")
+
+    lines = (f"w{i} w{i + 1} w{i + 2} " * (1 + i % 15) for i in range(300))
+    put("text.txt", "\n\n".join(lines))
+    small = "--hidden-size 16 --num-heads 2 --intermediate-size 16 --d-state 2 --lr 3e-2".split()
+    changes = dict(SMALL=small, VOCAB_SIZE="100", STEPS=40, TOKENS=512, CAUSAL_TOO=["MT"])
+    for name, value in changes.items():
+        monkeypatch.setattr(scripts.patterns, name, value)
+    monkeypatch.setattr(scripts.study, "STEPS", 40)
+    monkeypatch.setattr(subprocess, "run", run_here)
+    monkeypatch.setattr(train_mlm.signal, "signal", lambda *_: None)  # not of a thread's concern
+
+
+def test_the_scripts_in_results_find_the_programs_beside_their_folder():
+    command = [sys.executable, str(ROOT / "results" / "study.py"), "--help"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    printed = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    assert "python results/study.py psm --data texts/" in printed.stdout
+
+
+def test_patterns_are_pretrained_alike_and_finished_runs_only_read(
+    scripts, small_pretrainings, capsys, monkeypatch
+):
+    flags = "--data text.txt --patterns T MT --length 16 --steps 3 --seeds 1 --jobs 2 --out runs"
+    scripts.patterns.main(flags.split())
+    page = capsys.readouterr().out
+    cells = r"^\| (\S.*?) \| \d\.\d+ \| \d\.\d+ \| \d+ \| \S+ \|$"
+    assert re.findall(cells, page, re.MULTILINE) == ["T", "MT", "MT, causal"]
+    assert "a step of 32 rows of 16 tokens; 3 steps" in page
+
+    # one tokenizer for all; what varies, and the batch
+    names = ("tokenizer", "T-seed0", "MT-causal-seed0")
+    assert len({Path(f"runs/{name}/tokenizer.json").read_bytes() for name in names}) == 1
+    for folder, causal in (("runs/MT-seed0", False), ("runs/MT-causal-seed0", True)):
+        settings = scripts.patterns.read_settings(Path(folder))
+        assert (settings.causal_conv, settings.batch_size) == (causal, 32)
+
+    # again, without a step, and refused with other flags or another text
+    monkeypatch.setattr(train_mlm, "train_step", None)
+    scripts.patterns.main(flags.split())
+    assert capsys.readouterr().out == page
+    put("other.txt", Path("text.txt").read_text() + "\n\nw1 w2 w3")
+    for change, differs in (("--steps 4", "steps was 3 and"), ("--data other.txt", "corpus was")):
+        command = f"{flags} {change}".split()
+        refused(scripts.patterns.main, command, said=f"belongs to another run: {differs}")
+
+
+def test_patterns_say_what_their_runs_complain_of(scripts):
+    for script in ("patterns", "recall"):
+        said = "'mt'; it must be letters of M, W, H, T"
+        refused(getattr(scripts, script).main, ["--patterns", "MT", "mt"], said=said)
+    said = "^train_mlm.py --out runs/tokenizer: .*--data: "
+    refused(scripts.patterns.main, "--data nowhere.txt --out runs".split(), said=said)
+
+
+def test_studies_have_flags_that_train_mlm_takes(scripts):
+    small = scripts.patterns.SMALL
+    for name, variants in scripts.study.STUDIES.items():
+        settings = [train_mlm.parse_args([*small, *flags]) for flags in variants.values()]
+        assert len({run.pattern for run in settings}) > 1
+        folders = {re.sub("[, ]+", "-", variant) for variant in variants}
+        assert len(folders) == len(variants) and scripts.study.VARYING[name]
+
+
+def test_study_psm_measures_the_loss_under_other_paddings(
+    scripts, small_pretrainings, capsys, monkeypatch
+):
+    pytest.importorskip("matplotlib")
+    psm = {}
+    for form in ("none", "pre+scan+post"):
+        psm[f"WM, {form}"] = f"--pattern WM --psm {form} --sample-by paragraph".split()
+    monkeypatch.setattr(scripts.study, "STUDIES", dict(psm=psm))
+    scripts.study.main("psm --data text.txt --seeds 2 --out runs".split())
+    page = Path("runs/psm.md").read_text()
+    assert page == capsys.readouterr().out and is_png("runs/psm.png")
+
+    settings = scripts.patterns.read_settings(Path("runs/WM-none-seed0"))
+    held_out = train_mlm.prepare(settings, None).held_out
+    for form in ("none", "pre+scan+post"):
+        folders = [Path(f"runs/WM-{form}-seed{seed}") for seed in (0, 1)]
+        logged = [scripts.patterns.held_out_loss(folder) for folder in folders]
+        losses = [scripts.study.losses_by_padding(folder, held_out) for folder in folders]
+
+        # under the padding of training as it was logged
+        assert losses[0][0] == pytest.approx(logged[0], abs=1e-4)
+
+        # with all stages the same under every other, without any not
+        same = losses[0] == pytest.approx([losses[0][0]] * 4)
+        assert same == (form == "pre+scan+post")
+        assert same or len(set(losses[0])) == 4
+
+        # in both tables the mean over the seeds
+        cells = map(scripts.patterns.spread, zip(*losses))
+        assert f"| WM, {form} | {scripts.patterns.spread(logged)} |" in page
+        assert f"| WM, {form} | {' | '.join(cells)} |" in page
+
+
+def test_other_paddings_have_more_pads_on_their_side(scripts):
+    real = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
+    batch = (torch.where(real, 7, 0), real, torch.where(real, 8, train_mlm.IGNORED))
+    ids, real, labels = scripts.study.repad(batch, 4, "left", pad_token_id=0)
+    assert real.tolist() == [[False] * 7 + [True] * 3, [False] * 9 + [True]]
+    assert torch.equal(ids, torch.where(real, 7, 0))
+    assert torch.equal(labels, torch.where(real, 8, train_mlm.IGNORED))
+    same = scripts.study.repad(batch, 1, "right", pad_token_id=0)
+    assert all(torch.equal(x, y) for x, y in zip(same, batch))
+
+
+def test_study_sizes_draws_the_loss_by_what_a_run_costs(scripts, small_pretrainings, monkeypatch):
+    sizes = {
+        f"M, hidden {h}": f"--pattern M --hidden-size {h} --steps {h}".split() for h in (8, 16)
     }
-    why |= {
-        BrokenProcessPool("x"): "out of memory",
-        ValueError(): "ValueError",
-        RuntimeError("a\nb"): "a",
-    }
-    for error, said in why.items():
-        assert (
-            bench.attempt(raising(error)) == said and bench.shown(said, 5.0) == f"– ({said}; 5.00)"
-        )
+    drawn = []
+    monkeypatch.setattr(scripts.study, "STUDIES", dict(sizes=sizes))
+    monkeypatch.setattr(scripts.study, "draw_study", lambda *args, **options: drawn.append(args))
+    scripts.study.main("sizes --data text.txt --out runs".split())
+    panels = drawn[0][1]
+    assert list(panels) == ["by TFLOP", "by seconds"]
+    assert all(len(lines["M"]) == 2 for lines in panels.values())
+
+
+@pytest.mark.parametrize("pairs", [1, 12, 16])
+def test_rows_of_recall_ask_for_each_value_once(pairs, scripts):
+    recall = scripts.recall
+    ids, labels = recall.recall_rows(50, 64, pairs, torch.Generator().manual_seed(0))
+    assert ids.shape == labels.shape == (50, 64)
+
+    # at the end, keys with a [MASK] each; the labels there are the values
+    items = ids[:, : -2 * pairs].unflatten(1, (-1, 2))
+    questions, answers = ids[:, -2 * pairs :], labels[:, -2 * pairs :]
+    assert questions[:, 1::2].eq(recall.MASK).all()
+    assert answers[:, ::2].eq(train_mlm.IGNORED).all()
+
+    # before them the same keys with these values, among fillers
+    is_pair = (items[..., 0] < recall.VALUES.start) & (items[..., 1] < recall.FILLERS.start)
+    for row in range(50):
+        known = items[row][is_pair[row]].tolist()
+        asked = zip(questions[row, ::2].tolist(), answers[row, 1::2].tolist())
+        assert len(known) == pairs and dict(known) == dict(asked)
+
+
+def test_recall_trains_each_pattern_and_finished_runs_are_only_read(scripts, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    changes = dict(PAIRS=(1, 3), MOST_PAIRS=3, LENGTHS=(16, 32))
+    changes["ProcessPoolExecutor"] = lambda jobs, context: ThreadPoolExecutor(jobs)
+    for name, value in changes.items():
+        monkeypatch.setattr(scripts.recall, name, value)
+    command = "--patterns T MT --steps 4 --seeds 2 --out runs".split()
+    scripts.recall.main(command)
+    page = capsys.readouterr().out
+    assert Path("runs/recall.md").read_text() + "\n" == page and is_png("runs/recall.png")
+
+    # a table for each length, with accuracies
+    for length in (16, 32):
+        section = page.split(f"\n{length} tokens:\n")[1]
+        means = re.findall(r"^\| M?T \| (\d\.\d{3}) ± \d\.\d{3} \|", section, re.MULTILINE)
+        assert all(0 <= float(mean) <= 1 for mean in means[:2]) and len(means) >= 2
+
+    # again, without training
+    monkeypatch.setattr(scripts.recall, "train_recall", None)
+    scripts.recall.main(command)
+    assert capsys.readouterr().out == page
 
 
 # ---- What the scripts refuse, and with which words ----
@@ -2887,21 +3021,25 @@ REFUSALS = [  # script, flags; what is said; {file: its contents, None for no fi
      {MODEL: lambda x: x.replace(b'"w39": 44', b'"w39": 5000')}),
     ("glue", "has weights that are not finite: .* a lower --lr helps",
      {WEIGHTS: weights(lambda w: w * math.nan)}),
-    ("bench drift --pads -1", r"-1 must be finite and in \[0,"), ("bench drift --checkpoint nowhere", "--checkpoint: "),
+    ("bench drift --pads -1", r"-1 must be finite and in \[0,"),
+    ("bench drift --checkpoint nowhere", "--checkpoint: "),
     ("bench drift --sentences nowhere", "--sentences: cannot read nowhere"),
     (f"bench drift {SENTENCES}", "text.txt has no text", {"text.txt": "\n"}),
     (f"bench drift --checkpoint model {SENTENCES}", "cannot load the tokenizer model/tokenizer.json",
      {"text.txt": "a few words", MODEL: None}),
     ("bench drift --out nowhere/drift", "--out: cannot write nowhere/drift.md: No such file"),
     ("bench scan --sizes 1,2,3", "1,2,3 is not B,L,D,N"), ("bench scan --sizes 1,2,3,x", "invalid"),
-    ("bench patterns --data nowhere.txt --out runs", "runs/tokenizer: train_mlm.py: --data: "),
-    *((f"bench {name} --patterns MT mt", "'mt'; it must be letters of M, W, H, T") for name in ("patterns", "recall")),
-    ("bench efficiency --models GPT", "invalid choice: 'GPT'"), ("bench efficiency --lengths 0", "0 must be finite"),
-    ("bench efficiency --seconds nan", "nan must be finite"), ("bench efficiency --device cuda", "sees no GPU"),
+    ("bench scan --pads 3", "unrecognized arguments: --pads 3"),
+    ("bench step --measure 0", "--measure: 0 must be"), ("bench step --steps 0", "--steps: 0 must be"),
+    (f"bench step {' '.join(arguments())}", "out of memory: lower --micro-batch", OUT_OF_MEMORY),
+    ("bench efficiency --models GPT", "invalid choice: 'GPT'"),
+    ("bench efficiency --lengths 0", "0 must be finite"),
+    ("bench efficiency --seconds nan", "nan must be finite"),
+    ("bench efficiency --device cuda", "sees no GPU"),
     ("bench efficiency --out results/ --device cpu", "it must be the beginning of file names"),
-    ("bench efficiency --out /proc/efficiency --device cpu", "--out: cannot write /proc/efficiency.md"),
-    ("bench efficiency --device cpu --out efficiency", "this needs the package matplotlib: pip install -e"),
-    ("bench efficiency --device cpu --models BERT", "this needs the package transformers: pip install -e"),
+    ("bench efficiency --out /proc/efficiency --device cpu", "--out: cannot write /proc/effic"),
+    ("bench efficiency --device cpu --out efficiency", "this needs the package matplotlib: pip"),
+    ("bench efficiency --device cpu --models BERT", "this needs the package transformers: pip"),
     ("train --out stopped", r"out of memory: lower --micro-batch-size \(now 16", OUT_OF_MEMORY),
     ("glue", "out of memory: lower --batch-size or --max-length", OUT_OF_MEMORY),
     ("glue", "out of memory: lower --batch-size",
