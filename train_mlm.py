@@ -505,7 +505,7 @@ def read_json(file: Path) -> Iterator[Part]:
             with contextlib.suppress(json.JSONDecodeError):
                 value = json.load(lines)
                 rows = value if isinstance(value, list) else [value]
-                texts = (text_of(row, f"{file}, row {i}") for i, row in enumerate(rows, 1))
+                texts = (text_of(row, f"{file}, document {i}") for i, row in enumerate(rows, 1))
                 yield from parts_of(texts, len(rows))
                 return
             lines.seek(0)
