@@ -87,10 +87,9 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
-# ---- Arguments ----
+# ---- Arguments: the defaults are the paper's protocol; what our copy of it lacks is BERT's ----
 
-# The defaults are the paper's protocol where our copy of the paper has the value, else BERT's
-
+# The text and the tokenizer of a run that names none
 HUB_CORPUS = (("wikimedia/wikipedia", "20231101.en"), ("lucadiliello/bookcorpusopen", "default"))
 HUB_TOKENIZER = "google-bert/bert-base-uncased"
 WITHOUT_HUB = (
@@ -113,14 +112,15 @@ DEMO = dict(
     intermediate_size=512,
     d_state=8,
     dropout=0.0,
-    # its training
-    steps=1000,
+    # its rows
     length_schedule=[(64, 1.0)],
     batch_size=24,
     bucket=True,
+    mask_rate=0.3,
+    # its training
+    steps=1000,
     lr=2e-3,
     warmup_steps=100,
-    mask_rate=0.3,
     eval_every=200,
     log_every=25,
 )
@@ -156,11 +156,13 @@ def length_share(text: str) -> tuple[int, float]:
 
 def default_cache() -> str:
     """A folder of ours in the user's cache folder."""
-    return str(Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mabert"))
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return str(Path(caches, "mabert"))
 
 
 # fmt: off
 def add_flags_of_the_run(parser: argparse.ArgumentParser):
+    # its folder
     positive = bounded(int, 1)
     group = parser.add_argument_group("the run")
     group.add_argument("--out", default="out/mlm", help="the run's folder")
@@ -170,7 +172,7 @@ def add_flags_of_the_run(parser: argparse.ArgumentParser):
     either.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     group.add_argument("--seed", type=bounded(int, 0), default=0, help="of all that is random")
 
-    # how often
+    # how often something is written
     group.add_argument("--save-every", type=positive, default=1_000,
         help="steps between checkpoints; the last step gets one too")
     group.add_argument("--keep", type=positive, default=3,
@@ -206,10 +208,14 @@ def add_flags_of_the_text(parser: argparse.ArgumentParser):
 def add_flags_of_the_model(parser: argparse.ArgumentParser):
     defaults = MaBERTConfig()
     group = parser.add_argument_group("model")
+
+    # fields that are flags as they are
     for name in MODEL:
         default = getattr(defaults, name)
         group.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default,
             help=f"see MaBERTConfig.{name}")
+
+    # fields with a form of their own
     group.add_argument("--psm", type=psm_stages, default="+".join(defaults.psm), metavar="STAGES",
         help="stages of padding-safe masking, joined by +, or none")
     group.add_argument("--causal-conv", action=argparse.BooleanOptionalAction,
@@ -217,6 +223,7 @@ def add_flags_of_the_model(parser: argparse.ArgumentParser):
 
 
 def add_flags_of_training(parser: argparse.ArgumentParser):
+    # steps and rows
     positive = bounded(int, 1)
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=positive, default=1_000_000,
@@ -284,6 +291,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def model_config(args: argparse.Namespace, vocab_size: int, pad_token_id: int) -> MaBERTConfig:
+    """The config of the model that the flags describe, for a tokenizer of this size."""
     flags = {name: getattr(args, name) for name in (*MODEL, "psm", "causal_conv")}
     longest = max(length for length, _ in args.length_schedule)
     return MaBERTConfig(
@@ -306,16 +314,16 @@ class Part(NamedTuple):
     """Some of the text of a document."""
 
     text: str
-    ends: bool  # the document ends here
+    ends: bool  # whether the document ends here
     share: float  # of the source, 0 to 1: how much has been read by now
 
 
 class Source(NamedTuple):
     """Something to read documents from: a file, a corpus of the hub, the texts of the demo."""
 
-    key: str  # differs where content or kind differ
+    key: str  # another one for other content or another kind
     size: int  # bytes
-    read: Callable[[], Iterator[Part]]
+    read: Callable[[], Iterator[Part]]  # from the start, each time
 
 
 def text_sources(args: argparse.Namespace) -> list[Source]:
@@ -348,26 +356,25 @@ def demo_texts() -> list[str]:
     texts = list(topics.values())
     library = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests"}
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of old escapes in the sources
         for file in progress(sorted(library.rglob("*.py")), unit="file", desc="docstrings"):
             if skipped & set(file.relative_to(library).parts):
                 continue
 
-            # the modules are parsed, not imported; a few cannot be parsed, some on purpose
+            # modules are parsed, not imported; a few cannot be parsed, some of them on purpose
             with contextlib.suppress(SyntaxError, ValueError, OSError):
-                nodes = ast.walk(ast.parse(file.read_bytes()))
-                texts += [
-                    ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)
-                ]
+                for node in ast.walk(ast.parse(file.read_bytes())):
+                    if isinstance(node, documented):
+                        texts.append(ast.get_docstring(node) or "")
     return [encodable(text) for text in dict.fromkeys(texts)]  # each once
 
 
 def demo_source() -> Source:
+    """The demo's texts, with a digest as their key."""
     texts = demo_texts()
     content = "\0".join(texts).encode()
-    print(f"text: {len(texts)} texts of Python's documentation, {len(content) / 1e6:.1f} MB")
     key = f"demo {hashlib.blake2b(content).hexdigest()}"
     return Source(key, len(content), lambda: parts_of(texts, len(texts)))
 
@@ -389,10 +396,7 @@ def hub_sources() -> list[Source]:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise error from None
             raise SystemExit(f"cannot load {name}: {error!r}\n{WITHOUT_HUB}") from error
-
-        # as large as its column in memory
         size = corpus.data.nbytes
-        print(f"text: {name} {config}, {len(corpus)} documents, {size / 1e6:.1f} MB")
         key = f"{name} {config} {len(corpus)} {size}"
         sources.append(Source(key, size, functools.partial(read, corpus)))
     return sources
@@ -406,21 +410,28 @@ def find_files(paths: list[str]) -> list[Path]:
     files = {}  # by where they really are, since a file may be named twice, or linked
     unread = 0
     for path in map(Path, paths):
+        # all that is there, and what of that we read
         candidates = [path] if path.is_file() else sorted(files_below(path))
-        found = [file for file in candidates if file.suffix.lower() in KINDS and file.is_file()]
-        found = [file for file in found if file.stat().st_size]
-        if not found:
+        readable = [file for file in candidates if is_readable(file)]
+        unread += len(candidates) - len(readable)
+        if not readable:
             kinds = ", ".join(KINDS)
             raise SystemExit(f"--data: {path} is or has no {kinds} file that is not empty")
-        for file in found:
+
+        # each once
+        for file in readable:
             files.setdefault(file.resolve(), file)
-        unread += len(candidates) - len(found)
 
     # say what is read, so that what is missing is noticed
     size = sum(file.stat().st_size for file in files) / 1e6
     others = f"; {unread} others there are not read" if unread else ""
     print(f"text: {len(files)} file(s), {size:.1f} MB{others}")
     return list(files.values())
+
+
+def is_readable(file: Path) -> bool:
+    """A file, not empty, of a kind that we read; the links of a folder may lead nowhere."""
+    return file.suffix.lower() in KINDS and file.is_file() and file.stat().st_size > 0
 
 
 def files_below(path: Path) -> Iterator[Path]:
@@ -445,11 +456,14 @@ def file_sources(files: list[Path], sample_by: str) -> list[Source]:
     bar = progress(total=sum(sizes), unit="B", unit_scale=True, desc="looking at text", delay=2)
     sources = []
     for file, size in zip(files, sizes):
+        # of the content, some of it at a time
         digest = hashlib.blake2b()
         with open(file, "rb") as opened:
             while block := opened.read(2**20):
                 digest.update(block)
                 bar.update(len(block))
+
+        # the kind of the file is part of the key: it says how the content is read
         key = f"{file.suffix.lower()} {digest.hexdigest()}"
         sources.append(Source(key, size, functools.partial(read_file, file, sample_by)))
     bar.close()
@@ -472,6 +486,7 @@ def read_file(file: Path, sample_by: str) -> Iterator[Part]:
 
 
 def first_line_not_utf8(file: Path) -> int | None:
+    """Its number, counted from one."""
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -504,9 +519,9 @@ def read_json(file: Path) -> Iterator[Part]:
         if file.suffix.lower() == ".json":
             with contextlib.suppress(json.JSONDecodeError):
                 value = json.load(lines)
-                rows = value if isinstance(value, list) else [value]
-                texts = (text_of(row, f"{file}, document {i}") for i, row in enumerate(rows, 1))
-                yield from parts_of(texts, len(rows))
+                values = value if isinstance(value, list) else [value]
+                texts = (text_of(v, f"{file}, document {i}") for i, v in enumerate(values, 1))
+                yield from parts_of(texts, len(values))
                 return
             lines.seek(0)
 
@@ -514,23 +529,22 @@ def read_json(file: Path) -> Iterator[Part]:
         for number, line in enumerate(lines, 1):
             if line.isspace():
                 continue
+            where = f"{file}, line {number}"
             try:
-                row = json.loads(line)
+                text = text_of(json.loads(line), where)
             except json.JSONDecodeError as error:
-                raise SystemExit(f"--data: {file}, line {number}: not JSON ({error})") from error
-            text = text_of(row, f"{file}, line {number}")
+                raise SystemExit(f"--data: {where}: not JSON ({error})") from error
             yield Part(text, True, lines.buffer.tell() / size)
 
 
-def text_of(row: object, where: str) -> str:
-    """The text of a JSON object, which may be null."""
-    if not isinstance(row, dict) or "text" not in row:
+def text_of(value: object, where: str) -> str:
+    """The "text" of a JSON object, which may be null."""
+    if not isinstance(value, dict) or "text" not in value:
         raise SystemExit(f"--data: {where} has no 'text'")
-    text = row["text"]
+    text = value["text"]
     if not isinstance(text, str | None):
-        raise SystemExit(
-            f"--data: {where}: 'text' is no string: {textwrap.shorten(repr(text), 50)}"
-        )
+        shown = textwrap.shorten(repr(text), 50)
+        raise SystemExit(f"--data: {where}: 'text' is no string: {shown}")
     return encodable(text or "")
 
 
@@ -540,10 +554,13 @@ def read_parquet(file: Path) -> Iterator[Part]:
     from pyarrow.parquet import ParquetFile
 
     try:
+        # is there text?
         table = ParquetFile(file, buffer_size=2**20)
         kinds = {field.name: str(field.type) for field in table.schema_arrow}
         if "string" not in kinds.get("text", ""):
             raise SystemExit(f"--data: {file} has no column 'text' of strings, but {kinds}")
+
+        # a few documents at a time
         batches = table.iter_batches(64, columns=["text"])
         texts = (text for batch in batches for text in batch.column(0).to_pylist())
         yield from parts_of(texts, table.metadata.num_rows)
@@ -584,10 +601,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     The trainer breaks ties between equally frequent pieces by chance, so two trainings may differ
     in a few of them.
     """
+    # its form
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
+
+    # its pieces
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS))
     tokenizer.train_from_iterator(texts, trainer)
 
@@ -600,6 +620,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def load_tokenizer(name: str) -> Tokenizer:
     """A tokenizer.json, or a tokenizer of the hub, in our form."""
+    # load it
     is_file = name.endswith(".json") or Path(name).exists()
     try:
         tokenizer = Tokenizer.from_file(name) if is_file else Tokenizer.from_pretrained(name)
@@ -711,10 +732,9 @@ def pieces(sources: list[Source], label: str, skip: int = 0) -> Iterator[tuple[s
     some, so that cutting changes no token.
     """
     cut_at_space = re.compile(rf".{{1,{PIECE}}}(?!\S)|.{{1,{PIECE}}}", re.DOTALL)
-    bar = progress(
-        total=sum(source.size for source in sources), unit="B", unit_scale=True, desc=label
-    )
+    total = sum(source.size for source in sources)  # bytes
     before = 0  # bytes of the sources that have been read
+    bar = progress(total=total, unit="B", unit_scale=True, desc=label)
     for source in sources:
         rest = ""
         for text, document_ends, share in source.read():
@@ -722,6 +742,8 @@ def pieces(sources: list[Source], label: str, skip: int = 0) -> Iterator[tuple[s
             if skip:
                 skip -= document_ends
                 continue
+
+            # gather enough to cut
             rest += text
             if not document_ends and len(rest) <= PIECE:
                 continue
@@ -742,7 +764,7 @@ def batches_of(all_pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[st
     size = 0
     for piece in all_pieces:
         batch.append(piece)
-        size += 1 + len(piece[0])
+        size += 1 + len(piece[0])  # empty documents count too
         if size >= BATCH:
             yield batch
             batch = []
@@ -752,6 +774,7 @@ def batches_of(all_pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[st
 
 def encode(texts: list[str], tokenizer: Tokenizer) -> list[tuple[np.ndarray, int]]:
     """Of each text the ids, without special tokens, and how many characters became [UNK]."""
+    # the ids
     unk = tokenizer.token_to_id("[UNK]")
     ids = [code.ids for code in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -782,6 +805,7 @@ class Tokens(NamedTuple):
 
 def read_tokens(folder: Path, tokenizer: Tokenizer) -> Tokens:
     """The tokens in a folder of --cache; SystemExit where there are none to learn from."""
+    # how many there are
     documents = np.fromfile(folder / "documents", DOCUMENT)
     total, characters, unknown = documents[-1].tolist() if len(documents) else (0, 0, 0)
     if total == 0:
@@ -809,6 +833,8 @@ def read_tokens(folder: Path, tokenizer: Tokenizer) -> Tokens:
             f"to the tokenizer {share:.0%} of the text is [UNK]: another language, or no "
             "pre-tokenizer?"
         )
+
+    # a document without tokens ends where it begins: that place is named once
     offsets = np.unique(np.concatenate([[0], ends]))
     return Tokens(ids, offsets, counts[:size], zlib.crc32(offsets, checksum))
 
@@ -820,6 +846,7 @@ def split_held_out(tokens: Tokens, stripes: int = 64) -> tuple[np.ndarray, np.nd
     2^18 tokens in all: so a text of one document is split like a text of many. Segments end where
     a document or a stripe does.
     """
+    # sizes in tokens
     total = int(tokens.offsets[-1])
     stripe = max(1, total // stripes)
     held = min(stripe // 20, 2**18 // stripes)
@@ -848,7 +875,7 @@ class Vocabulary(NamedTuple):
     cls: int
     sep: int
     mask: int
-    is_special: np.ndarray  # (vocabulary,) bool
+    is_special: np.ndarray  # (vocabulary,), bool
 
     @classmethod
     def of(cls, tokenizer: Tokenizer):
@@ -880,9 +907,12 @@ class Rows:
 
     def spans(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the windows of these rows start and end in the tokens, each (rows,)."""
-        segment = np.searchsorted(self.ends, indices, side="right")
+        # which segment, and which of its windows
+        segment = np.searchsorted(self.ends, indices, side="right")  # (rows,)
         windows = self.windows[segment]
-        window = indices - (self.ends[segment] - windows)  # which of its segment's
+        window = indices - (self.ends[segment] - windows)
+
+        # the windows of a segment differ by a token at most
         start, end = self.segments[segment].T
         size = end - start
         return start + size * window // windows, start + size * (window + 1) // windows
@@ -898,8 +928,10 @@ class Rows:
 
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """These rows, padded to the longest: (ids int64, real bool), both (rows, length)."""
-        starts, ends = self.spans(indices)
-        lengths = ends - starts + 2
+        starts, ends = self.spans(indices)  # (rows,)
+        lengths = ends - starts + 2  # (rows,)
+
+        # pads all over, and on them [CLS], the text, [SEP]
         ids = np.full((len(indices), lengths.max()), self.vocabulary.pad, dtype=np.int64)
         ids[:, 0] = self.vocabulary.cls
         for i, (start, end) in enumerate(zip(starts, ends)):
@@ -918,14 +950,14 @@ def mask_tokens(
     elsewhere.
     """
     # which tokens are to be predicted
-    chosen = (rng.random(ids.shape) < mask_rate) & ~vocabulary.is_special[ids]
+    chosen = (rng.random(ids.shape) < mask_rate) & ~vocabulary.is_special[ids]  # (rows, length)
     labels = np.where(chosen, ids, IGNORED)
 
     # what the model sees there
     fate = rng.random(ids.shape)
     random_ids = rng.choice(np.flatnonzero(~vocabulary.is_special), ids.shape)
-    inputs = np.where(chosen & (fate < 0.8), vocabulary.mask, ids)
-    inputs = np.where(chosen & (fate >= 0.9), random_ids, inputs)
+    inputs = np.where(chosen & (fate < 0.8), vocabulary.mask, ids)  # 80 %
+    inputs = np.where(chosen & (fate >= 0.9), random_ids, inputs)  # 10 %
     return inputs, labels
 
 
@@ -937,11 +969,14 @@ def shuffled_batches(
     One batch may be smaller than `size`. With their lengths, rows of like length are together:
     those of 32 batches at a time are sorted, and then all batches are shuffled.
     """
+    # the order of rows
     order = rng.permutation(count)
     if lengths is not None:
         for i in range(0, count, 32 * size):
             some = order[i : i + 32 * size]
             order[i : i + 32 * size] = some[np.argsort(lengths[some], kind="stable")]
+
+    # the batches
     batches = [order[i : i + size] for i in range(0, count, size)]
     if lengths is not None:
         rng.shuffle(batches)
@@ -949,7 +984,7 @@ def shuffled_batches(
 
 
 class Batch(NamedTuple):
-    """What a process trains on in a step: some of the micro-batches, and counts of all of them."""
+    """What a process trains on in a step: some of the micro-batches, and counts of all."""
 
     micro_batches: list[tuple[torch.Tensor, ...]]  # (input ids, real, labels), each (rows, length)
     labelled: int  # tokens to predict
@@ -972,9 +1007,12 @@ class Batches(torch.utils.data.Dataset):
 
     def row_indices(self, step: int) -> np.ndarray:
         """Which rows a step reads. Rows of an epoch that fill no batch are left out."""
+        # where in which epoch the step is
         first, rows = self.phase(step)
         size = self.args.batch_size
         epoch, place = divmod(step - first, len(rows) // size)
+
+        # the order of the epoch, if it is another one than that of the last step
         if self.epoch != (first, epoch):
             rng = np.random.default_rng((self.args.seed, ORDER, first, epoch))
             lengths = rows.lengths() if self.args.bucket else None
@@ -985,18 +1023,22 @@ class Batches(torch.utils.data.Dataset):
 
     def masked_rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The batch of all processes: (input ids, real, labels), each (batch, length)."""
+        # the rows
         _, rows = self.phase(step)
         ids, real = rows.batch(self.row_indices(step))
+
+        # their masks
         rng = np.random.default_rng((self.args.seed, MASKING, step))
         inputs, labels = mask_tokens(ids, rows.vocabulary, self.args.mask_rate, rng)
         return inputs, real, labels
 
     def __getitem__(self, step: int) -> Batch:
+        """What this process trains on in a step."""
         inputs, real, labels = self.masked_rows(step)
         _, rows = self.phase(step)
         parts = micro_batches((inputs, real, labels), rows_at_once(self.args, rows.length))
         return Batch(
-            micro_batches=parts[RANK::PROCESSES],
+            micro_batches=parts[RANK::PROCESSES],  # every n-th for each of n processes
             labelled=max(1, int((labels != IGNORED).sum())),
             real=int(real.sum()),
             padded=sum(part[0].numel() for part in parts),
@@ -1014,6 +1056,8 @@ def rows_at_once(args: argparse.Namespace, length: int) -> int:
     """
     size = args.micro_batch_size
     longest = max(length for length, _ in args.length_schedule)
+
+    # the largest of the multiples that fit
     multiples = range(1, longest // length + 1)
     fitting = [n for n in multiples if args.batch_size % (size * n * PROCESSES) == 0]
     return size * max(fitting)
@@ -1024,6 +1068,8 @@ def micro_batches(batch: tuple[np.ndarray, ...], size: int) -> list[tuple[torch.
     parts = []
     for i in range(0, len(batch[0]), size):
         arrays = [array[i : i + size] for array in batch]
+
+        # cut them; few different lengths let compiled kernels and memory be reused
         longest = int(arrays[1].sum(axis=1).max())
         longest = 32 * math.ceil(longest / 32)
         arrays = [np.ascontiguousarray(array[:, :longest]) for array in arrays]
@@ -1040,6 +1086,7 @@ def batches_ahead(
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, signal.SIG_IGN)
 
+    # on a CPU they would take from the cores that train
     on_gpu = torch.cuda.is_available()
     workers = {}
     if on_gpu:
@@ -1119,7 +1166,10 @@ def rows_of_phases(
 
 def mask_held_out(rows: Rows, mask_rate: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """At most 512 rows, spread evenly and masked alike in every run: (inputs, real, labels)."""
-    ids, real = rows.batch(np.unique(np.linspace(0, len(rows) - 1, 512).astype(int)))
+    indices = np.unique(np.linspace(0, len(rows) - 1, 512).astype(int))
+    ids, real = rows.batch(indices)
+
+    # the seed is fixed, so that runs of different seeds can be compared
     inputs, labels = mask_tokens(ids, rows.vocabulary, mask_rate, np.random.default_rng(0))
     if (labels == IGNORED).all():
         raise SystemExit("no held-out token is masked: add text or raise --mask-rate")
@@ -1135,7 +1185,8 @@ def guessing_losses(
     counts = tokens.counts + 1 - np.bincount(held_ids, minlength=len(tokens.counts))
     counts[vocabulary.is_special] = 0
 
-    labels = labels[labels != IGNORED]
+    # the mean of -log(probability) over the masked tokens
+    labels = labels[labels != IGNORED]  # (masked,)
     by_frequency = np.log(counts.sum()) - np.log(counts[labels]).mean()
     by_chance = math.log((~vocabulary.is_special).sum())
     return float(by_frequency), by_chance
@@ -1152,12 +1203,16 @@ def held_out_loss(model: MaBERTForMaskedLM, data: Data, micro_batch_size: int) -
     device = model.decoder_bias.device
     parts = micro_batches(data.held_out, micro_batch_size)
     total = 0.0
+
+    # sum over the micro-batches
     model.eval()
     for part in progress(parts, "held-out loss", leave=False, delay=5):
         inputs, real, labels = (tensor.to(device) for tensor in part)
         with autocast(device):
             total += model(inputs, real, labels=labels, reduction="sum").loss.item()
     model.train()
+
+    # and divide by the number of masked tokens
     if not math.isfinite(total):
         raise SystemExit(f"the held-out loss is {total}: a lower --lr or more --warmup-steps helps")
     return total / (data.held_out[2] != IGNORED).sum()
@@ -1217,12 +1272,15 @@ def write_atomically(file: Path, text: str):
 
 def identity_of(args: argparse.Namespace, data: Data) -> dict:
     """All that a run is a function of; a checkpoint of another run cannot be resumed."""
-    tokenizer = data.tokenizer.to_str().encode("utf-8", "replace")
+    # the model and its training
     config = model_config(args, vocabulary_size(data.tokenizer), data.vocabulary.pad)
     identity = dataclasses.asdict(config)
+    identity |= {name: getattr(args, name) for name in IDENTITY}
+
+    # the text
+    tokenizer = data.tokenizer.to_str().encode("utf-8", "replace")
     identity["tokenizer"] = hashlib.sha256(tokenizer).hexdigest()[:16]
     identity["corpus"] = data.checksum
-    identity |= {name: getattr(args, name) for name in IDENTITY}
     return json.loads(json.dumps(identity))  # tuples become lists, as JSON has them
 
 
@@ -1230,6 +1288,7 @@ def save_checkpoint(
     out: Path, keep: int, model: MaBERTForMaskedLM, tokenizer: Tokenizer, training: dict
 ):
     """Writes out/step-…, which appears complete or not at all; removes all but the last `keep`."""
+    # write it under another name, and rename it
     folder = out / f"step-{training['step']:07d}"
     partial = folder.with_suffix(".partial")
     try:
@@ -1250,10 +1309,13 @@ def save_checkpoint(
 
 def read_checkpoint(folder: Path) -> tuple[dict, dict]:
     """(weights, training); exceptions of many kinds where a file is damaged or no file of ours."""
+    # can all three be read, and are they of a model?
     Tokenizer.from_file(str(folder / "tokenizer.json"))
     weights = torch_load(folder / "model.pt")
     training = torch_load(folder / "training.pt")
     MaBERTForMaskedLM.from_pretrained(folder).load_state_dict(weights)
+
+    # is it a checkpoint of training?
     names = ("step", "identity", "log", "sums", "optimizer")
     return weights, {name: training[name] for name in names}
 
@@ -1276,26 +1338,31 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, dict | None]:
     return None, None
 
 
-def write_log(out: Path, rows: list[dict]):
+def write_log(out: Path, log: list[dict]):
     """log.csv; a line has only some of the columns."""
     lines = [",".join(COLUMNS)]
-    for row in rows:
-        lines.append(",".join(str(row.get(name, "")) for name in COLUMNS))
+    for line in log:
+        lines.append(",".join(str(line.get(name, "")) for name in COLUMNS))
     write_atomically(out / "log.csv", "\n".join(lines) + "\n")
 
 
-def draw_curve(out: Path, rows: list[dict]) -> Path:
+def draw_curve(out: Path, log: list[dict]) -> Path:
     """Draws the losses as loss.png, if matplotlib is there; returns the file to look at."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return out / "log.csv"
+
+    # a line for each loss
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name in ("loss", "held_out_loss"):
-        steps = [row["step"] for row in rows if name in row]
-        losses = [float(row[name]) for row in rows if name in row]
+        lines = [line for line in log if name in line]
+        steps = [line["step"] for line in lines]
+        losses = [float(line[name]) for line in lines]
         axes.plot(steps, losses, label=name)
+
+    # labels and file
     axes.set(xlabel="step", ylabel="nats per masked token")
     axes.legend()
     figure.savefig(out / "loss.png", dpi=150)
@@ -1305,14 +1372,31 @@ def draw_curve(out: Path, rows: list[dict]) -> Path:
 # ---- Training ----
 
 
+def warmup_steps(args: argparse.Namespace) -> int:
+    """A short run would never leave the warm-up of a long one."""
+    return min(args.warmup_steps, args.steps // 10)
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     """Linear warm-up from 0, then linear decay to 0; steps count from 0."""
     return peak * min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
 
 
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, step: int, args: argparse.Namespace
+) -> float:
+    """Sets and returns the learning rate of a step."""
+    lr = learning_rate(step, args.steps, args.lr, warmup_steps(args))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
 def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with BERT's values. The learning rate is set before each step."""
-    decayed, others = [], []
+    # weight decay on matrices alone
+    decayed = []
+    others = []
     for name, p in model.named_parameters():
         is_matrix = p.dim() >= 2 and not name.endswith("A_log")
         (decayed if is_matrix else others).append(p)
@@ -1350,9 +1434,9 @@ def make_model(
     if args.compile:
         model.encoder.compile()
 
+    # say what will run
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
-    steps = f"{args.steps} steps of {args.batch_size} rows"
-    print(f"{args.pattern}, {size}, on {PROCESSES} × {device}; {steps}")
+    print(f"{args.pattern}, {size}, on {PROCESSES} × {device}")
     shared = DistributedDataParallel(model) if PROCESSES > 1 else model
     return model, shared, make_optimizer(model, args.weight_decay)
 
@@ -1392,10 +1476,11 @@ def train_step(
     if PROCESSES > 1:
         dist.all_reduce(total)
 
-    # clip and update; a fused optimizer leaves all as it is where found_inf is 1, as PyTorch's
-    # GradScaler tells it
+    # clip
     norm = clip_grad_norm_(shared.parameters(), 1.0)
     skipped = (~norm.isfinite()).float()
+
+    # update; found_inf is how PyTorch's GradScaler tells a fused optimizer to leave all as it is
     optimizer.found_inf = skipped
     optimizer.step()
     optimizer.zero_grad()
@@ -1404,10 +1489,13 @@ def train_step(
 
 def rehearse(model: MaBERTForMaskedLM, args: argparse.Namespace):
     """Forward and backward with the longest rows: shows now that memory is too small, not later."""
+    # rows that have only to be as large
     length = max(length for length, _ in args.length_schedule)
     size = (args.micro_batch_size, length)
     ids = torch.ones(size, dtype=torch.long, device=model.decoder_bias.device)
     labels = ids.masked_fill(torch.rand(size, device=ids.device) > args.mask_rate, IGNORED)
+
+    # forward and backward
     with autocast(ids.device):
         loss = model(ids, labels=labels).loss
     loss.backward()
@@ -1432,10 +1520,13 @@ def restore(
     Without a checkpoint: step 0, an empty log, sums of zero. The sums are on the model's device,
     since reading one makes the CPU wait for a GPU.
     """
+    # from the start
     device = model.decoder_bias.device
     if folder is None:
         zeros = {name: torch.zeros((), dtype=torch.float64, device=device) for name in SUMS}
         return 0, [], zeros
+
+    # from a checkpoint
     weights, training = read_checkpoint(folder)
     model.load_state_dict(weights)
     optimizer.load_state_dict(training["optimizer"])
@@ -1459,6 +1550,11 @@ def log_line(
     )
 
 
+def evaluate(model: MaBERTForMaskedLM, data: Data, args: argparse.Namespace) -> str:
+    """The held-out loss, as the log has it."""
+    return f"{held_out_loss(model, data, args.micro_batch_size):.4f}"
+
+
 def refuse_divergence(sums: dict[str, torch.Tensor], lr: float, out: Path):
     """SystemExit after ten steps in a row without finite gradients."""
     count = int(sums["skipped_in_a_row"])
@@ -1473,7 +1569,7 @@ def refuse_divergence(sums: dict[str, torch.Tensor], lr: float, out: Path):
 def steps_with_batches(
     args: argparse.Namespace, phases: list[tuple[int, Rows]], first: int, log: list[dict]
 ) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) of all steps after `first`, beside a bar that shows the last line of the log."""
+    """(step, batch) of the steps after `first`, beside a bar that shows the last line of the log."""
     # the bar counts tokens, pads included: steps of longer rows take longer
     tokens = np.zeros(args.steps, dtype=np.int64)
     for begin, rows in phases:
@@ -1481,6 +1577,7 @@ def steps_with_batches(
     total = int(tokens.sum())
     done = int(tokens[:first].sum())
 
+    # batches are numbered from 0, steps from 1
     batches = batches_ahead(args, phases, range(first, args.steps))
     with progress(total=total, initial=done, unit="token", unit_scale=True) as bar:
         for step, batch in enumerate(batches, first + 1):
@@ -1514,33 +1611,30 @@ def signal_to_obey(received: list[int], step: int) -> int:
     return max(gathered(newest)) if step % 10 == 0 else 0
 
 
-def train(
-    args: argparse.Namespace, data: Data, out: Path, identity: dict, folder: Path | None
-) -> tuple[MaBERTForMaskedLM, list[dict]]:
+def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folder: Path | None):
     """Trains, from the checkpoint in `folder` if there is one; returns the model and the log."""
     model, shared, optimizer = make_model(args, data)
 
     # restore
     first, log, sums = restore(folder, model, optimizer)
-    warmup = min(args.warmup_steps, args.steps // 10)
-    shortened = ", a tenth of the run" if warmup < args.warmup_steps else ""
-    print(f"from step {first} on; warm-up {warmup} steps{shortened}")
+    steps = f"{args.steps} steps of {args.batch_size} rows, {warmup_steps(args)} of them warm-up"
+    print(f"from step {first} on, of {steps}")
 
-    # rehearse, and evaluate before the first step
+    # rehearse
     if torch.cuda.is_available():
         rehearse(model, args)
+
+    # the log begins with the loss before the first step
     if RANK == 0 and first == 0:
-        loss = held_out_loss(model, data, args.micro_batch_size)
-        log.append(dict(step=0, held_out_loss=f"{loss:.4f}", skipped_steps=0))
+        log.append(dict(step=0, held_out_loss=evaluate(model, data, args), skipped_steps=0))
         write_log(out, log)
 
     received = catch_signals()
-    start, trained = perf_counter(), 0  # since when, and how many tokens since then
+    start = perf_counter()  # of what tokens_per_s counts
+    trained = 0  # tokens since then
     for step, batch in steps_with_batches(args, data.phases, first, log):
         # step
-        lr = learning_rate(step - 1, args.steps, args.lr, warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_learning_rate(optimizer, step - 1, args)
         loss, skipped = train_step(shared, optimizer, batch, step - 1, args)
 
         # sum up
@@ -1558,13 +1652,13 @@ def train(
             if RANK == 0:
                 line = log_line(step, sums, log[-1], lr, trained / (perf_counter() - start))
                 if evaluates:
-                    loss = held_out_loss(model, data, args.micro_batch_size)
-                    line["held_out_loss"] = f"{loss:.4f}"
+                    line["held_out_loss"] = evaluate(model, data, args)
                 log.append(line)
                 write_log(out, log)
             for name in SUMS[:-1]:
                 sums[name].zero_()
-            start, trained = perf_counter(), 0
+            start = perf_counter()
+            trained = 0
 
         # save
         signum = signal_to_obey(received, step)
@@ -1677,7 +1771,7 @@ def run(args: argparse.Namespace):
         )
 
     # lock it, and look for the checkpoint to go on from
-    checkpoint = None, None
+    checkpoint = (None, None)
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
@@ -1693,10 +1787,13 @@ def run(args: argparse.Namespace):
 
     # everything is there: what an old run has left can go
     if RANK == 0:
-        for path in [*([] if args.resume else old), *out.glob(STEP_FOLDER + ".partial")]:
+        replaced = [] if args.resume else old
+        for path in [*replaced, *out.glob(STEP_FOLDER + ".partial")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_atomically(out / "tokenizer.json", data.tokenizer.to_str(pretty=True))
         write_atomically(out / "args.json", json.dumps(vars(args), indent=2) + "\n")
+
+    # train
     model, log = train(args, data, out, identity, folder)
     if RANK == 0:
         finish(args, data, out, model, log)
@@ -1712,21 +1809,27 @@ def refuse_another_run(folder: Path, old: dict, new: dict):
 
 def explain(error: Exception, args: argparse.Namespace) -> str | None:
     """The error and what to do about it, or None where that is not known."""
+    # memory
     message = str(error)
     if isinstance(error, MemoryError) or re.search("out of memory|ALLOC_FAILED|allocate", message):
         return (
-            f"out of memory: lower --micro-batch-size (now {args.micro_batch_size}; the batch stays) or "
-            f"the lengths of --length-schedule, or pass --activation-checkpointing\n{message}"
+            f"out of memory: lower --micro-batch-size (now {args.micro_batch_size}; the batch "
+            "stays) or the lengths of --length-schedule, or pass --activation-checkpointing"
+            f"\n{message}"
         )
-    # torch.save has its own words for a full disk
+
+    # the disk; torch.save has its own words
     if isinstance(error, OSError) or re.search("iostream|StreamWriter|inline_container", message):
         return f"{message}\nFinished checkpoints and prepared text are kept; --resume goes on"
+
+    # the connection between processes
     if PROCESSES > 1 and "gloo" in message:
         return f"process {RANK} lost another, whose message says why\n{message}"
     return None
 
 
 def main(argv: list[str]):
+    """The command; SystemExit with a message where a user can help."""
     args = parse_args(argv)
     try:
         if PROCESSES > 1:
@@ -1741,6 +1844,8 @@ def main(argv: list[str]):
         if explanation is None:
             raise
         raise SystemExit(explanation) from error
+
+    # leave no trace: a test or a notebook may call this function again
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -1750,6 +1855,7 @@ def main(argv: list[str]):
 
 def describe_machine(device: str | None = None) -> str:
     """One line: the device and the packages' versions. None: the GPU, if there is one."""
+    # the device
     parts = []
     if device == "cuda" or (device is None and torch.cuda.is_available()):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
