@@ -646,6 +646,7 @@ def in_our_form(tokenizer: Tokenizer) -> Tokenizer:
     if size > MAX_VOCAB:
         raise SystemExit(f"the tokenizer has {size} tokens; {MAX_VOCAB} is the most")
 
+    # the text, and the row around it
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -684,7 +685,7 @@ def token_folder(args: argparse.Namespace, sources: list[Source], tokenizer: Tok
 
     # one process writes; another that wants the same text meanwhile waits, and finds it written
     if not (folder / "ids").exists():
-        with open(lock(folder, wait=True)):
+        with open(lock(folder, wait=True)):  # the lock ends when its file is closed
             if not (folder / "ids").exists():
                 write_tokens(folder, sources, tokenizer)
     return folder
