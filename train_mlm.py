@@ -1121,13 +1121,13 @@ def prepare(args: argparse.Namespace, tokenizer_file: Path | None) -> Data:
     then read the same. `tokenizer_file` is where a tokenizer that is trained on the text is
     written, and with --resume read; None: nowhere.
     """
-    # tokenizer and tokens: the others wait for the first in `gathered`
-    message = None
+    # tokenizer and tokens
+    prepared = None
     if RANK == 0:
         sources = text_sources(args)
         tokenizer = choose_tokenizer(args, sources, tokenizer_file)
-        message = tokenizer.to_str(), token_folder(args, sources, tokenizer)
-    tokenizer_json, folder = gathered(message)[0]
+        prepared = tokenizer.to_str(), token_folder(args, sources, tokenizer)
+    tokenizer_json, folder = gathered(prepared)[0]  # the others wait here for the first
     tokenizer = in_our_form(Tokenizer.from_str(tokenizer_json))
     tokens = read_tokens(folder, tokenizer)
 
@@ -1226,7 +1226,7 @@ def show_guesses(model: MaBERTForMaskedLM, data: Data, count: int = 5):
     shown = 0
     model.eval()
     for index in np.linspace(0, len(data.held_rows) - 1, 10 * count).astype(int):
-        # tokens that are whole words, or their beginnings: letters, and letters follow
+        # words that were not cut into pieces: tokens of letters that are followed by such a token
         ids, _ = data.held_rows.batch(np.array([index]))
         tokens = [name(i) for i in ids[0]]
         pairs = itertools.pairwise(tokens)
@@ -1570,7 +1570,7 @@ def refuse_divergence(sums: dict[str, torch.Tensor], lr: float, out: Path):
 def steps_with_batches(
     args: argparse.Namespace, phases: list[tuple[int, Rows]], first: int, log: list[dict]
 ) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) of the steps after `first`, beside a bar that shows the last line of the log."""
+    """(step, batch) of the steps after `first`, with a bar that shows the last line of the log."""
     # the bar counts tokens, pads included: steps of longer rows take longer
     tokens = np.zeros(args.steps, dtype=np.int64)
     for begin, rows in phases:
