@@ -1424,7 +1424,7 @@ def documents(flags: str) -> list[str]:
     return [" ".join(map(tokenizer.id_to_token, tokens.ids[a:b])) for a, b in spans]
 
 
-LINES = "one two\n\nthree\n \t\nfour\nfive"
+LINES = "one two\n\nthree\n         \nfour\nfive"  # a blank line that is longer than a piece
 OBJECT = '{"text": "one two"}'
 NAMES = (
     "a::b",
@@ -1497,6 +1497,20 @@ def test_a_file_of_one_long_line_is_read_in_parts(sample_by, monkeypatch):
     shares = [part.share for part in parts]
     assert shares == sorted(shares)
     assert shares[-1] == 1
+
+
+def test_a_large_table_of_parquet_is_read_in_parts():
+    """What pyarrow holds after the first document is a fraction of the file, which is one group."""
+    import pyarrow
+
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(2**11).hex() for _ in range(2**12)]
+    put("a.parquet", parquet(text=texts))
+    before = pyarrow.total_allocated_bytes()
+    parts = train_mlm.read_parquet(Path("a.parquet"))
+    assert next(parts).text == texts[0]
+    assert pyarrow.total_allocated_bytes() - before < Path("a.parquet").stat().st_size / 2
+    assert [part.text for part in parts] == texts[1:]
 
 
 def test_the_hubs_corpora_are_read_like_files(monkeypatch):

@@ -555,7 +555,7 @@ def read_parquet(file: Path) -> Iterator[Part]:
 
     try:
         # is there text?
-        table = ParquetFile(file, buffer_size=2**20)
+        table = ParquetFile(file, buffer_size=2**20, pre_buffer=False)  # read some MB at a time
         kinds = {field.name: str(field.type) for field in table.schema_arrow}
         if "string" not in kinds.get("text", ""):
             raise SystemExit(f"--data: {file} has no column 'text' of strings, but {kinds}")
