@@ -1504,7 +1504,7 @@ def test_a_large_table_of_parquet_is_read_in_parts():
     import pyarrow
 
     rng = np.random.default_rng(0)
-    texts = [rng.bytes(2**11).hex() for _ in range(2**12)]
+    texts = [rng.bytes(2**9).hex() for _ in range(2**14)]
     put("a.parquet", parquet(text=texts))
     before = pyarrow.total_allocated_bytes()
     parts = train_mlm.read_parquet(Path("a.parquet"))
