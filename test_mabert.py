@@ -1544,6 +1544,7 @@ def test_the_demo_text_is_what_every_python_carries(monkeypatch):
 def test_what_lies_there_unread_is_said(capsys):
     for name in ("a.txt", "b.jsonl.gz", "c.md", "d.txt"):
         put(f"texts/{name}", "one" if name != "d.txt" else "")
+    Path("texts/loop").symlink_to(".")  # whose files are not others
     documents("--data texts --cache cache")
     said = capsys.readouterr().out
     assert "text: 1 file(s), 0.0 MB; 3 others there are not read" in said
