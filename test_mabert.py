@@ -1621,7 +1621,6 @@ def test_the_share_of_unknown_characters_is_said_whenever_the_text_is_read(text,
 
 def test_replaced_text_is_new_text_and_moved_text_is_not():
     put("a.txt", "one two")
-    put("same.txt", "three f")
     assert documents("--data a.txt --cache cache") == ["one two"]
 
     # of the same name, size and time
