@@ -1262,7 +1262,7 @@ def measure_steps(args, steps: int):
     """Prints where the time of training steps goes, for each row length of train_mlm.py's args."""
 
     # all that training needs; a tokenizer that is trained for this is not kept
-    data = train_mlm.prepare(args, Path(os.devnull))
+    data = train_mlm.prepare(args, None)
     model, shared, optimizer = train_mlm.make_model(args, data)
     watch = Stopwatch()
     hook_stopwatch(watch, model, optimizer, layers=not args.compile)  # hooks would cut the graph

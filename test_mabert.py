@@ -8,6 +8,7 @@ import contextlib
 import csv
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -110,7 +111,8 @@ def put(file, contents):
 
 # What every test finds in a folder of its own
 
-WORDS = "the a cat dog bird sees likes hears red green small big house tree and or not quickly slowly today".split()
+WORDS = """the a cat dog bird sees likes hears red green small big house tree and or not quickly
+    slowly today""".split()
 WORDLIST = [f"w{i}" for i in range(40)]
 
 
@@ -166,31 +168,36 @@ def write_glue(**counts):
         put_glue("glue", "stsb", file, stsb)
 
 
+def corpus_lines() -> list[str]:
+    """Lines of words in the order of WORDS, so that context tells which word is masked."""
+    rng = np.random.default_rng(0)
+    starts = rng.integers(len(WORDS), size=1500)
+    lengths = rng.integers(4, 40, size=1500)
+    lines = []
+    for start, length in zip(starts, lengths):
+        words = [WORDS[(start + i) % len(WORDS)] for i in range(length)]
+        lines.append(" ".join(words))
+    return lines
+
+
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """Lines in which every word but the first is the one after it in WORDS, so that context tells a masked one; their
-    tokenizer; a model; GLUE. Processes find the modules, and a cache of `datasets` that is not the user's."""
+    """A folder with a text, its tokenizer, a model and GLUE, and caches that are not the user's."""
     import datasets
 
-    text, cache = (
-        tmp_path_factory.mktemp("text") / "corpus.txt",
-        tmp_path_factory.mktemp("datasets"),
+    caches = tmp_path_factory.mktemp("caches")
+    variables = dict(
+        XDG_CACHE_HOME=caches,  # of train_mlm.py
+        HF_DATASETS_CACHE=caches / "datasets",
+        OMP_NUM_THREADS=1,
+        PYTHONPATH=ROOT,  # where processes find the modules
     )
-    rng = np.random.default_rng(0)
-    starts, lengths = rng.integers(len(WORDS), size=1500), rng.integers(4, 40, size=1500)
-    lines = (
-        " ".join(WORDS[(start + i) % len(WORDS)] for i in range(n))
-        for start, n in zip(starts, lengths)
-    )
-    text.write_text("\n".join(lines), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-        for name, value in dict(
-            HF_DATASETS_CACHE=cache, OMP_NUM_THREADS=1, PYTHONPATH=ROOT
-        ).items():
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", caches / "datasets")
+        for name, value in variables.items():
             patch.setenv(name, str(value))
         patch.chdir(tmp_path_factory.mktemp("given"))
-        Path("corpus.txt").symlink_to(text)  # one file, which is tokenized once
+        put("corpus.txt", "\n".join(corpus_lines()))
         words_tokenizer(WORDS).save("words.json")
         save_model("model")
         write_glue(train=256, dev=64, test=16)
@@ -205,18 +212,20 @@ def in_a_folder_of_its_own(request, given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-SMALL_RUN = """--out run --sample-by line --pattern MWHT --hidden-size 32 --num-heads 2 --intermediate-size 64
-    --d-state 4 --dropout 0 --steps 150 --length-schedule 16:0.75 32:0.25 --batch-size 32 --micro-batch-size 16
-    --lr 5e-3 --eval-every 75 --log-every 25 --save-every 50"""
+SMALL_RUN = """--out run --sample-by line --pattern MWHT --hidden-size 32 --num-heads 2
+    --intermediate-size 64 --d-state 4 --dropout 0 --steps 150 --length-schedule 16:0.75 32:0.25
+    --batch-size 32 --micro-batch-size 16 --lr 5e-3 --eval-every 75 --log-every 25
+    --save-every 50"""
 
 
 def arguments(flags="") -> list[str]:
     """A small run on the corpus, with its tokenizer, unless flags say otherwise."""
-    data = "" if "--data" in flags else "--data corpus.txt"
-    tokenizer = (
-        "" if "--vocab-size" in flags or "--tokenizer" in flags else "--tokenizer words.json"
-    )
-    return f"{SMALL_RUN} {data} {tokenizer} {flags}".split()
+    defaults = SMALL_RUN
+    if "--data" not in flags:
+        defaults += " --data corpus.txt"
+    if "--vocab-size" not in flags and "--tokenizer" not in flags:
+        defaults += " --tokenizer words.json"
+    return f"{defaults} {flags}".split()
 
 
 # ---- Padding changes nothing ----
@@ -1155,15 +1164,20 @@ def pretrain(flags=""):
 def prepared(flags=""):
     """The arguments of a run, and what it reads."""
     args = train_mlm.parse_args(arguments(flags))
-    return args, train_mlm.prepare(args, Path("none"))
+    return args, train_mlm.prepare(args, None)
 
 
 def trained(folder="run"):
     """The weights as one vector, and the log without its speeds."""
     weights = MaBERTForMaskedLM.from_pretrained(folder).state_dict().values()
     with open(Path(folder, "log.csv")) as file:
-        log = [row | {"tokens_per_s": ""} for row in csv.DictReader(file)]
+        log = [line | {"tokens_per_s": ""} for line in csv.DictReader(file)]
     return torch.cat([weight.flatten() for weight in weights]), log
+
+
+def checkpoints(folder="run") -> list[str]:
+    """The steps of a run's checkpoints."""
+    return [path.name.removeprefix("step-") for path in sorted(Path(folder).glob("step-*"))]
 
 
 def raising(error):
@@ -1185,117 +1199,137 @@ def forked(call, *args, **options) -> int:
 
 def test_a_short_run_learns_and_can_be_used(capsys):
     pretrain("--vocab-size 100 --batch-size 16")
-    printed, (_, log) = capsys.readouterr().out, trained()
-    assert [int(row["step"]) for row in log] == [0, 25, 50, 75, 100, 125, 150]
-    first, _, last = [float(row["held_out_loss"]) for row in log if row["held_out_loss"]]
-    unigram = float(printed.split("word frequencies give ")[1].split(",")[0])
-    assert last < unigram - 1  # context tells; frequencies do not
-    assert json.loads(Path("run/args.json").read_text())["seed"] == 0
+    printed = capsys.readouterr().out
+    _, log = trained()
+
+    # it learns from context, and not just how frequent words are
+    assert [int(line["step"]) for line in log] == [0, 25, 50, 75, 100, 125, 150]
+    first, _, last = [float(line["held_out_loss"]) for line in log if line["held_out_loss"]]
+    by_frequency = float(printed.split("word frequencies give ")[1].split(",")[0])
+    assert last < by_frequency - 1
+
+    # its folder and the checkpoints can be loaded
     for folder in ("run", "run/step-0000050", "run/step-0000150"):
         size = train_mlm.load_tokenizer(f"{folder}/tokenizer.json").get_vocab_size()
         config = MaBERTForMaskedLM.from_pretrained(folder).config
-        assert (
-            config.max_position == 32
-            and config.vocab_size == size
-            and abs(first - math.log(size)) < 0.5
-        )
-    assert "warm-up 15 steps, a tenth of the run" in printed and printed.count("it was") == 5
+        assert config.max_position == 32
+        assert config.vocab_size == size
+        assert abs(first - math.log(size)) < 0.5
+
+    # what it says and draws
+    assert "of 150 steps of 16 rows, 15 of them warm-up" in printed
+    assert printed.count("it was") == 5
+    assert json.loads(Path("run/args.json").read_text())["seed"] == 0
     assert Path("run/loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_loss_after_twenty_steps_is_known():
-    """Whatever changes it changes what a run computes: rows, masking, initialisation, gradients, schedule."""
+    """It changes with what a run computes: rows, masks, initialization, gradients, schedule."""
     pretrain("--steps 20 --log-every 5 --dropout 0.1")
-    losses, rates = ([float(row[name]) for row in trained()[1][1:]] for name in ("loss", "lr"))
+    _, log = trained()
+    rates = [float(line["lr"]) for line in log[1:]]
     assert (rates[0], rates[-1]) == pytest.approx((5e-3 * 16 / 18, 5e-3 / 18), rel=0.01)
+    losses = [float(line["loss"]) for line in log[1:]]
     assert losses == pytest.approx([3.2016, 3.1209, 3.0864, 3.0636], abs=5e-3)
 
 
 def test_runs_repeat_and_these_flags_change_nothing_but_cost(monkeypatch):
-    runs, calls, compiled, forward = [], [], [], mabert.MambaLayer.forward
+    # count the layers' forward passes, and what is compiled
+    calls, compiled = [], []
+    forward = mabert.MambaLayer.forward
     monkeypatch.setattr(torch, "compile", lambda call: compiled.append(1) or call)
-    monkeypatch.setattr(
-        mabert.MambaLayer, "forward", lambda *inputs: calls.append(1) or forward(*inputs)
-    )
-    drop = "--dropout 0.1"
-    for flags in (
-        drop,
-        drop,
-        f"{drop} --activation-checkpointing",
-        "",
-        "--micro-batch-size 8",
-        "--compile",
-    ):
+    monkeypatch.setattr(mabert.MambaLayer, "forward", lambda *x: calls.append(1) or forward(*x))
+
+    def run(flags):
+        calls.clear()
+        compiled.clear()
         pretrain(f"--overwrite --steps 3 --length-schedule 16:1 {flags}")
-        runs.append((trained()[0], len(calls), len(compiled)))
-    weights, calls, compiled = zip(*runs)
-    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
-    assert relative(weights[4], weights[3]) < 1e-4 and relative(weights[5], weights[3]) < 1e-4
-    assert calls[2] - calls[1] == calls[0] + 3 * 2 * 3  # steps, micro-batches; M, W and H
-    assert compiled == (0, 0, 0, 0, 0, 1)
+        weights, _ = trained()
+        return weights, len(calls), len(compiled)
+
+    # with dropout: a run repeats, also where layers run twice (3 steps, 2 micro-batches; M, W, H)
+    weights, count, _ = run("--dropout 0.1")
+    again, _, _ = run("--dropout 0.1")
+    assert torch.equal(weights, again)
+    checkpointed, larger_count, _ = run("--dropout 0.1 --activation-checkpointing")
+    assert torch.equal(weights, checkpointed)
+    assert larger_count == count + 3 * 2 * 3
+
+    # without: other micro-batches and a compiled encoder give the same to rounding
+    weights, _, none = run("")
+    smaller, _, _ = run("--micro-batch-size 8")
+    assert relative(smaller, weights) < 1e-4
+    by_compiler, _, one = run("--compile")
+    assert relative(by_compiler, weights) < 1e-4
+    assert (none, one) == (0, 1)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(monkeypatch):
-    def skipped(bad, flags=""):
+    def skipped_steps(bad, flags=""):
+        """The log's counts for a run in which the gradients of these steps are not finite."""
         calls, clip = [], torch.nn.utils.clip_grad_norm_
 
-        def sometimes_nan(*arguments):
-            calls.append(clip(*arguments))
+        def sometimes_nan(*inputs):
+            calls.append(clip(*inputs))
             return calls[-1] * (math.nan if len(calls) in bad else 1)
 
         monkeypatch.setattr(train_mlm, "clip_grad_norm_", sometimes_nan)
         pretrain(f"--overwrite --steps 20 --log-every 5 --save-every 4 {flags}")
-        return [int(row["skipped_steps"]) for row in trained()[1]]
+        return [int(line["skipped_steps"]) for line in trained()[1]]
 
-    assert skipped((3, 4, 12, 17, 18, 19, 20)) == [0, 2, 2, 3, 7]
-    (weights, before), (others, after) = (
-        train_mlm.read_checkpoint(Path(f"run/step-00000{step}")) for step in (16, 20)
-    )
+    assert skipped_steps((3, 4, 12, 17, 18, 19, 20)) == [0, 2, 2, 3, 7]
+
+    # the last four steps changed neither weights nor optimizer
+    weights, before = train_mlm.read_checkpoint(Path("run/step-0000016"))
+    others, after = train_mlm.read_checkpoint(Path("run/step-0000020"))
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
-    states = (training["optimizer"]["state"].values() for training in (before, after))
-    assert all(
-        torch.equal(one[name], other[name])
-        for one, other in zip(*states, strict=True)
-        for name in one
-    )
+    states = [training["optimizer"]["state"].values() for training in (before, after)]
+    for state, other in zip(*states, strict=True):
+        assert all(torch.equal(state[name], other[name]) for name in state)
+
+    # a run that does not recover ends, and leaves no model
     said = "no gradient was finite in the last 12 steps.*last checkpoint .*step-0000016"
-    refused(skipped, range(9, 21), said=said)
-    refused(skipped, (), "--lr 1e30 --steps 5", said="held-out loss is nan: a lower --lr")
+    refused(skipped_steps, range(9, 21), said=said)
+    refused(skipped_steps, (), "--lr 1e30 --steps 5", said="held-out loss is nan: a lower --lr")
     assert not Path("run/model.pt").exists()
 
 
-def test_a_step_clips_decays_and_drops_out_by_seed_and_step():
-    def stepped(step=0, seed=0, labelled=100):
-        """The loss; then the norm of the gradients, the names of the parameters and the optimizer."""
-        model = build(MaBERTForMaskedLM, replace(tiny("MT"), dropout=0.5), torch.float32)
-        optimizer, norms, names = (
-            train_mlm.make_optimizer(model, 0.01),
-            [],
-            {p: n for n, p in model.named_parameters()},
-        )
-        optimizer.register_step_pre_hook(
-            lambda *_: norms.append(sum(p.grad.square().sum() for p in names))
-        )
-        ids = torch.randint(5, 60, (32, 12), generator=torch.Generator().manual_seed(0))
-        args = train_mlm.parse_args(arguments(f"--seed {seed}"))
-        batch = train_mlm.Batch([(ids, ids > 0, ids)], labelled, ids.numel(), ids.numel())
-        return (
-            train_mlm.train_step(model, optimizer, batch, step, args)[0].item(),
-            norms[0].sqrt(),
-            names,
-            optimizer,
-        )
+def step_of_a_small_model(step=0, seed=0, labelled=100):
+    """Of one step: its loss, the norm of the gradients, the names of parameters, the optimizer."""
+    model = build(MaBERTForMaskedLM, replace(tiny("MT"), dropout=0.5), torch.float32)
+    names = {p: name for name, p in model.named_parameters()}
+    optimizer = train_mlm.make_optimizer(model, 0.01)
+    squares = []
+    optimizer.register_step_pre_hook(
+        lambda *_: squares.extend(p.grad.square().sum() for p in names)
+    )
 
-    losses = [stepped(*key)[0] for key in ((5, 0), (6, 0), (5, 1))]
-    assert stepped(5, 0)[0] == losses[0] and len(set(losses)) == 3
-    _, norm, names, optimizer = stepped(labelled=1)
+    # the step
+    ids = torch.randint(5, 60, (32, 12), generator=torch.Generator().manual_seed(0))
+    args = train_mlm.parse_args(arguments(f"--seed {seed}"))
+    batch = train_mlm.Batch([(ids, ids > 0, ids)], labelled, ids.numel(), ids.numel())
+    loss, _ = train_mlm.train_step(model, optimizer, batch, step, args)
+    return loss.item(), torch.stack(squares).sum().sqrt(), names, optimizer
+
+
+def test_a_step_clips_decays_and_drops_out_by_seed_and_step():
+    # dropout
+    losses = [step_of_a_small_model(*key)[0] for key in ((5, 0), (6, 0), (5, 1))]
+    assert step_of_a_small_model(5, 0)[0] == losses[0]
+    assert len(set(losses)) == 3
+
+    # clipping: the loss is large with a single label
+    _, norm, names, optimizer = step_of_a_small_model(labelled=1)
     assert norm == pytest.approx(1, abs=1e-3)
+
+    # weight decay on matrices alone
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
     for group, decay in zip(optimizer.param_groups, (0.01, 0.0), strict=True):
         assert (group["weight_decay"], group["betas"], group["eps"]) == (decay, (0.9, 0.999), 1e-6)
-        assert all(
-            (p.dim() > 1 and not names[p].endswith("A_log")) == (decay > 0) for p in group["params"]
-        )
+        for p in group["params"]:
+            assert (p.dim() > 1 and not names[p].endswith("A_log")) == (decay > 0)
+
+    # the schedule
     rates = [train_mlm.learning_rate(step, 100, 1e-3, 10) for step in (0, 9, 10, 55, 99)]
     assert rates == pytest.approx([1e-4, 1e-3, 1e-3, 5e-4, 1e-3 / 90])
 
@@ -1303,102 +1337,121 @@ def test_a_step_clips_decays_and_drops_out_by_seed_and_step():
 # Rows
 
 
-def test_batches_are_functions_of_seed_and_step(monkeypatch):
+def test_batches_come_in_order_whoever_prepares_them(monkeypatch):
     args, data = prepared("--micro-batch-size 32 --steps 40")
-    steps, rows = range(27, 33), data.phases[0][1]
+    steps = range(27, 33)
     alone = train_mlm.batches_ahead(args, data.phases, steps)
+
+    # as beside a GPU, but for the pinned memory
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
-        workers = train_mlm.batches_ahead(args, data.phases, steps)
-    assert workers.num_workers == 2 and workers.pin_memory
-    workers.pin_memory = False
-    for ahead in (alone, workers):  # in the same order, whoever prepares them
-        for step, batch in zip(steps, ahead, strict=True):
-            (own,), (inputs, real, labels) = (
-                batch.micro_batches,
-                train_mlm.Batches(data.phases, args).whole(step),
-            )
-            assert (
-                batch.labelled == (labels != train_mlm.IGNORED).sum()
-                and batch.real == real.sum() < batch.padded
-            )
-            assert (
-                np.array_equal(own[0][:, : inputs.shape[1]], inputs)
-                and not own[1][:, inputs.shape[1] :].any()
-            )
-            assert (inputs.shape[1] > 16) == (step >= 30)
+        by_workers = train_mlm.batches_ahead(args, data.phases, steps)
+    assert by_workers.num_workers == 2
+    assert by_workers.pin_memory
+    by_workers.pin_memory = False
 
-    for size, micro, processes, rows_ in (
-        (256, 64, 1, 256),
-        (256, 32, 8, 32),
-        (192, 32, 1, 96),
-        (128, 8, 2, 32),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(train_mlm, "PROCESSES", processes)
-            schedule = dict(
-                length_schedule=[(128, 0.9), (512, 0.1)], batch_size=size, micro_batch_size=micro
-            )
-            at_once = [
-                train_mlm.rows_at_once(argparse.Namespace(**schedule), length)
-                for length in (128, 512)
-            ]
-        assert at_once == [rows_, micro]
+    batches = train_mlm.Batches(data.phases, args)
+    for ahead in (alone, by_workers):
+        for step, batch in zip(steps, ahead, strict=True):
+            inputs, real, labels = batches.masked_rows(step)
+            length = inputs.shape[1]
+            assert (length > 16) == (step >= 30)  # the second phase of the schedule
+            assert batch.labelled == (labels != train_mlm.IGNORED).sum()
+            assert batch.real == real.sum() < batch.padded
+            ((own_inputs, own_real, _),) = batch.micro_batches
+            assert np.array_equal(own_inputs[:, :length], inputs)
+            assert not own_real[:, length:].any()
+
+
+@pytest.mark.parametrize(
+    ("size", "micro", "processes", "rows"),
+    [(256, 64, 1, 256), (256, 32, 8, 32), (192, 32, 1, 96), (128, 8, 2, 32)],
+)
+def test_shorter_rows_go_together_if_processes_can_share_them(
+    size, micro, processes, rows, monkeypatch
+):
+    monkeypatch.setattr(train_mlm, "PROCESSES", processes)
+    schedule = [(128, 0.9), (512, 0.1)]
+    args = argparse.Namespace(length_schedule=schedule, batch_size=size, micro_batch_size=micro)
+    assert train_mlm.rows_at_once(args, 128) == rows
+    assert train_mlm.rows_at_once(args, 512) == micro
+
+
+def test_order_and_masks_are_functions_of_seed_and_step(monkeypatch):
+    args, data = prepared()
 
     def seeded(seed):
-        return train_mlm.Batches(data.phases, argparse.Namespace(**vars(args) | dict(seed=seed)))
+        changed = argparse.Namespace(**vars(args) | dict(seed=seed))
+        return train_mlm.Batches(data.phases, changed)
 
-    following = 5 + len(rows) // 32  # the step at this place in the next epoch
-    orders = [
-        seeded(seed).numbers(step, 0, rows)
-        for step, seed in ((5, 0), (6, 0), (following, 0), (5, 1))
-    ]
-    monkeypatch.setattr(train_mlm.Batches, "numbers", lambda *_: np.arange(32))
-    masked = [seeded(seed).whole(step)[2] for step, seed in ((5, 0), (6, 0), (5, 1))]
-    assert len({x.tobytes() for x in orders}) == 4 and len({x.tobytes() for x in masked}) == 3
+    # another order in another epoch too: the last key is the same place in the next one
+    epoch = len(data.phases[0][1]) // args.batch_size
+    keys = ((5, 0), (6, 0), (5, 1), (5 + epoch, 0))
+    orders = [seeded(seed).row_indices(step) for step, seed in keys]
+    assert len({order.tobytes() for order in orders}) == 4
+    assert np.array_equal(seeded(0).row_indices(5), orders[0])
+
+    # masks of the same rows
+    monkeypatch.setattr(train_mlm.Batches, "row_indices", lambda *_: np.arange(32))
+    labels = [seeded(seed).masked_rows(step)[2] for step, seed in keys[:3]]
+    assert len({x.tobytes() for x in labels}) == 3
+    assert np.array_equal(seeded(0).masked_rows(5)[2], labels[0])
 
 
 @pytest.mark.parametrize("bucket", ["", "--bucket"])
-def test_an_epoch_has_every_training_token_once_and_no_held_out_one(bucket):
-    args, data = prepared(f"--batch-size 7 --micro-batch-size 7 {bucket}")
-    rows, vocabulary, batches = (
-        data.phases[0][1],
-        data.vocabulary,
-        train_mlm.Batches(data.phases, args),
-    )
-    train, held, text = rows.segments, data.held_rows.segments, np.concatenate(rows.tokens.chunks)
-    numbers, lengths = (
-        [batches.numbers(step, 0, rows) for step in range(len(rows) // 7)],
-        rows.lengths(),
-    )
-    order, longest = np.concatenate(numbers), [lengths[some].max() for some in numbers]
-    assert (
-        len(rows) - 7 < len(order) == len(np.unique(order)) < len(rows)
-    )  # the rest fills no batch
-    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.1 and longest[:32] != sorted(
-        longest[:32]
-    )
+def test_an_epoch_has_every_row_once_in_random_order(bucket):
+    args, data = prepared(f"--batch-size 7 --micro-batch-size 7 --length-schedule 16:1 {bucket}")
+    _, rows = data.phases[0]
+    batches = train_mlm.Batches(data.phases, args)
+    epoch = [batches.row_indices(step) for step in range(len(rows) // 7)]
+    order = np.concatenate(epoch)
+
+    # but for the rows that fill no batch
+    assert len(rows) - 7 < len(order) < len(rows)
+    assert len(order) == len(np.unique(order))
+
+    # in random order; with --bucket rows of like length are together, and nearly no pads
+    lengths = rows.lengths()
+    longest = [lengths[indices].max() for indices in epoch]
+    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.1
+    assert longest[:32] != sorted(longest[:32])
     assert (lengths[order].sum() / (7 * sum(longest)) > 0.95) == bool(bucket)
+
+
+def test_rows_have_every_training_token_once_and_no_held_out_one():
+    _, data = prepared()
+    _, rows = data.phases[0]
+    vocabulary = data.vocabulary
+    text = rows.tokens.ids
+
+    # the form of a row
     ids, real = rows.batch(np.arange(len(rows)))
     ends = real.sum(axis=1) - 1
-    assert np.array_equal(lengths, ends - 1) and (ids[:, 0] == vocabulary.cls).all()
-    assert (ids[np.arange(len(ids)), ends] == vocabulary.sep).all() and (
-        ids[~real] == vocabulary.pad
-    ).all()
+    assert np.array_equal(rows.lengths(), ends - 1)
+    assert (ids[:, 0] == vocabulary.cls).all()
+    assert (ids[np.arange(len(ids)), ends] == vocabulary.sep).all()
+    assert (ids[~real] == vocabulary.pad).all()
+
+    # all the text of training
     words = ids[real & ~vocabulary.is_special[ids]]
-    assert np.array_equal(words, np.concatenate([text[start:end] for start, end in train]))
+    assert np.array_equal(words, np.concatenate([text[a:b] for a, b in rows.segments]))
+
+    # segments of training and held-out ones have each token once, and each is of one document
+    held = data.held_rows.segments
     assert 0.02 < np.diff(held).sum() / len(text) < 0.06
-    starts, ends = np.concatenate([train, held]).T
-    assert np.array_equal(
-        np.sort(np.concatenate(list(map(np.arange, starts, ends)))), np.arange(len(text))
-    )
-    documents = [
-        np.searchsorted(rows.tokens.offsets, places, side="right") for places in (starts, ends - 1)
-    ]
-    assert np.array_equal(*documents)  # each segment is of one
-    counts, labels = 1 + np.bincount(words)[5:], data.held_out[2]
-    unigram = np.log(counts.sum() / counts[labels[labels != train_mlm.IGNORED] - 5]).mean()
-    assert data.baselines == pytest.approx((unigram, math.log(len(WORDS))))
+    starts, ends = np.concatenate([rows.segments, held]).T
+    places = np.concatenate(list(map(np.arange, starts, ends)))
+    assert np.array_equal(np.sort(places), np.arange(len(text)))
+    offsets = rows.tokens.offsets
+    documents = [np.searchsorted(offsets, x, side="right") for x in (starts, ends - 1)]
+    assert np.array_equal(*documents)
+
+    # guessing by how frequent words are in training, and by chance
+    counts = 1 + np.bincount(words)[5:]
+    labels = data.held_out[2]
+    guessed = counts[labels[labels != train_mlm.IGNORED] - 5]
+    by_frequency = np.log(counts.sum() / guessed).mean()
+    assert data.baselines == pytest.approx((by_frequency, math.log(len(WORDS))))
 
 
 def test_masking_statistics():
@@ -1406,153 +1459,151 @@ def test_masking_statistics():
     vocabulary = train_mlm.Vocabulary(pad=0, cls=2, sep=3, mask=4, is_special=is_special)
     ids = np.random.default_rng(0).integers(0, 1000, (400, 500))
     inputs, labels = train_mlm.mask_tokens(ids, vocabulary, 0.15, np.random.default_rng(1))
+
+    # labels are the original ids, and all else is as it was
     chosen = labels != train_mlm.IGNORED
-    assert np.array_equal(labels[chosen], ids[chosen]) and np.array_equal(
-        inputs[~chosen], ids[~chosen]
-    )
-    masked, kept = inputs[chosen] == 4, inputs[chosen] == ids[chosen]
-    rates = (
-        chosen[is_special[ids]].mean(),
-        chosen[~is_special[ids]].mean(),
-        masked.mean(),
-        kept.mean(),
-    )
-    assert rates == pytest.approx((0, 0.15, 0.8, 0.1), abs=0.006) and rates[0] == 0
-    others = inputs[chosen][~masked & ~kept]
-    assert not is_special[others].any() and len(np.unique(others)) > 900
+    assert np.array_equal(labels[chosen], ids[chosen])
+    assert np.array_equal(inputs[~chosen], ids[~chosen])
+
+    # no special token is chosen, 15 % of the others: 80 % of them masked, 10 % as they were
+    assert not chosen[is_special[ids]].any()
+    masked = inputs[chosen] == 4
+    same = inputs[chosen] == ids[chosen]
+    rates = (chosen[~is_special[ids]].mean(), masked.mean(), same.mean())
+    assert rates == pytest.approx((0.15, 0.8, 0.1), abs=0.006)
+
+    # 10 % any other word
+    others = inputs[chosen][~masked & ~same]
+    assert not is_special[others].any()
+    assert len(np.unique(others)) > 900
 
 
-# Text and tokens
+# Text
 
 
-def test_tokens_are_made_once_and_go_on_after_a_kill(monkeypatch):
-    import datasets
+def parquet(**columns) -> bytes:
+    """A .parquet file with these columns."""
+    import pyarrow.parquet
 
-    make, calls, dies_at, text = train_mlm.pieces, [], 700, Path("corpus.txt").read_text()
-
-    def counted(document):
-        calls.append(document)
-        if len(calls) == dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return make(document)
-
-    put("corpus.txt", text)  # instead of the link to the tests' one
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("datasets").resolve())
-    monkeypatch.setattr(train_mlm, "PART", 20_000)
-    monkeypatch.setattr(train_mlm, "pieces", counted)
-    assert forked(prepared) == -signal.SIGKILL
-    dies_at = None
-    tokens = prepared()[1].phases[0][1].tokens
-    assert 800 < len(calls) < 1200  # of 1500 documents; finished parts are reused
-    expected = [[5 + WORDS.index(word) for word in line.split()] for line in text.split("\n")]
-    spans = zip(tokens.offsets[:-1], tokens.offsets[1:], expected, strict=True)
-    assert (
-        all(tokens.span(start, end).tolist() == ids for start, end, ids in spans)
-        and len(tokens.chunks) >= 5
-    )
-    calls.clear()
-    prepared()
-    assert not calls
-    os.utime("corpus.txt", ns=(1, 1))  # the file has changed
-    prepared()
-    assert len(calls) == 1500
-    assert (
-        len(prepared("--sample-by document")[1].phases[0][1].tokens.offsets) == 2
-    )  # larger than a part
-    ids, ends = (
-        np.uint16(expected[-1]).tobytes(),
-        np.cumsum([*map(len, expected[:3])], dtype=np.int32).tobytes(),
-    )
-    files = {file: file.read_bytes() for file in Path("datasets").rglob("cache-*.arrow")}
-    for damage in (
-        lambda whole: whole[: len(whole) // 2],
-        lambda whole: whole.replace(ids, b"\xff\xff" + ids[2:]),
-        lambda whole: whole.replace(ends, b"\xff\xff\xff\x7f" + ends[4:]),
-    ):
-        for file, whole in files.items():
-            file.write_bytes(damage(whole))
-        refused(prepared, said="cache of `datasets` is damaged")
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return file.getvalue()
 
 
-def test_every_file_is_read_once_whatever_its_format_and_name(monkeypatch):
-    from pyarrow import array, large_string, parquet, table
-
-    def texts(*flags):
-        corpora = train_mlm.load_corpora(train_mlm.parse_args(flags))
-        return [
-            " ".join(text.split())
-            for corpus in corpora
-            for text in corpus["text"]
-            if text and text.strip()
-        ]
-
-    documents, hub = ["one two", "three", "four five"], Path("hub").resolve()
-    put("texts/A.TXT", "one two\n\nthree\nfour five\n")
-    put(
-        "texts/b.jsonl",
-        "".join(json.dumps(dict(title="a", text=text)) + "\n" for text in documents),
-    )
-    put("texts/notes.md", "ignored in a folder")
-    (hub / "data").mkdir(parents=True)
-    for file in ("texts/c.parquet", hub / "data/train-00000-of-00001.parquet"):
-        rows = array([*documents, None, ""], large_string())
-        parquet.write_table(table(dict(text=rows, title=["a"] * 5)), file)
-    monkeypatch.setattr(train_mlm, "HUB_CORPUS", [(str(hub), "default"), (str(hub), "default")])
-    for flags, expected in (
-        ("--data texts/A.TXT", ["one two three four five"]),
-        ("--data texts/A.TXT --sample-by paragraph", ["one two", "three four five"]),
-        ("--data texts/A.TXT --sample-by line", documents),
-        ("--data texts/b.jsonl", documents),
-        ("--data texts/c.parquet", documents),
-        (
-            "--data texts texts/b.jsonl --sample-by line",
-            3 * documents,
-        ),  # a file that is named twice is read once
-        ("", 2 * documents),  # the corpora of the hub
-    ):
-        assert texts(*flags.split()) == expected
-    names = "a|[ab]|hamlet [1603]|*|q?|%41|x#y|'quo\"te|ünï|-dash|a b|{x,y}".split("|")
-    for name in names:
-        put(f"names/{name}.txt", name)
-        assert texts("--data", f"names/{name}.txt") == [name]
-    assert sorted(texts("--data", "names")) == sorted(names)
+def documents(flags: str) -> list[str]:
+    """The documents of a text, from its tokens: words of the tokenizer, a space between them."""
+    tokenizer = words_tokenizer("one two three four five MASK mask [ ]".split())
+    args = train_mlm.parse_args(shlex.split(flags))
+    folder = train_mlm.token_folder(args, train_mlm.text_sources(args), tokenizer)
+    tokens = train_mlm.read_tokens(folder, tokenizer)
+    spans = itertools.pairwise(tokens.offsets)
+    return [" ".join(map(tokenizer.id_to_token, tokens.ids[a:b])) for a, b in spans]
 
 
-def test_a_trained_tokenizer_encodes_pairs_and_long_texts():
-    import datasets
+LINES = "one two\n\nthree\n         \nfour\nfive"  # a blank line that is longer than a piece
+OBJECT = '{"text": "one two"}'
+NAMES = (
+    "a::b",
+    "[ab]",
+    "hamlet [1603]",
+    "*",
+    "q?",
+    "%41",
+    "x#y",
+    "'quo\"te",
+    "ünï",
+    "-dash",
+    "{x,y}",
+)
+TEXTS = [  # files below texts/, flags, the documents
+    ({"a.txt": LINES}, "--sample-by document", ["one two three four five"]),
+    # a line of spaces is blank
+    ({"a.txt": LINES}, "--sample-by paragraph", ["one two", "three", "four five"]),
+    ({"a.txt": LINES}, "--sample-by line", ["one two", "three", "four", "five"]),
+    ({"A.TXT": b"\xef\xbb\xbfone\r\n\r\ntwo\r\n"}, "--sample-by paragraph", ["one", "two"]),
+    # special tokens in a text are text
+    ({"a.txt": "one [MASK] [mask]"}, "", ["one [ MASK ] [ mask ]"]),
+    # other columns do not matter, nor do null, blank lines and halves of characters
+    ({"a.jsonl": '{"n": 1, "text": "one"}\n{"text": "two", "n": "x"}'}, "", ["one", "two"]),
+    ({"a.jsonl": '{"n": 1, "text": "one"}', "b.jsonl": '{"text": "two"}'}, "", ["one", "two"]),
+    ({"a.jsonl": f'\n{OBJECT}\n\n{{"text": null}}\n{{"text": ""}}\n{OBJECT}'}, "", ["one two"] * 2),
+    ({"a.jsonl": '{"text": "one \\udc80 two"}'}, "", ["one [UNK] two"]),
+    ({"a.json": f"[{OBJECT},\n {OBJECT}]"}, "", ["one two"] * 2),
+    ({"a.json": OBJECT}, "", ["one two"]),
+    ({"a.json": f"{OBJECT}\n{OBJECT}\n"}, "", ["one two"] * 2),
+    ({"a.parquet": parquet(n=[1, 2, 3], text=["one", None, "two"])}, "", ["one", "two"]),
+    # folders are read with their sub-folders, but for what is hidden, and every file once
+    ({"a.txt": "one", "b/a.txt": "two", ".b/a.txt": "three", ".a.txt": "four"}, "", ["one", "two"]),
+    ({"b.txt": "one", "a.txt": "two"}, "--data texts/b.txt texts texts/b.txt", ["one", "two"]),
+    # links are followed, also to folders; they may lead back, or nowhere
+    ({"../all/a.txt": "one", "b": Path("../all"), "c.txt": Path("../d")}, "", ["one"]),
+    ({"../d": "one", "c.txt": Path("../d")}, "", ["one"]),
+    ({"a.txt": "one", "b/a.txt": "two", "b/loop": Path("..")}, "", ["one", "two"]),
+    # any name of a file
+    *(({f"{x}.txt": "one"}, f"--data {shlex.quote(f'texts/{x}.txt')}", ["one"]) for x in NAMES),
+]  # fmt: skip
 
-    tokenizer = train_mlm.train_tokenizer(["the function returns a list of lists"] * 5, 200)
-    put(
-        "bare.json",
-        json.dumps(json.loads(tokenizer.to_str()) | dict(post_processor=None, truncation=None)),
-    )
-    for each in (tokenizer, train_mlm.load_tokenizer("bare.json")):  # which gets our form
-        encoding = each.encode("The function", "a list")
-        assert encoding.tokens == ["[CLS]", "the", "function", "[SEP]", "a", "list", "[SEP]"]
-        assert (
-            encoding.type_ids == [0, 0, 0, 0, 1, 1, 1]
-            and each.decode(encoding.ids) == "the function a list"
-        )
-    assert [tokenizer.token_to_id(token) for token in train_mlm.SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
-    texts = ["a list", "", "the function returns a list " * 20_000, "list " * 5]
-    assert (
-        max(map(len, train_mlm.pieces(texts[2]))) <= 20_000
-        and "".join(train_mlm.pieces(texts[2])) == texts[2]
-    )
-    corpora = [datasets.Dataset.from_dict(dict(text=part)) for part in (texts[:1], texts[1:])]
-    tokens = train_mlm.tokenize(corpora, tokenizer)
-    expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts if text]
-    assert np.array_equal(np.concatenate(tokens.chunks), np.concatenate(expected))
-    assert np.array_equal(np.diff(tokens.offsets), list(map(len, expected)))
+
+@pytest.mark.parametrize(("files", "flags", "expected"), TEXTS)
+@pytest.mark.parametrize("piece", [7, 20_000])
+def test_documents_of_every_kind_of_file_whatever_its_name(
+    files, flags, expected, piece, monkeypatch
+):
+    """Also if pieces are as small as the longest words, as a large file is cut into pieces."""
+    for name, contents in files.items():
+        file = Path("texts", name)
+        put(file, None if isinstance(contents, Path) else contents)
+        if isinstance(contents, Path):
+            file.symlink_to(contents)
+    monkeypatch.setattr(train_mlm, "PIECE", piece)
+    monkeypatch.setattr(train_mlm, "BATCH", piece)
+    data = "" if "--data" in flags else "--data texts"
+    assert documents(f"{data} {flags} --cache cache") == expected
+
+
+@pytest.mark.parametrize("sample_by", ["document", "paragraph", "line"])
+def test_a_file_of_one_long_line_is_read_in_parts(sample_by, monkeypatch):
+    """So a file may be larger than the memory; the limit is smaller here."""
+    monkeypatch.setattr(train_mlm, "PIECE", 100)
+    put("a.txt", "one two  " * 1000)
+    parts = list(train_mlm.read_txt(Path("a.txt"), sample_by))
+    assert max(len(part.text) for part in parts) == 100
+    assert "".join(part.text for part in parts) == "one two  " * 1000
+    assert [part.ends for part in parts] == [False] * 90 + [True]
+    shares = [part.share for part in parts]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+
+
+def test_a_large_table_of_parquet_is_read_in_parts():
+    """What pyarrow holds after the first document is a fraction of the file, which is one group."""
+    import pyarrow
+
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(2**9).hex() for _ in range(2**14)]
+    put("a.parquet", parquet(text=texts))
+    before = pyarrow.total_allocated_bytes()
+    parts = train_mlm.read_parquet(Path("a.parquet"))
+    assert next(parts).text == texts[0]
+    assert pyarrow.total_allocated_bytes() - before < Path("a.parquet").stat().st_size / 2
+    assert [part.text for part in parts] == texts[1:]
+
+
+def test_the_hubs_corpora_are_read_like_files(monkeypatch):
+    """A folder stands in for the hub."""
+    contents = parquet(title=["a"] * 4, text=["one", None, "", "two three"])
+    put("hub/data/train-00000-of-00001.parquet", contents)
+    monkeypatch.setattr(train_mlm, "HUB_CORPUS", [(str(Path("hub").resolve()), "default")] * 2)
+    assert documents("--cache cache") == ["one", "two three"] * 2
 
 
 def test_the_demo_text_is_what_every_python_carries(monkeypatch):
     from pydoc_data.topics import topics
 
-    put(
-        "lib/a.py",
-        '"""A module."""\nclass B:\n    """A class."""\n    def c(self):\n        r"""\\udc80"""\n',
+    docstrings = (
+        '"""A module."""\nclass B:\n    """A class."""\n    def c(self):\n        r"""\\udc80"""\n'
     )
+    put("lib/a.py", docstrings)
     put("lib/b.py", '"""A module."""\nasync def d():\n    """A surrogate: \\udc80"""\n')
     put("lib/test/c.py", '"""A test of the library."""')
     put("lib/site-packages/d.py", '"""Of another package."""')
@@ -1561,128 +1612,363 @@ def test_the_demo_text_is_what_every_python_carries(monkeypatch):
     own = ["A module.", "A class.", r"\udc80", "A surrogate: ?"]
     assert train_mlm.demo_texts() == [*dict.fromkeys(topics.values()), *own]
 
+    # and read like files
+    monkeypatch.setattr(train_mlm, "demo_texts", lambda: ["one two", "", "three"])
+    assert documents("--demo --cache cache") == ["one two", "three"]
+
+
+def test_what_lies_there_unread_is_said(capsys):
+    for name in ("a.txt", "b.jsonl.gz", "c.md", "d.txt"):
+        put(f"texts/{name}", "one" if name != "d.txt" else "")
+    Path("texts/loop").symlink_to(".")  # whose files are not others
+    documents("--data texts --cache cache")
+    said = capsys.readouterr().out
+    assert "text: 1 file(s), 0.0 MB; 3 others there are not read" in said
+    documents("--data texts/a.txt --cache cache")
+    assert "text: 1 file(s), 0.0 MB\n" in capsys.readouterr().out
+
+
+# Tokens
+
+
+def test_a_trained_tokenizer_encodes_pairs_and_long_texts():
+    tokenizer = train_mlm.train_tokenizer(["the function returns a list of lists"] * 5, 200)
+    assert [tokenizer.token_to_id(token) for token in train_mlm.SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
+
+    # a file that says less of the form gets ours
+    bare = json.loads(tokenizer.to_str()) | dict(post_processor=None, truncation=None)
+    put("bare.json", json.dumps(bare))
+    for each in (tokenizer, train_mlm.load_tokenizer("bare.json")):
+        encoding = each.encode("The function", "a list")
+        assert encoding.tokens == ["[CLS]", "the", "function", "[SEP]", "a", "list", "[SEP]"]
+        assert encoding.type_ids == [0, 0, 0, 0, 1, 1, 1]
+        assert each.decode(encoding.ids) == "the function a list"
+
+    # a long text is cut where no token is
+    texts = ["a list", "", "the function returns a list " * 20_000, "list " * 5]
+    put("a.jsonl", "\n".join(json.dumps(dict(text=text)) for text in texts))
+    args = train_mlm.parse_args("--data a.jsonl --cache cache".split())
+    sources = train_mlm.text_sources(args)
+    cut = [text for text, _ in train_mlm.pieces(sources, "")]
+    assert max(map(len, cut)) <= 20_000
+    assert "".join(cut) == "".join(texts)
+    tokens = train_mlm.read_tokens(train_mlm.token_folder(args, sources, tokenizer), tokenizer)
+    expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts if text]
+    assert np.array_equal(tokens.ids, np.concatenate(expected))
+    assert np.array_equal(np.diff(tokens.offsets), list(map(len, expected)))
+
+
+def test_special_tokens_in_a_text_are_text_but_for_whoever_loads_the_file_alone():
+    """Pretraining and GLUE load tokenizers by load_tokenizer, mabert.py without it."""
+    words_tokenizer(["MASK", "[", "]"]).save("own.json")
+    loaded = train_mlm.load_tokenizer("own.json")
+    assert loaded.encode("[MASK]").tokens == ["[CLS]", "[", "MASK", "]", "[SEP]"]
+    loaded.save("again.json")
+    assert train_mlm.Tokenizer.from_file("again.json").encode("[MASK]").tokens[1] == "[MASK]"
+
+
+def test_a_text_of_many_characters_makes_more_pieces_than_asked_for(monkeypatch, capsys):
+    """Chinese has more characters than a small vocabulary, and two bytes hold 65,535 ids."""
+    texts = ["".join(map(chr, range(0x4E00, 0x4E00 + 300)))]
+    assert train_mlm.train_tokenizer(texts, 400).get_vocab_size() <= 400
+    assert "characters" not in capsys.readouterr().out
+    train_mlm.train_tokenizer(texts, 200)
+    assert "so many characters that the tokenizer has 305 pieces" in capsys.readouterr().out
+    monkeypatch.setattr(train_mlm, "MAX_VOCAB", 304)
+    refused(train_mlm.train_tokenizer, texts, 200, said="has 305 tokens; 304 is the most")
+
+
+UNKNOWN = [  # a text, the share of its characters that the tokenizer does not know
+    ("one two three\n", "0.00%"),
+    ("one two zwei\n", "40.00%"),  # white space does not count
+    (f"{'one ' * 90}{'x' * 120}\n", "30.77%"),  # a word of over 100 letters is lost as one token
+    ("one 漢 字\n", "40.00%"),
+    ("one [UNK] [CLS]\n", "46.15%"),  # UNK and CLS are unknown words, brackets are known
+]
+
+
+@pytest.mark.parametrize(("text", "share"), UNKNOWN)
+def test_the_share_of_unknown_characters_is_said_whenever_the_text_is_read(text, share, capsys):
+    put("a.txt", text * 20)
+    for _ in range(2):
+        documents("--data a.txt --cache cache")
+        assert f"{share} of its characters are [UNK]" in capsys.readouterr().out
+
+
+def test_replaced_text_is_new_text_and_moved_text_is_not():
+    put("a.txt", "one two")
+    assert documents("--data a.txt --cache cache") == ["one two"]
+
+    # of the same name, size and time
+    time = Path("a.txt").stat().st_mtime_ns
+    put("a.txt", "two one")
+    os.utime("a.txt", ns=(time, time))
+    assert documents("--data a.txt --cache cache") == ["two one"]
+
+    # moved, or read anew
+    count = len(list(Path("cache").iterdir()))
+    os.utime("a.txt", ns=(1, 1))
+    shutil.copy("a.txt", "moved.txt")
+    assert documents("--data moved.txt --cache cache") == ["two one"]
+    assert len(list(Path("cache").iterdir())) == count == 2
+
+    # other files, in another order, of another kind
+    put("b.txt", "one")
+    assert documents("--data a.txt b.txt --cache cache") == ["two one", "one"]
+    assert documents("--data b.txt a.txt --cache cache") == ["one", "two one"]
+    put("b.json", '{"text": "one"}')
+    shutil.copy("b.json", "b.jsonl")
+    sources = train_mlm.file_sources([Path("b.json"), Path("b.jsonl")], "document")
+    assert sources[0].key != sources[1].key
+
+
+def killed_at(call: int):
+    """The function `encode` that counts its texts, and a kill -9 in one of its calls."""
+    encode, texts, calls = train_mlm.encode, [], []
+
+    def counting(batch, tokenizer):
+        calls.append(1)
+        texts.extend(batch)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(batch, tokenizer)
+
+    return counting, texts
+
+
+def test_tokens_are_made_once_and_go_on_after_a_kill(monkeypatch, capsys):
+    text = Path("corpus.txt").read_text()
+    expected = [[5 + WORDS.index(word) for word in line.split()] for line in text.split("\n")]
+    monkeypatch.setattr(train_mlm, "BATCH", 10_000)
+    flags = "--tokenizer words.json --sample-by line --cache cache"
+
+    # killed half-way, with some ids of a batch that is not finished
+    counting, _ = killed_at(call=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mlm, "encode", counting)
+        assert forked(prepared, flags) == -signal.SIGKILL
+    (partial,) = Path("cache").glob("*/ids.partial")
+    with open(partial, "ab") as file:
+        file.write(b"\1\2\3")
+    with open(partial.with_name("documents"), "ab") as file:
+        file.write(b"\1\2\3")
+
+    # another process goes on after the last finished document
+    counting, texts = killed_at(call=None)
+    monkeypatch.setattr(train_mlm, "encode", counting)
+    tokens = prepared(flags)[1].phases[0][1].tokens
+    assert 500 < len(texts) < 1000  # of 1500 documents
+    assert np.array_equal(tokens.ids, np.concatenate(expected))
+    assert np.array_equal(np.diff(tokens.offsets), list(map(len, expected)))
+
+    # a third finds all, and says the same
+    texts.clear()
+    said = capsys.readouterr().out.splitlines()
+    again = prepared(flags)[1].phases[0][1].tokens
+    assert not texts
+    assert again.checksum == tokens.checksum
+    assert capsys.readouterr().out.splitlines() == said
+
+
+def test_what_is_known_of_a_document_survives_a_kill(monkeypatch, capsys):
+    put("a.txt", "one two zwei\n" * 100)
+    monkeypatch.setattr(train_mlm, "BATCH", 100)
+    counting, _ = killed_at(call=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mlm, "encode", counting)
+        assert forked(documents, "--data a.txt --sample-by line --cache cache") == -signal.SIGKILL
+    assert len(documents("--data a.txt --sample-by line --cache cache")) == 100
+    assert "40.00% of its characters are [UNK]" in capsys.readouterr().out
+
+
+def test_damaged_tokens_are_refused():
+    flags = "--sample-by line --cache cache"
+    prepared(flags)
+    (folder,) = Path("cache").iterdir()
+    ids = (folder / "ids").read_bytes()
+    known = (folder / "documents").read_bytes()
+    for file, damaged in (
+        ("ids", ids[: len(ids) // 4 * 2]),
+        ("ids", ids[:-2] + b"\xff\xff"),  # no id of the vocabulary
+        ("documents", known[: len(known) // 48 * 24]),
+        ("documents", known[:24] + b"\xff\xff\xff\x7f" + known[28:]),  # ends after the next one
+    ):
+        put(folder / "ids", ids)
+        put(folder / "documents", known)
+        put(folder / file, damaged)
+        refused(prepared, flags, said="the tokens in cache/.* are damaged: remove that folder")
+
+
+def test_of_two_preparations_at_once_the_second_waits_and_reads(monkeypatch):
+    import multiprocessing
+
+    encode = train_mlm.encode
+    context = multiprocessing.get_context("fork")
+    inside, go_on = context.Event(), context.Event()
+
+    def slowly(batch, tokenizer):
+        inside.set()
+        assert go_on.wait(60)
+        return encode(batch, tokenizer)
+
+    def prepare(name, encode):
+        with open(name, "w", buffering=1) as file, contextlib.redirect_stdout(file):
+            train_mlm.encode = encode
+            prepared("--sample-by line --cache cache")
+
+    # the first is held in the middle; the second would fail if it encoded anything
+    put("second", "")
+    first = context.Process(target=prepare, args=("first", slowly))
+    first.start()
+    assert inside.wait(60)
+    second = context.Process(target=prepare, args=("second", None))
+    second.start()
+    while second.is_alive() and "waiting for another process" not in Path("second").read_text():
+        second.join(0.05)
+    go_on.set()
+    for process in (first, second):
+        process.join(60)
+        assert process.exitcode == 0
+    assert len(list(Path("cache").glob("*/ids"))) == 1
+    said = [Path(name).read_text().splitlines()[-2:] for name in ("first", "second")]
+    assert said[0] == said[1]
+
 
 def test_defaults_are_the_papers_and_flags_override_the_demo(monkeypatch):
-    protocol = dict(
-        batch_size=256, lr=1e-4, warmup_steps=10_000, weight_decay=0.01, mask_rate=0.15, dropout=0.1
-    )
+    # the paper's protocol, and its model
+    protocol = dict(batch_size=256, lr=1e-4, warmup_steps=10_000, weight_decay=0.01)
+    protocol |= dict(mask_rate=0.15, dropout=0.1, length_schedule=[(128, 0.9), (512, 0.1)])
     args = train_mlm.parse_args([])
-    assert (
-        args.length_schedule == [(128, 0.9), (512, 0.1)] and protocol.items() <= vars(args).items()
-    )
+    assert protocol.items() <= vars(args).items()
     assert train_mlm.model_config(args, 30522, 0) == MaBERTConfig()
-    variant = train_mlm.parse_args(
-        "--psm pre+post --causal-conv --pattern TM --d-state 8 --dropout 0.2".split()
-    )
-    expected = MaBERTConfig(
-        psm=("pre", "post"), causal_conv=True, pattern="TM", d_state=8, dropout=0.2
-    )
-    assert train_mlm.model_config(variant, 30522, 0) == expected
+
+    # another model
+    flags = "--psm pre+post --causal-conv --pattern TM --d-state 8 --dropout 0.2"
+    changes = dict(psm=("pre", "post"), causal_conv=True, pattern="TM", d_state=8, dropout=0.2)
+    variant = train_mlm.parse_args(flags.split())
+    assert train_mlm.model_config(variant, 30522, 0) == MaBERTConfig(**changes)
     assert train_mlm.parse_args(["--psm", "none"]).psm == ()
+
+    # the demo
     demo = train_mlm.parse_args("--demo --steps 7 --tokenizer x.json".split())
-    assert (demo.steps, demo.hidden_size, demo.out, demo.vocab_size) == (7, 128, "out/demo", None)
-    protocol = dict(
-        seeds=5, lr=2e-5, batch_size=32, epochs=3, max_length=128, padding_side="right", psm=None
-    )
+    assert (demo.pattern, demo.hidden_size, demo.out) == ("MMT", 128, "out/demo")
+    assert (demo.steps, demo.vocab_size) == (7, None)
+
+    # fine-tuning
+    protocol = dict(seeds=5, lr=2e-5, batch_size=32, epochs=3, max_length=128, padding_side="right")
+    protocol |= dict(psm=None)
     assert protocol.items() <= vars(finetune_glue.parse_args(["--checkpoint", "x"])).items()
+
+    # where tokens are kept
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert train_mlm.parse_args([]).cache == "/caches/mabert"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert train_mlm.parse_args([]).cache == "/home/someone/.cache/mabert"
+
+    # a batch that two processes cannot share
     monkeypatch.setattr(train_mlm, "PROCESSES", 2)
-    refused(
-        pretrain, "--micro-batch-size 32", said="no multiple of --micro-batch-size 32 × 2 process"
-    )
+    said = "no multiple of --micro-batch-size 32 × 2 process"
+    refused(pretrain, "--micro-batch-size 32", said=said)
 
 
 # How a run stops, and goes on
 
 SHORT = "--steps 6 --save-every 2 --log-every 2"
-LONGER = "--steps 40 --save-every 10 --log-every 7 --eval-every 20 --micro-batch-size 8 --dropout 0.1 --bucket --resume"
+LONGER = """--steps 40 --save-every 10 --log-every 7 --eval-every 20 --micro-batch-size 8
+    --dropout 0.1 --bucket --resume"""
 
 
 def test_a_run_is_overwritten_only_when_asked_and_then_wholly(monkeypatch):
-    pretrain(
-        "--steps 1 --save-every 5 --length-schedule 16:0.3 24:0.3 32:0.4"
-    )  # lengths may be more than steps
+    # lengths may be more than steps
+    pretrain("--steps 1 --save-every 5 --length-schedule 16:0.3 24:0.3 32:0.4")
+    assert trained()[1][-1]["step"] == "1"
+    assert Path("run/step-0000001").exists()
+
+    # nothing is lost to a run that was not to take its place, or cannot
     log = Path("run/log.csv").read_text()
-    assert trained()[1][-1]["step"] == "1" and Path("run/step-0000001").exists()
     Path("run/step-by-step-notes").mkdir()
     refused(pretrain, SHORT, said="holds a run or a model already")
-    refused(
-        pretrain, f"{SHORT} --overwrite --batch-size 2048", said="too short"
-    )  # nothing can take its place
-    assert Path("run/log.csv").read_text() == log and MaBERTForMaskedLM.from_pretrained("run")
+    refused(pretrain, f"{SHORT} --overwrite --batch-size 2048", said="too short")
+    assert Path("run/log.csv").read_text() == log
+    assert MaBERTForMaskedLM.from_pretrained("run")
+
+    # nor a model, or a run that is alive
     refused(pretrain, "--out model", said="holds a run or a model already")
     train_mlm.lock(Path("model"))
-    assert (
-        forked(refused, pretrain, "--out model --overwrite", said="another run is writing to") == 0
-    )
+    flags = "--out model --overwrite"
+    assert forked(refused, pretrain, flags, said="another run is writing to") == 0
+
+    # of the run that is overwritten nothing is left
     monkeypatch.setattr(train_mlm, "train", raising(KeyboardInterrupt))
     refused(pretrain, f"{SHORT} --overwrite", said="interrupted")
-    assert {file.name for file in Path("run").iterdir()} == {
-        "step-by-step-notes",
-        "tokenizer.json",
-        ".lock",
-    }
+    left = {"step-by-step-notes", "tokenizer.json", "args.json", ".lock"}
+    assert {file.name for file in Path("run").iterdir()} == left
 
 
-@pytest.mark.parametrize("writer", ["tokenize", "save_checkpoint"])
+@pytest.mark.parametrize("writer", ["write_tokens", "save_checkpoint"])
 def test_a_full_disk_is_explained_and_leaves_what_was_whole(writer, monkeypatch):
     """A limit on the size of files stands in for a full disk."""
     import resource
 
-    import datasets
-
     pretrain(SHORT)
     shutil.rmtree("run/step-0000006")
-    write, (_, most) = getattr(train_mlm, writer), resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def limited(*arguments):
+    # the run goes on, but cannot write
+    write = getattr(train_mlm, writer)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*inputs):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
         try:
-            return write(*arguments)
+            return write(*inputs)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("datasets").resolve())
     monkeypatch.setattr(train_mlm, writer, limited)
-    refused(pretrain, f"{SHORT} --resume", said="is the disk full\\? What is whole")
-    assert sorted(path.name for path in Path("run").glob("step-*")) == [
-        "step-0000002",
-        "step-0000004",
-    ]
+    said = "(File too large|unexpected pos|failed writing).*\nFinished checkpoints .* are kept"
+    refused(pretrain, f"{SHORT} --resume --cache cache", said=said)
+
+    # its checkpoints are as they were
+    assert checkpoints() == ["0000002", "0000004"]
     assert train_mlm.newest_checkpoint(Path("run"))[0].name == "step-0000004"
 
 
 @pytest.fixture(scope="module")
 def longer(given):
-    """What comes of the run that is not stopped. Nothing of it stays in the folder that all tests start from."""
+    """What comes of the run that is not stopped: it leaves nothing where all tests start from."""
     pretrain(LONGER)
-    found = trained()
+    weights, log = trained()
     shutil.rmtree("run")
-    return found
+    return weights, log
 
 
 def test_a_stopped_run_goes_on_bit_by_bit(longer, monkeypatch, capsys):
-    flags, step = f"{LONGER} --out stopped", train_mlm.train_step
+    flags = f"{LONGER} --out stopped"
+    step = train_mlm.train_step
     signals = {32: signal.SIGTERM, 36: signal.SIGINT}  # by step, counted from zero
 
-    def signalled(*arguments):
-        if number := signals.pop(arguments[3], None):
-            os.kill(os.getpid(), number)
-        return step(*arguments)
+    def signalled(*inputs):
+        if signum := signals.pop(inputs[3], None):
+            os.kill(os.getpid(), signum)
+        return step(*inputs)
 
+    # SIGTERM
     monkeypatch.setattr(train_mlm, "train_step", signalled)
     refused(pretrain, flags, said="^143 ")
     assert "stopped by SIGTERM after step 33, which is saved" in capsys.readouterr().out
-    assert sorted(folder.name[-2:] for folder in Path("stopped").glob("step-*")) == [
-        "20",
-        "30",
-        "33",
-    ]  # --keep
+    assert checkpoints("stopped") == ["0000020", "0000030", "0000033"]  # --keep
+
+    # Ctrl-C, and to the end; the log is written anew
     put("stopped/log.csv", b"\xff is not read")
     refused(pretrain, flags, said="^130 ")
     pretrain(flags)
     weights, log = trained("stopped")
-    assert torch.equal(weights, longer[0]) and log == longer[1]
-    pretrain(flags)  # nothing is left to do
+    assert torch.equal(weights, longer[0])
+    assert log == longer[1]
+
+    # once more, with nothing left to do
+    pretrain(flags)
     printed = re.findall(r"held-out loss (\S+) nats", capsys.readouterr().out)
     assert printed == 2 * [f"{float(log[-1]['held_out_loss']):.3f}"]
 
@@ -1690,123 +1976,156 @@ def test_a_stopped_run_goes_on_bit_by_bit(longer, monkeypatch, capsys):
 TWO = """
 import os, sys, train_mlm
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-calls, step, replace = [], train_mlm.train_step, os.replace
-def counting(model, parallel=train_mlm.DistributedDataParallel):
+
+calls, asked = [], []
+parallel, step, gathered, replace = (
+    train_mlm.DistributedDataParallel, train_mlm.train_step, train_mlm.gathered, os.replace
+)
+
+def counting(model):
     shared = parallel(model)
-    shared.register_comm_hook(None, lambda _, bucket: calls.append(1) or allreduce_hook(None, bucket))
+    hook = lambda _, bucket: calls.append(1) or allreduce_hook(None, bucket)
+    shared.register_comm_hook(None, hook)
     return shared
-def signalled(*arguments):
-    if train_mlm.RANK == 1 and train_mlm.RESTARTS == 0 and arguments[3] == 25:
+
+def signalled(*inputs):
+    if train_mlm.RANK == 1 and train_mlm.RESTARTS == 0 and inputs[3] == 12:
         os.kill(os.getpid(), 15)
-    return step(*arguments)
+    return step(*inputs)
+
+def asking(value):
+    asked.append(1)
+    return gathered(value)
+
 def killed(old, new):
     os.kill(os.getpid(), 9) if str(old).endswith("step-0000030.partial") else replace(old, new)
-train_mlm.DistributedDataParallel, train_mlm.train_step, os.replace = counting, signalled, killed
-if train_mlm.RANK == 1:
-    train_mlm.save_checkpoint = train_mlm.pieces = train_mlm.write_atomically = None  # only the first process writes
+
+train_mlm.DistributedDataParallel, train_mlm.train_step = counting, signalled
+train_mlm.gathered, os.replace = asking, killed
+if train_mlm.RANK == 1:  # only the first process reads text and writes
+    train_mlm.text_sources = train_mlm.save_checkpoint = train_mlm.write_atomically = None
 try:
     train_mlm.main(sys.argv[1:])
 finally:
     if train_mlm.RANK == 0:
-        print(f"gradients exchanged {len(calls)} times", flush=True)
+        print(f"gradients exchanged {len(calls)} times, messages {len(asked)}", flush=True)
 """
 
 
 def test_two_processes_train_the_same_model_are_started_again_and_may_be_killed(longer):
-    """The second of two gets SIGTERM; they go on; kill -9 ends the first as it saves; one process goes on."""
+    """The second gets SIGTERM; they go on; kill -9 ends the first as it saves; one goes on."""
     put("two.py", TWO)
-    launcher = (
-        f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 --max-restarts 1 two.py"
-    )
-    command = [*launcher.split(), *arguments(f"{LONGER} --out two")]
+    launcher = "-m torch.distributed.run --nproc-per-node 2 --max-restarts 1 two.py"
+    flags = f"{LONGER} --save-every 15 --out two --cache cache"
+    command = [sys.executable, *launcher.split(), *arguments(flags)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said, run = done.stdout, Path("two")
-    assert (
-        done.returncode != 0
-        and "stopped by SIGTERM after step 26" in said
-        and "from step 26 on" in said
-    ), said
-    assert said.count("on 2 × cpu") == 2 and "gradients exchanged 26 times" in said, (
-        said
-    )  # once a step
-    assert (
-        sorted(folder.name[5:] for folder in run.glob("step-*"))
-        == "0000010 0000020 0000026 0000030.partial".split()
-    )
-    pretrain(f"{LONGER} --out two")
+    said = done.stdout
+    assert done.returncode != 0, said
+
+    # both stop after the same step, one that they ask each other at, and are started again there
+    assert "stopped by SIGTERM after step 20" in said, said
+    assert "from step 20 on" in said, said
+    assert said.count("on 2 × cpu") == 2, said
+
+    # gradients are exchanged once a step; messages: checkpoint and text, and every 10 steps
+    assert "gradients exchanged 20 times, messages 4" in said, said
+    assert checkpoints("two") == ["0000015", "0000020", "0000030.partial"]
+
+    # one process goes on and ends where a run of one process does
+    pretrain(f"{LONGER} --save-every 15 --out two --cache cache")
     weights, log = trained("two")
     assert relative(weights, longer[0]) < 1e-5
-    losses = ([float(row["loss"] or 0) for row in rows] for rows in (log, longer[1]))
-    assert next(losses) == pytest.approx(next(losses), abs=2e-4)
+    losses = [[float(line["loss"] or 0) for line in lines] for lines in (log, longer[1])]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
-def test_a_run_goes_on_with_its_tokenizer_after_the_newest_whole_checkpoint(monkeypatch, capsys):
-    flags, run, damaged = f"--vocab-size 100 {SHORT} --resume", Path("run"), []
+def test_a_run_goes_on_with_the_tokenizer_that_it_trained(monkeypatch):
+    flags = f"--vocab-size 100 {SHORT} --resume"
     with monkeypatch.context() as patch:
-        patch.setattr(train_mlm, "tokenize", raising(KeyboardInterrupt))
-        refused(pretrain, flags, said="interrupted")
-    made = (run / "tokenizer.json").read_text()
+        patch.setattr(train_mlm, "write_tokens", raising(KeyboardInterrupt))
+        refused(pretrain, f"{flags} --cache cache", said="interrupted")
+    made = Path("run/tokenizer.json").read_text()
+
+    # another one might differ in a few pieces
     monkeypatch.setattr(train_mlm, "train_tokenizer", None)
     pretrain(flags)
-    expected = trained()
-    for name, change in (  # bytes, text, an object to save, None for nothing
-        (
-            "training.pt",
-            lambda whole: whole[:70_000] + whole[70_000:70_100][::-1] + whole[70_100:],
-        ),  # in a tensor
-        ("training.pt", lambda whole: None),
-        ("training.pt", lambda whole: {"step": 5}),
-        ("model.pt", lambda whole: {"x": torch.ones(3)}),
-        ("tokenizer.json", lambda whole: "{"),
-    ):
-        damaged.append(shutil.copytree(run / "step-0000006", run / f"step-{7 + len(damaged):07d}"))
+    assert Path("run/tokenizer.json").read_text() == made
+    assert Path("run/step-0000006/tokenizer.json").read_text() == made
+
+    # a checkpoint's counts, whatever lies beside it
+    shutil.rmtree("run/step-0000006")
+    put("run/tokenizer.json", "damaged")
+    pretrain(flags)
+    assert Path("run/tokenizer.json").read_text() == made
+
+
+def reversed_in_a_tensor(whole: bytes) -> bytes:
+    return whole[:70_000] + whole[70_000:70_100][::-1] + whole[70_100:]
+
+
+DAMAGED_CHECKPOINTS = [  # a file, its contents: bytes, text, an object to save, None for no file
+    ("training.pt", reversed_in_a_tensor),
+    ("training.pt", lambda whole: None),
+    ("training.pt", lambda whole: {"step": 5}),
+    ("model.pt", lambda whole: {"x": torch.ones(3)}),
+    ("tokenizer.json", lambda whole: "{"),
+]
+
+
+def test_a_run_goes_on_after_the_newest_checkpoint_that_can_be_read(capsys):
+    pretrain(SHORT)
+    weights, log = trained()
+
+    # the last checkpoint is lost, and those behind it are damaged
+    run = Path("run")
+    damaged = []
+    for step, (name, change) in enumerate(DAMAGED_CHECKPOINTS, 7):
+        damaged.append(shutil.copytree(run / "step-0000006", run / f"step-{step:07d}"))
         put(damaged[-1] / name, change((damaged[-1] / name).read_bytes()))
     shutil.rmtree(run / "step-0000006")
     put(run / "step-0000003.partial/model.pt", "half of it")
-    put(run / "tokenizer.json", "the checkpoint's counts")
-    pretrain(flags)
-    printed, found = capsys.readouterr().out, trained()
-    assert (
-        all(f"{folder} is damaged" in printed for folder in damaged) and "from step 4 on" in printed
-    )
-    assert torch.equal(found[0], expected[0]) and found[1] == expected[1]
-    assert (
-        sorted(run.glob("step-*"))[2] == run / "step-0000006"
-    )  # the damaged do not count, the partial is gone
-    assert (
-        (run / "tokenizer.json").read_text()
-        == made
-        == (run / "step-0000006/tokenizer.json").read_text()
-    )
+
+    # it goes on, and damaged ones do not count as checkpoints to keep
+    pretrain(f"{SHORT} --resume")
+    said = capsys.readouterr().out
+    assert all(f"{folder} is damaged" in said for folder in damaged)
+    assert "from step 4 on" in said
+    again, log_again = trained()
+    assert torch.equal(again, weights)
+    assert log_again == log
+    assert checkpoints()[:3] == ["0000002", "0000004", "0000006"]
+
+    # none is left
     for folder in run.glob("step-*"):
         (folder / "training.pt").unlink(missing_ok=True)
-    refused(pretrain, flags, said="no checkpoint in .* is whole")
+    refused(pretrain, f"{SHORT} --resume", said="no checkpoint in .* can be read")
 
 
-OTHER_RUNS = """--lr 0.5|--steps 5|--seed 1|--batch-size 16|--micro-batch-size 8|--bucket|--warmup-steps 1
-    |--weight-decay 0|--mask-rate 0.3|--length-schedule 16:1|--vocab-size 100|--tokenizer other.json|--pattern TM
-    |--d-state 8|--psm none|--causal-conv|--dropout 0.1|--data turned.txt|--sample-by document"""
+OTHER_RUNS = """--lr 0.5|--steps 5|--seed 1|--batch-size 16|--micro-batch-size 8|--bucket
+    |--warmup-steps 1|--weight-decay 0|--mask-rate 0.3|--length-schedule 16:1|--vocab-size 100
+    |--tokenizer other.json|--pattern TM|--d-state 8|--psm none|--causal-conv|--dropout 0.1
+    |--data turned.txt|--sample-by document"""
 
 
 def test_another_run_is_not_resumed():
     pretrain(SHORT)
-    before, text = Path("run/log.csv").read_text(), Path("corpus.txt").read_text()
+    before = Path("run/log.csv").read_text()
+    text = Path("corpus.txt").read_text()
     words_tokenizer(WORDS[::-1]).save("other.json")
-    put("moved.txt", text)
-    put(
-        "turned.txt", "\n".join(" ".join(reversed(line.split())) for line in text.splitlines())
-    )  # of the same lengths
-    for change in OTHER_RUNS.split("|"):
-        name = re.sub(
-            "data|sample_by", "corpus", re.match(r"--(?:no-)?(\S+)", change)[1].replace("-", "_")
-        )
-        refused(
-            pretrain,
-            f"{SHORT} {change} --resume",
-            said=f"belongs to another run: .*{name} was .* and is now ",
-        )
+    turned = [" ".join(reversed(line.split())) for line in text.splitlines()]  # of the same lengths
+    put("turned.txt", "\n".join(turned))
+
+    # every difference is named
+    for change in re.split(r"\s*\|", OTHER_RUNS):
+        flag = re.match(r"--(\S+)", change)[1].replace("-", "_")
+        name = "corpus" if flag in ("data", "sample_by") else flag
+        said = f"belongs to another run: .*{name} was .* and is now "
+        refused(pretrain, f"{SHORT} {change} --resume", said=said)
     assert Path("run/log.csv").read_text() == before
-    pretrain(f"{SHORT} --data moved.txt --resume")  # the same text
+
+    # the same text elsewhere is no difference
+    put("moved.txt", text)
+    pretrain(f"{SHORT} --data moved.txt --resume")
 
 
 # ---- Fine-tuning on GLUE ----
@@ -2983,21 +3302,32 @@ REFUSALS = [  # script, flags; what is said; {file: its contents, None for no fi
     ("train --vocab-size 500 --tokenizer x", "not allowed with"), ("train --demo --data x.txt", "not allowed with"),
     ("train --resume --overwrite", "not allowed with"), ("train --pattern MXT", "MaBERTConfig.pattern"),
     ("train --dropout inf", "MaBERTConfig.dropout"), ("train --psm pre,post", "'pre,post' is not none, or any of"),
-    ("train --out corpus.txt", r"cannot read or write.*\n.*File exists"),
+    ("train --out corpus.txt", r"^\[Errno 17\] File exists: 'corpus.txt'\nFinished checkpoints .* are kept"),
+    ("train --cache corpus.txt", "Not a directory: 'corpus.txt/"),
     ("train --data a", r"is or has no \.txt, .* file that is not empty", {"a/a.txt": ""}),
+    ("train --data nowhere", "nowhere is or has no"), ("train --data a.md", r"a.md is or has no", {"a.md": "one"}),
+    ("train --data .a", "is or has no", {".a/.b/c.txt": "one"}),
     ("train --data a.txt", r"too short: 100 tokens give \d+ training rows", {"a.txt": "the cat sees a dog\n" * 20}),
     ("train --data a.txt", "the corpus is empty", {"a.txt": "\n \n"}),
-    ("train --data a.txt", "cannot load .*a.txt", {"a.txt": "\0" * 1000}),
+    ("train --data a.jsonl", "the corpus is empty", {"a.jsonl": '{"text": null}\n'}),
+    ("train --data a.json", "the corpus is empty", {"a.json": "[]"}),
     ("train --data a.txt", r"a.txt, line 2: not UTF-8 \(invalid start byte\)", {"a.txt": b"good\nthe \xff cat"}),
     ("train --data a.jsonl", "a.jsonl, line 2: not UTF-8", {"a.jsonl": b'{"text": "good"}\n{"text": "not \xc3("}\n'}),
-    ("train --data a.jsonl", "load .*jsonl: ValueError.*'title'.*needs a column", {"a.jsonl": '{"title": ""}\n'}),
-    ("train --data a.jsonl", "a.jsonl: .*the column 'text' holds int64", {"a.jsonl": '{"text": 5}\n'}),
-    ("train --data a.parquet", "cannot load .*a.parquet", {"a.parquet": b"PAR1 and so on"}),
-    ("train --data a.txt", r"most of the text is \[UNK\]", {"a.txt": "hund und katze\n" * 200}),
+    ("train --data a.jsonl", "a.jsonl, line 2 has no 'text'", {"a.jsonl": '{"text": ""}\n{"title": ""}\n'}),
+    ("train --data a.jsonl", "a.jsonl, line 1 has no 'text'", {"a.jsonl": "5\n"}),
+    ("train --data a.jsonl", "a.jsonl, line 1: 'text' is no string: 5", {"a.jsonl": '{"text": 5}\n'}),
+    ("train --data a.jsonl", "a.jsonl, line 2: not JSON", {"a.jsonl": '{"text": "good"}\n{"text": "good"\n'}),
+    ("train --data a.json", r"a.json, document 2: 'text' is no string: \[\]", {"a.json": '[{"text": ""}, {"text": []}]'}),
+    ("train --data a.parquet", "cannot read a.parquet: Parquet magic bytes", {"a.parquet": b"PAR1 and so on"}),
+    ("train --data a.parquet", "a.parquet has no column 'text' of strings, but {'text': 'int64'}", {"a.parquet": parquet(text=[1])}),
+    ("train --data a.parquet", "a.parquet has no column 'text' of strings, but {'title'", {"a.parquet": parquet(title=["a"])}),
+    ("train --data a.parquet", "a.parquet: not UTF-8", {"a.parquet": parquet(text=["b\xc3d"]).replace("\xc3".encode(), b"\xff\xff")}),
+    ("train --data a.txt", r"to the tokenizer 100% of the text is \[UNK\]", {"a.txt": "hund und katze\n" * 200}),
+    ("train --data a.txt", r"to the tokenizer 60% of the text is \[UNK\]", {"a.txt": f"{'a ' * 80}{'x' * 120}\n" * 20}),
     (WORDS_FILE, "cannot load the tokenizer .*words.json", {"words.json": None}),
-    (WORDS_FILE, "70001 tokens; 65535 is the most", {"words.json": lambda x: x.replace(b": 24", b": 70000")}),
+    (WORDS_FILE, "the tokenizer has 70001 tokens; 65535 is the most", {"words.json": lambda x: x.replace(b": 24", b": 70000")}),
     (WORDS_FILE, r"has no \[MASK\]", {"words.json": lambda x: x.replace(b"[MASK]", b"[MARK]")}),
-    (WORDS_FILE, "no pre-tokenizer", {"words.json": lambda x: json.dumps(json.loads(x) | dict(pre_tokenizer=None))}),
+    (WORDS_FILE, r"100% of the text .*no pre-tokenizer\?", {"words.json": lambda x: json.dumps(json.loads(x) | dict(pre_tokenizer=None))}),
     ("glue --tasks colla", "invalid choice: 'colla'.*cola"),
     ("glue --psm pre+mid", "'pre[+]mid' is not none, or any"),
     ("glue --seeds 0", "argument --seeds: 0 must be"),

@@ -1,20 +1,31 @@
 """Pretrains MaBERT with masked language modelling.
 
-    python train_mlm.py --demo                          # minutes on a laptop: no network, no GPU
-    python train_mlm.py --steps 100000                  # the paper's 10 % budget: Wikipedia + BookCorpus from the hub
-    python train_mlm.py --data texts/ --vocab-size 8192 --steps 5000 --hidden-size 256 --num-heads 4 ...
-    python train_mlm.py ... --resume                    # goes on after the newest checkpoint of a stopped run
-    torchrun --nproc-per-node 8 train_mlm.py ...        # the same run, shared by eight GPUs
-    python train_mlm.py ... --profile 20                # where the time of a step goes
+    python train_mlm.py --demo                     # minutes on a laptop: no network, no GPU
+    python train_mlm.py --steps 100000             # the paper's 10 % budget, on text from the hub
+    python train_mlm.py --data texts/ --vocab-size 8192 --steps 5000 --hidden-size 256 ...
+    python train_mlm.py ... --resume               # goes on after the newest checkpoint
+    torchrun --nproc-per-node 8 train_mlm.py ...   # the same run, shared by eight GPUs
 
-In order: arguments · text · tokens · rows and masking · what training reads · files of a run · training · the processes
-of a run · where the time goes.
+The way of the data, which is also the order of this file:
 
-Everything random is a function of the seed, the step and the micro-batch: which rows a step reads, where they are
-masked, dropout. So there is no random state to keep, and resuming changes nothing. The number of processes changes at
-most dropout, where it changes how many of the shorter rows go at once (rows_at_once).
-The run's folder (--out) ends with config.json, model.pt and tokenizer.json, which `from_pretrained(out)` reads, beside
-log.csv, args.json and a folder for each of the last checkpoints (step-0050000/), which `from_pretrained` reads too.
+    text         files, the hub's corpora or the demo's texts, read a part at a time
+    ids          all documents, tokenized once, one after the other in one file of --cache
+    rows         [CLS], a window of one document, [SEP]; a twentieth of the text is held out
+    batches      --batch-size rows, padded and masked, in micro-batches
+    steps        forward, backward and AdamW; now and then a line of log.csv and a held-out loss
+    checkpoints  a folder each, and at the end the model itself
+
+Everything random comes from a generator that is seeded anew each time. So there is no random state
+to save, and a run that is stopped and resumed is the run that was not stopped:
+
+    stream       its seed is                                      drawn in
+    1 masking    --seed and the step                              Batches.masked_rows
+    2 order      --seed, the first step of the phase, the epoch   Batches.row_indices
+    3 dropout    --seed, the step, the micro-batch                train_step
+
+A run writes to its folder (--out) config.json, model.pt and tokenizer.json, which
+`from_pretrained(out)` reads, beside log.csv, args.json and a folder for each of the last
+checkpoints (step-0050000/), which `from_pretrained` reads too.
 """
 
 import argparse
@@ -24,7 +35,6 @@ import dataclasses
 import datetime
 import errno
 import functools
-import glob
 import hashlib
 import importlib.metadata
 import itertools
@@ -41,13 +51,14 @@ import sysconfig
 import textwrap
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
-# Idle OpenMP threads spin for milliseconds by default: beside any other busy process that slows a run down many times
-# over. Without any spinning a small model's many short operations wait for threads to wake up. Read when torch loads.
+# OpenMP reads these when torch loads. By default its idle threads spin for milliseconds, which
+# slows a run down many times over beside any other busy process. With no spinning at all, the many
+# short operations of a small model would wait for threads to wake up.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
@@ -66,65 +77,65 @@ from tokenizers import (
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from mabert import PSM_STAGES, MaBERT, MaBERTConfig, MaBERTForMaskedLM, torch_load
+from mabert import PSM_STAGES, MaBERTConfig, MaBERTForMaskedLM, torch_load
 
-RANK, LOCAL_RANK, PROCESSES, RESTARTS = (
-    int(os.environ.get(name, n))
-    for name, n in (
-        ("RANK", 0),
-        ("LOCAL_RANK", 0),
-        ("WORLD_SIZE", 1),
-        ("TORCHELASTIC_RESTART_COUNT", 0),
-    )
-)
-tqdm = functools.partial(tqdm, disable=RANK > 0)  # of torchrun's processes the first speaks
+# torchrun tells each of its processes which one it is
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
-# ---- Arguments: the defaults are the paper's protocol, where our copy of it has the value, else BERT's ----
+# ---- Arguments: the defaults are the paper's protocol; what our copy of it lacks is BERT's ----
 
+# The text and the tokenizer of a run that names none
 HUB_CORPUS = (("wikimedia/wikipedia", "20231101.en"), ("lucadiliello/bookcorpusopen", "default"))
 HUB_TOKENIZER = "google-bert/bert-base-uncased"
-WITHOUT_HUB = "without the hub, pass --data PATH, and --tokenizer a tokenizer.json or --vocab-size N to train one"
-MAX_VOCAB = 65_535  # token ids are kept as uint16
-MODEL = (
-    "pattern",
-    "hidden_size",
-    "num_heads",
-    "intermediate_size",
-    "d_state",
-    "dropout",
-)  # fields of MaBERTConfig
+WITHOUT_HUB = (
+    "without the hub, pass --data PATH, and --tokenizer a tokenizer.json or --vocab-size N to "
+    "train one"
+)
+MAX_VOCAB = 65_535  # token ids are stored as uint16
+
+# The fields of MaBERTConfig that are flags
+MODEL = ("pattern", "hidden_size", "num_heads", "intermediate_size", "d_state", "dropout")
+
+# The paper's model and protocol in small; the flags not named here keep their defaults
 DEMO = dict(
     out="out/demo",
+    # the model
     vocab_size=4096,
-    pattern="MWT",
+    pattern="MMT",
     hidden_size=128,
     num_heads=4,
     intermediate_size=512,
-)
-DEMO |= dict(
     d_state=8,
     dropout=0.0,
-    steps=1000,
+    # its rows
     length_schedule=[(64, 1.0)],
     batch_size=24,
     bucket=True,
+    mask_rate=0.3,
+    # its training
+    steps=1000,
     lr=2e-3,
+    warmup_steps=100,
+    eval_every=200,
+    log_every=25,
 )
-DEMO |= dict(warmup_steps=100, mask_rate=0.3, eval_every=200, log_every=25)
 
 
 def bounded(kind: type, low: float, high: float = math.inf):
     """A type for argparse: an int or a float, finite, in [low, high)."""
 
     def parse(text: str):
-        if not low <= (value := kind(text)) < high:
+        value = kind(text)
+        if not low <= value < high:
             raise argparse.ArgumentTypeError(f"{text} must be finite and in [{low}, {high})")
         return value
 
-    parse.__name__ = kind.__name__  # which argparse says: invalid int value
+    parse.__name__ = kind.__name__  # argparse's messages have it: invalid int value
     return parse
 
 
@@ -132,77 +143,144 @@ def psm_stages(text: str) -> tuple[str, ...]:
     """A type for argparse: stages of padding-safe masking, joined by +, or none."""
     stages = () if text == "none" else tuple(text.split("+"))
     if not set(stages) <= set(PSM_STAGES):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not none, or any of {', '.join(PSM_STAGES)} joined by +"
-        )
+        allowed = ", ".join(PSM_STAGES)
+        raise argparse.ArgumentTypeError(f"{text!r} is not none, or any of {allowed} joined by +")
     return stages
 
 
 def length_share(text: str) -> tuple[int, float]:
+    """A type for argparse: the length of rows and a share of the steps, as in 128:0.9."""
     length, share = text.split(":")
     return bounded(int, 8, 2**16)(length), bounded(float, 1e-9, 1.01)(share)
 
 
+def default_cache() -> str:
+    """A folder of ours in the user's cache folder."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return str(Path(caches, "mabert"))
+
+
+# fmt: off
+def add_flags_of_the_run(parser: argparse.ArgumentParser):
+    # its folder
+    positive = bounded(int, 1)
+    group = parser.add_argument_group("the run")
+    group.add_argument("--out", default="out/mlm", help="the run's folder")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true",
+        help="go on after the newest checkpoint in --out, if there is one")
+    either.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    group.add_argument("--seed", type=bounded(int, 0), default=0, help="of all that is random")
+
+    # how often something is written
+    group.add_argument("--save-every", type=positive, default=1_000,
+        help="steps between checkpoints; the last step gets one too")
+    group.add_argument("--keep", type=positive, default=3,
+        help="checkpoints to keep, the last ones")
+    group.add_argument("--eval-every", type=positive, default=1_000,
+        help="steps between held-out losses")
+    group.add_argument("--log-every", type=positive, default=100,
+        help="steps between lines of log.csv")
+
+
+def add_flags_of_the_text(parser: argparse.ArgumentParser):
+    # which text
+    group = parser.add_argument_group("text")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--demo", action="store_true",
+        help="a small model on text that every Python carries; replaces out/demo")
+    either.add_argument("--data", nargs="+", metavar="PATH",
+        help=".txt, .json, .jsonl or .parquet files, or folders of them, with a column 'text', "
+        "instead of English Wikipedia and BookCorpus from the hub")
+    group.add_argument("--sample-by", choices=("document", "paragraph", "line"), default="document",
+        help="what is one document in a .txt file: all of it, a block between blank lines, a line")
+
+    # its tokens
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--tokenizer",
+        help=f"a tokenizer.json or a name on the hub; without --vocab-size, {HUB_TOKENIZER}")
+    either.add_argument("--vocab-size", type=bounded(int, 100, MAX_VOCAB + 1),
+        help="train a tokenizer of so many pieces on the text")
+    group.add_argument("--cache", default=default_cache(), metavar="FOLDER",
+        help="where token ids are kept, two bytes each, for the next runs on the same text")
+
+
+def add_flags_of_the_model(parser: argparse.ArgumentParser):
+    defaults = MaBERTConfig()
+    group = parser.add_argument_group("model")
+
+    # fields that are flags as they are
+    for name in MODEL:
+        default = getattr(defaults, name)
+        group.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default,
+            help=f"see MaBERTConfig.{name}")
+
+    # fields with a form of their own
+    group.add_argument("--psm", type=psm_stages, default="+".join(defaults.psm), metavar="STAGES",
+        help="stages of padding-safe masking, joined by +, or none")
+    group.add_argument("--causal-conv", action=argparse.BooleanOptionalAction,
+        default=defaults.causal_conv, help="or one that is centred")
+
+
+def add_flags_of_training(parser: argparse.ArgumentParser):
+    # steps and rows
+    positive = bounded(int, 1)
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=positive, default=1_000_000,
+        help="the paper's budgets: 100000, 250000, 500000 and 1000000")
+    group.add_argument("--length-schedule", nargs="+", type=length_share, metavar="TOKENS:SHARE",
+        default=[(128, 0.9), (512, 0.1)],
+        help="row lengths and the share of the steps each gets, in order")
+    group.add_argument("--batch-size", type=positive, default=256, help="rows per optimizer step")
+    group.add_argument("--micro-batch-size", type=positive, default=64,
+        help="rows of the longest length that go through the model at once; of shorter ones more, "
+        "at most as many tokens")
+
+    # the optimizer and the task
+    group.add_argument("--lr", type=bounded(float, 1e-30), default=1e-4, help="peak learning rate")
+    group.add_argument("--warmup-steps", type=bounded(int, 0), default=10_000,
+        help="linear warm-up, never over a tenth of the run")
+    group.add_argument("--weight-decay", type=bounded(float, 0), default=0.01,
+        help="on matrices; none on biases, norms, A_log and D")
+    group.add_argument("--mask-rate", type=bounded(float, 1e-9, 1), default=0.15,
+        help="share of the tokens to predict")
+
+    # what changes the cost alone
+    group.add_argument("--bucket", action="store_true",
+        help="rows of like length together, from 32 batches at a time: less padding")
+    group.add_argument("--activation-checkpointing", action="store_true",
+        help="less memory, more time, the same weights")
+    group.add_argument("--compile", action="store_true", help="torch.compile the encoder")
+# fmt: on
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    base, positive, about = MaBERTConfig(), bounded(int, 1), argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
-        usage="python train_mlm.py [--demo] [--data PATH ...] [--steps N] ...: --help lists all flags",
-        description="Pretrain MaBERT with masked language modelling. Defaults are the paper's protocol.",
-        formatter_class=about,
+        usage="python train_mlm.py [--demo] [--data PATH ...] [--steps N] ...: --help lists more",
+        description="Pretrain MaBERT with masked language modelling, by the paper's protocol.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    # fmt: off
-    group = parser.add_argument_group("the run")
-    add, one_of = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--out", default="out/mlm", help="the run's folder")
-    one_of("--resume", action="store_true", help="go on after the newest checkpoint in --out, if there is one")
-    one_of("--overwrite", action="store_true", help="replace the run that --out holds")
-    add("--seed", type=bounded(int, 0), default=0, help="of all that is random")
-    add("--save-every", type=positive, default=1_000, help="steps between checkpoints; the last step gets one too")
-    add("--keep", type=positive, default=3, help="checkpoints to keep, the last ones")
-    add("--eval-every", type=positive, default=1_000, help="steps between held-out losses")
-    add("--log-every", type=positive, default=100, help="steps between lines of log.csv")
-    add("--profile", type=positive, metavar="STEPS", help="say where the time of so many steps of each length goes")
-    group = parser.add_argument_group("text")
-    add, one_of = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    one_of("--demo", action="store_true", help="a small model on text that every Python carries; replaces out/demo")
-    one_of("--data", nargs="+", metavar="PATH", help=".txt, .json, .jsonl or .parquet files, or folders of them, with "
-           "a column 'text', instead of English Wikipedia and BookCorpus from the hub")
-    add("--sample-by", choices=("document", "paragraph", "line"), default="document", help="what is one document in a "
-        ".txt file: all of it, a block between blank lines, a line")
-    one_of = group.add_mutually_exclusive_group().add_argument
-    one_of("--tokenizer", help=f"a tokenizer.json or a name on the hub; without --vocab-size, {HUB_TOKENIZER}")
-    one_of("--vocab-size", type=bounded(int, 100, MAX_VOCAB + 1), help="train a tokenizer of so many pieces on the text")
-    add = parser.add_argument_group("model").add_argument
-    for name in MODEL:
-        default = getattr(base, name)
-        add(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"see MaBERTConfig.{name}")
-    add("--psm", type=psm_stages, default="+".join(base.psm), metavar="STAGES", help="stages of padding-safe masking, or none")
-    add("--causal-conv", action=argparse.BooleanOptionalAction, default=base.causal_conv, help="or one that is centred")
-    add = parser.add_argument_group("training").add_argument
-    add("--steps", type=positive, default=1_000_000, help="the paper's budgets: 100000, 250000, 500000 and 1000000")
-    add("--length-schedule", nargs="+", type=length_share, default=[(128, 0.9), (512, 0.1)], metavar="TOKENS:SHARE",
-        help="row lengths and the share of the steps each gets, in order")
-    add("--batch-size", type=positive, default=256, help="rows per optimizer step")
-    add("--micro-batch-size", type=positive, default=64, help="rows of the longest length that go through the "
-        "model at once; of shorter ones more, at most as many tokens")
-    add("--lr", type=bounded(float, 1e-30), default=1e-4, help="peak learning rate")
-    add("--warmup-steps", type=bounded(int, 0), default=10_000, help="linear warm-up, never over a tenth of the run")
-    add("--weight-decay", type=bounded(float, 0), default=0.01, help="on matrices; none on biases, norms, A_log and D")
-    add("--mask-rate", type=bounded(float, 1e-9, 1), default=0.15, help="share of the tokens to predict")
-    add("--bucket", action="store_true", help="rows of like length together, from 32 batches at a time: less padding")
-    add("--activation-checkpointing", action="store_true", help="less memory, more time, the same weights")
-    add("--compile", action="store_true", help="torch.compile the encoder")
-    # fmt: on
+    add_flags_of_the_run(parser)
+    add_flags_of_the_text(parser)
+    add_flags_of_the_model(parser)
+    add_flags_of_training(parser)
+
+    # the demo has other defaults
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     if args.demo and args.tokenizer:
         args.vocab_size = None
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
+
+    # what no single flag can tell
     if args.batch_size % (args.micro_batch_size * PROCESSES):
-        parser.error(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size} × "
-                     f"{PROCESSES} process(es): change it, or lower --micro-batch-size")  # fmt: skip
+        parser.error(
+            f"--batch-size {args.batch_size} is no multiple of --micro-batch-size "
+            f"{args.micro_batch_size} × {PROCESSES} process(es): change it, or lower "
+            "--micro-batch-size"
+        )
     if not math.isclose(sum(share for _, share in args.length_schedule), 1):
         parser.error("--length-schedule: the shares must sum to 1, as in 128:0.9 512:0.1")
     try:
@@ -213,160 +291,369 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def model_config(args: argparse.Namespace, vocab_size: int, pad_token_id: int) -> MaBERTConfig:
-    sizes = dict(vocab_size=vocab_size, pad_token_id=pad_token_id)
-    sizes["max_position"] = max(length for length, _ in args.length_schedule)
+    """The config of the model that the flags describe, for a tokenizer of this size."""
+    flags = {name: getattr(args, name) for name in (*MODEL, "psm", "causal_conv")}
+    longest = max(length for length, _ in args.length_schedule)
     return MaBERTConfig(
-        **sizes, **{name: getattr(args, name) for name in (*MODEL, "psm", "causal_conv")}
+        vocab_size=vocab_size, pad_token_id=pad_token_id, max_position=longest, **flags
     )
 
 
-# ---- Text: a list of corpora, each a Dataset of `datasets` with a column "text", a document a row ----
+def progress(*args, **options) -> tqdm:
+    """A progress bar on stderr; of torchrun's processes only the first shows one."""
+    return tqdm(*args, disable=RANK > 0, **options)
+
+
+# ---- Text: read a part at a time, so that a file may be larger than the memory ----
+
+KINDS = (".txt", ".json", ".jsonl", ".parquet")
+PIECE = 20_000  # characters that are read and tokenized at once; a tokenizer takes 2 MB for them
+
+
+class Part(NamedTuple):
+    """Some of the text of a document."""
+
+    text: str
+    ends: bool  # whether the document ends here
+    share: float  # of the source, 0 to 1: how much has been read by now
+
+
+class Source(NamedTuple):
+    """Something to read documents from: a file, a corpus of the hub, the texts of the demo."""
+
+    key: str  # another one for other content or another kind
+    size: int  # bytes
+    read: Callable[[], Iterator[Part]]  # from the start, each time
+
+
+def text_sources(args: argparse.Namespace) -> list[Source]:
+    """The text that the flags ask for."""
+    if args.demo:
+        return [demo_source()]
+    if args.data:
+        return file_sources(find_files(args.data), args.sample_by)
+    return hub_sources()
+
+
+def parts_of(documents: Iterable[str | None], count: int) -> Iterator[Part]:
+    """`count` documents, each in one part; None is an empty one."""
+    for number, text in enumerate(documents, 1):
+        yield Part(text or "", True, number / count)
+
+
+def encodable(text: str) -> str:
+    """The text without lone surrogates, which JSON and Python can spell but UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
+# The demo's texts and the hub's
 
 
 def demo_texts() -> list[str]:
-    """English that every Python carries: its language reference, and docstrings of modules that are not imported."""
+    """English that every Python carries: the language reference, and docstrings of the library."""
     from pydoc_data.topics import topics
 
-    texts, library = list(topics.values()), Path(sysconfig.get_path("stdlib"))
-    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    texts = list(topics.values())
+    library = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "test", "tests"}
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of old escapes in the sources
-        for file in tqdm(sorted(library.rglob("*.py")), unit="file", desc="reading docstrings"):
-            if {"site-packages", "dist-packages", "test", "tests"} & set(
-                file.relative_to(library).parts
-            ):
+        for file in progress(sorted(library.rglob("*.py")), unit="file", desc="docstrings"):
+            if skipped & set(file.relative_to(library).parts):
                 continue
-            with contextlib.suppress(
-                SyntaxError, ValueError, OSError
-            ):  # some files are broken, a few on purpose
-                nodes = ast.walk(ast.parse(file.read_bytes()))
-                texts += [
-                    ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)
-                ]
-    return [text.encode("utf-8", "replace").decode() for text in dict.fromkeys(texts)]  # each once
+
+            # modules are parsed, not imported; a few cannot be parsed, some of them on purpose
+            with contextlib.suppress(SyntaxError, ValueError, OSError):
+                for node in ast.walk(ast.parse(file.read_bytes())):
+                    if isinstance(node, documented):
+                        texts.append(ast.get_docstring(node) or "")
+    return [encodable(text) for text in dict.fromkeys(texts)]  # each once
 
 
-def local_files(paths: list[str]) -> dict[str, list[str]]:
-    """The files that --data names, each once, by the builder of `datasets` that reads them."""
-    builders, files = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}, {}
-    for path in map(Path, paths):
-        found = [path] if path.is_file() else path.rglob("*")
-        found = [
-            file
-            for file in found
-            if file.suffix.lower() in builders and file.is_file() and file.stat().st_size
-        ]
-        if not found:
-            raise SystemExit(
-                f"--data: {path} is or has no {', '.join(builders)} file that is not empty"
-            )
-        for file in found:
-            files.setdefault(builders[file.suffix.lower()], set()).add(str(file.resolve()))
-    return {builder: sorted(names) for builder, names in files.items()}
+def demo_source() -> Source:
+    """The demo's texts, with a digest as their key."""
+    texts = demo_texts()
+    content = "\0".join(texts).encode()
+    key = f"demo {hashlib.blake2b(content).hexdigest()}"
+    return Source(key, len(content), lambda: parts_of(texts, len(texts)))
 
 
-def load_corpora(args: argparse.Namespace) -> list:
-    import datasets  # takes seconds
+def hub_sources() -> list[Source]:
+    """The hub's corpora, downloaded by `datasets`. Their keys are their names and sizes."""
+    import datasets  # here, since it takes seconds
 
-    if RANK > 0:
-        datasets.disable_progress_bars()
-    if args.demo:
-        return [datasets.Dataset.from_dict(dict(text=demo_texts()))]
-    files, corpora = local_files(args.data or []), []
-    for name, config in [(kind, None) for kind in files] or HUB_CORPUS:
-        options = dict(sample_by=args.sample_by) if name == "text" else {}
-        options["data_files"] = (
-            list(map(glob.escape, files.get(name, []))) or None
-        )  # names, not patterns
+    def read(corpus) -> Iterator[Part]:
+        documents = (text for rows in corpus.iter(64) for text in rows["text"])
+        return parts_of(documents, len(corpus))
+
+    sources = []
+    for name, config in HUB_CORPUS:
         try:
-            corpus = datasets.load_dataset(name, config, split="train", **options).select_columns(
-                "text"
-            )
-            if "string" not in (kind := corpus.features["text"].dtype):
-                raise ValueError(f"the column 'text' holds {kind}")
-        except (
-            Exception
-        ) as error:  # datasets raises many kinds, most of them with the reason one level down
-            refuse_not_utf8(files)
+            corpus = datasets.load_dataset(name, config, split="train").select_columns("text")
+        except Exception as error:  # of many kinds, most with the reason one level down
             error = error.__cause__ or error
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise error from None
-            said = f"cannot load {' '.join(files.get(name, [name]))}: {error!r}"
-            advice = "a file needs a column 'text' of strings, and a row" if files else WITHOUT_HUB
-            raise SystemExit(f"{said}\n{advice}") from error
-        corpora.append(corpus)
-    return corpora
+            raise SystemExit(f"cannot load {name}: {error!r}\n{WITHOUT_HUB}") from error
+        size = corpus.data.nbytes
+        key = f"{name} {config} {len(corpus)} {size}"
+        sources.append(Source(key, size, functools.partial(read, corpus)))
+    return sources
 
 
-def refuse_not_utf8(files: dict[str, list[str]]):
-    """SystemExit with the first line of the text and JSON files that is not UTF-8, if there is one."""
-    for file in files.get("text", []) + files.get("json", []):
-        for i, line in enumerate(open(file, "rb"), 1):
+# Files
+
+
+def find_files(paths: list[str]) -> list[Path]:
+    """The files that --data names, each once; SystemExit where a path has none."""
+    files = {}  # by where they really are, since a file may be named twice, or linked
+    unread = 0
+    for path in map(Path, paths):
+        # all that is there, and what of that we read
+        candidates = [path] if path.is_file() else sorted(files_below(path))
+        readable = [file for file in candidates if is_readable(file)]
+        unread += len(candidates) - len(readable)
+        if not readable:
+            kinds = ", ".join(KINDS)
+            raise SystemExit(f"--data: {path} is or has no {kinds} file that is not empty")
+
+        # each once
+        for file in readable:
+            files.setdefault(file.resolve(), file)
+
+    # say what is read, so that what is missing is noticed
+    size = sum(file.stat().st_size for file in files) / 1e6
+    others = f"; {unread} others there are not read" if unread else ""
+    print(f"text: {len(files)} file(s), {size:.1f} MB{others}")
+    return list(files.values())
+
+
+def is_readable(file: Path) -> bool:
+    """A file, not empty, of a kind that we read; the links of a folder may lead nowhere."""
+    return file.suffix.lower() in KINDS and file.is_file() and file.stat().st_size > 0
+
+
+def files_below(path: Path) -> Iterator[Path]:
+    """All files of a folder and its sub-folders, linked ones too, but nothing that is hidden."""
+    visited = set()
+    for folder, subfolders, names in os.walk(path, followlinks=True):
+        # a link may lead back to where we come from
+        place = os.path.realpath(folder)
+        if place in visited:
+            subfolders.clear()
+            continue
+        visited.add(place)
+
+        # os.walk descends into what is left of the sub-folders
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
+def file_sources(files: list[Path], sample_by: str) -> list[Source]:
+    """The files as sources. Their keys are digests of their content, so each is read once here."""
+    sizes = [file.stat().st_size for file in files]
+    bar = progress(total=sum(sizes), unit="B", unit_scale=True, desc="looking at text", delay=2)
+    sources = []
+    for file, size in zip(files, sizes):
+        # of the content, some of it at a time
+        digest = hashlib.blake2b()
+        with open(file, "rb") as opened:
+            while block := opened.read(2**20):
+                digest.update(block)
+                bar.update(len(block))
+
+        # the kind of the file is part of the key: it says how the content is read
+        key = f"{file.suffix.lower()} {digest.hexdigest()}"
+        sources.append(Source(key, size, functools.partial(read_file, file, sample_by)))
+    bar.close()
+    return sources
+
+
+def read_file(file: Path, sample_by: str) -> Iterator[Part]:
+    """The documents of a file; SystemExit says what is wrong with it, and where."""
+    kind = file.suffix.lower()
+    try:
+        if kind == ".txt":
+            yield from read_txt(file, sample_by)
+        elif kind == ".parquet":
+            yield from read_parquet(file)
+        else:
+            yield from read_json(file)
+    except UnicodeDecodeError as error:
+        where = "" if kind == ".parquet" else f", line {first_line_not_utf8(file)}"
+        raise SystemExit(f"{file}{where}: not UTF-8 ({error.reason}); convert it") from error
+
+
+def first_line_not_utf8(file: Path) -> int | None:
+    """Its number, counted from one."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
             try:
                 line.decode()
-            except UnicodeDecodeError as error:
-                raise SystemExit(
-                    f"{file}, line {i}: not UTF-8 ({error.reason}); convert it"
-                ) from error
+            except UnicodeDecodeError:
+                return number
 
 
-# ---- Tokens ----
+def read_txt(file: Path, sample_by: str) -> Iterator[Part]:
+    """Plain text; --sample-by says where its documents end. A line of spaces is blank."""
+    size = file.stat().st_size
+    with open(file, encoding="utf-8-sig") as opened:
+        # a line may be as long as the file, so it comes in parts too
+        read = opened.read if sample_by == "document" else opened.readline
+        is_blank = True  # the line, as far as it has been read
+        while text := read(PIECE):
+            line_ends = text.endswith("\n")
+            is_blank = is_blank and text.isspace()
+            document_ends = sample_by == "line" or (sample_by == "paragraph" and is_blank)
+            yield Part(text, line_ends and document_ends, opened.buffer.tell() / size)
+            is_blank = is_blank or line_ends
+    yield Part("", True, 1.0)
+
+
+def read_json(file: Path) -> Iterator[Part]:
+    """An object a line, with a "text". A .json file may also be one object, or a list of them."""
+    size = file.stat().st_size
+    with open(file, encoding="utf-8-sig") as lines:
+        # a single value, which is read at once
+        if file.suffix.lower() == ".json":
+            with contextlib.suppress(json.JSONDecodeError):
+                value = json.load(lines)
+                values = value if isinstance(value, list) else [value]
+                texts = (text_of(v, f"{file}, document {i}") for i, v in enumerate(values, 1))
+                yield from parts_of(texts, len(values))
+                return
+            lines.seek(0)
+
+        # an object a line
+        for number, line in enumerate(lines, 1):
+            if line.isspace():
+                continue
+            where = f"{file}, line {number}"
+            try:
+                text = text_of(json.loads(line), where)
+            except json.JSONDecodeError as error:
+                raise SystemExit(f"--data: {where}: not JSON ({error})") from error
+            yield Part(text, True, lines.buffer.tell() / size)
+
+
+def text_of(value: object, where: str) -> str:
+    """The "text" of a JSON object, which may be null."""
+    if not isinstance(value, dict) or "text" not in value:
+        raise SystemExit(f"--data: {where} has no 'text'")
+    text = value["text"]
+    if not isinstance(text, str | None):
+        shown = textwrap.shorten(repr(text), 50)
+        raise SystemExit(f"--data: {where}: 'text' is no string: {shown}")
+    return encodable(text or "")
+
+
+def read_parquet(file: Path) -> Iterator[Part]:
+    """The rows of the column "text"."""
+    import pyarrow  # comes with `datasets`
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        # is there text?
+        table = ParquetFile(file, buffer_size=2**20, pre_buffer=False)  # read some MB at a time
+        kinds = {field.name: str(field.type) for field in table.schema_arrow}
+        if "string" not in kinds.get("text", ""):
+            raise SystemExit(f"--data: {file} has no column 'text' of strings, but {kinds}")
+
+        # a few documents at a time
+        batches = table.iter_batches(64, columns=["text"])
+        texts = (text for batch in batches for text in batch.column(0).to_pylist())
+        yield from parts_of(texts, table.metadata.num_rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise SystemExit(f"--data: cannot read {file}: {error}") from error
+
+
+# ---- Tokenizer ----
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-PART = (
-    2**28
-)  # bytes of text that are tokenized and kept together: an interrupted preparation loses no more
 
 
-def pieces(text: str | None) -> list[str]:
-    """A document cut at white space: a tokenizer takes 100 bytes a character, and shares pieces between the cores."""
-    return re.findall(r".{1,20000}(?!\S)|.{1,20000}", text or "", re.DOTALL)
+def choose_tokenizer(
+    args: argparse.Namespace, sources: list[Source], file: Path | None
+) -> Tokenizer:
+    """The tokenizer that the flags ask for.
+
+    One that is trained on the text is written to `file`, where --resume finds it.
+    """
+    if not args.vocab_size:
+        return load_tokenizer(args.tokenizer or HUB_TOKENIZER)
+    if args.resume and file and file.exists():
+        return load_tokenizer(str(file))
+
+    # train it
+    size = args.vocab_size
+    print(f"training a tokenizer of {size} word pieces (words of megabytes take minutes)")
+    texts = (text for text, _ in pieces(sources, "text for the tokenizer"))
+    tokenizer = train_tokenizer(texts, size)
+    if file and not file.exists():
+        write_atomically(file, tokenizer.to_str(pretty=True))
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """BERT's uncased WordPiece tokenizer, trained on other text.
 
-    The trainer breaks ties between equally frequent pieces by chance, so two trainings may differ in a few of them.
+    The trainer breaks ties between equally frequent pieces by chance, so two trainings may differ
+    in a few of them.
     """
+    # its form
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    special = list(SPECIAL_TOKENS)
-    tokenizer.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special)
-    )
+
+    # its pieces
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS))
+    tokenizer.train_from_iterator(texts, trainer)
+
+    # every character of the text is a piece, however few were asked for
+    size = vocabulary_size(tokenizer)
+    if size > vocab_size:
+        print(f"the text has so many characters that the tokenizer has {size} pieces")
     return in_our_form(tokenizer)
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer.json, or a tokenizer of the hub, in our form; SystemExit says what is wrong with it."""
-    local = name.endswith(".json") or Path(name).exists()
+    """A tokenizer.json, or a tokenizer of the hub, in our form."""
+    # load it
+    is_file = name.endswith(".json") or Path(name).exists()
     try:
-        tokenizer = Tokenizer.from_file(name) if local else Tokenizer.from_pretrained(name)
+        tokenizer = Tokenizer.from_file(name) if is_file else Tokenizer.from_pretrained(name)
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise SystemExit(
-            f"cannot load the tokenizer {name}: {error}" + f"\n{WITHOUT_HUB}" * (not local)
-        ) from error
-    if missing := [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]:
-        raise SystemExit(
-            f"the tokenizer {name} has no {', '.join(missing)}; masked language modelling needs them"
-        )
-    if vocabulary_size(tokenizer) > MAX_VOCAB:
-        raise SystemExit(
-            f"the tokenizer {name} has {vocabulary_size(tokenizer)} tokens; {MAX_VOCAB} is the most"
-        )
+        advice = "" if is_file else f"\n{WITHOUT_HUB}"
+        raise SystemExit(f"cannot load the tokenizer {name}: {error}{advice}") from error
+
+    # masked language modelling needs them
+    missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise SystemExit(f"the tokenizer {name} has no {', '.join(missing)}")
     return in_our_form(tokenizer)
 
 
 def in_our_form(tokenizer: Tokenizer) -> Tokenizer:
-    """The form of our rows, whatever a file says: [CLS] a [SEP], or [CLS] a [SEP] b [SEP]; neither cut nor padded."""
+    """The tokenizer, set to make our rows, whatever its file says; SystemExit if it is too large.
+
+    A row is [CLS] a [SEP], or [CLS] a [SEP] b [SEP], neither cut nor padded. The letters "[MASK]"
+    in a text are text. A tokenizer.json does not hold that last setting: to whoever loads it
+    without this function, as mabert.py does, "[MASK]" is a mask.
+    """
+    size = vocabulary_size(tokenizer)
+    if size > MAX_VOCAB:
+        raise SystemExit(f"the tokenizer has {size} tokens; {MAX_VOCAB} is the most")
+
+    # the text, and the row around it
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    special = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
+    tokenizer.encode_special_tokens = True
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair=pair, special_tokens=special
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
     )
     return tokenizer
 
@@ -376,118 +663,220 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+# ---- Tokens: all documents of the text, one after the other in one file of ids ----
+
+FORM = 1  # of the files; another number where the same text gives other files than before
+BATCH = 2**20  # characters of the pieces that the tokenizer shares between the cores
+
+# What is known at the end of a document: how much there has been from the first document on
+DOCUMENT = np.dtype([("tokens", np.int64), ("characters", np.int64), ("unknown", np.int64)])
+
+
+def token_folder(args: argparse.Namespace, sources: list[Source], tokenizer: Tokenizer) -> Path:
+    """The folder of --cache that has the ids of this text; they are written if they are not there.
+
+    Its name is made of all that the ids depend on: replaced text is new text, whatever its name,
+    size or time, and text that was moved is not.
+    """
+    keys = [source.key for source in sources]
+    content = repr((FORM, args.sample_by, tokenizer.to_str(), keys)).encode("utf-8", "replace")
+    folder = Path(args.cache, hashlib.blake2b(content, digest_size=8).hexdigest())
+    folder.mkdir(parents=True, exist_ok=True)
+
+    # one process writes; another that wants the same text meanwhile waits, and finds it written
+    if not (folder / "ids").exists():
+        with open(lock(folder, wait=True)):  # the lock ends when its file is closed
+            if not (folder / "ids").exists():
+                write_tokens(folder, sources, tokenizer)
+    return folder
+
+
+def write_tokens(folder: Path, sources: list[Source], tokenizer: Tokenizer):
+    """Writes all ids (file `ids`, uint16) and what is known of each document (file `documents`).
+
+    An interrupted preparation goes on after its last finished document.
+    """
+    partial = folder / "ids.partial"
+    with open(partial, "ab") as ids_file, open(folder / "documents", "ab") as documents_file:
+        # what is there; a document's ids are written before what is known of it
+        documents = np.fromfile(folder / "documents", DOCUMENT)
+        documents = documents[documents["tokens"] <= partial.stat().st_size // 2]
+        tokens, characters, unknown = documents[-1].tolist() if len(documents) else (0, 0, 0)
+        ids_file.truncate(2 * tokens)
+        documents_file.truncate(len(documents) * DOCUMENT.itemsize)
+
+        # the rest, a batch of pieces at a time
+        for batch in batches_of(pieces(sources, "tokens", skip=len(documents))):
+            records = []
+            encoded = encode([text for text, _ in batch], tokenizer)
+            for (text, document_ends), (ids, lost) in zip(batch, encoded):
+                ids_file.write(ids)
+                tokens += len(ids)
+                characters += count_characters(text)
+                unknown += lost
+                if document_ends:
+                    records.append((tokens, characters, unknown))
+            ids_file.flush()
+            documents_file.write(np.array(records, DOCUMENT).tobytes())
+            documents_file.flush()
+
+        # all is on the disk before the name says so
+        os.fsync(ids_file.fileno())
+        os.fsync(documents_file.fileno())
+    os.replace(partial, folder / "ids")
+
+
+def pieces(sources: list[Source], label: str, skip: int = 0) -> Iterator[tuple[str, bool]]:
+    """The text, without its first `skip` documents, in pieces of at most PIECE characters.
+
+    Yields (text, whether a document ends with it). Pieces are cut at white space where there is
+    some, so that cutting changes no token.
+    """
+    cut_at_space = re.compile(rf".{{1,{PIECE}}}(?!\S)|.{{1,{PIECE}}}", re.DOTALL)
+    total = sum(source.size for source in sources)  # bytes
+    before = 0  # bytes of the sources that have been read
+    bar = progress(total=total, unit="B", unit_scale=True, desc=label)
+    for source in sources:
+        rest = ""
+        for text, document_ends, share in source.read():
+            bar.update(before + int(share * source.size) - bar.n)
+            if skip:
+                skip -= document_ends
+                continue
+
+            # gather enough to cut
+            rest += text
+            if not document_ends and len(rest) <= PIECE:
+                continue
+
+            # the last piece goes on with the next part, if the document does
+            cut = cut_at_space.findall(rest)
+            rest = "" if document_ends else cut.pop()
+            for piece in cut[:-1]:
+                yield piece, False
+            yield cut[-1] if cut else "", document_ends
+        before += source.size
+    bar.close()
+
+
+def batches_of(all_pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """The pieces in lists of BATCH characters, or a few more."""
+    batch = []
+    size = 0
+    for piece in all_pieces:
+        batch.append(piece)
+        size += 1 + len(piece[0])  # empty documents count too
+        if size >= BATCH:
+            yield batch
+            batch = []
+            size = 0
+    yield batch
+
+
+def encode(texts: list[str], tokenizer: Tokenizer) -> list[tuple[np.ndarray, int]]:
+    """Of each text the ids, without special tokens, and how many characters became [UNK]."""
+    # the ids
+    unk = tokenizer.token_to_id("[UNK]")
+    ids = [code.ids for code in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    # the fast encoding does not say where tokens are, so texts with an [UNK] are encoded again
+    indices = [i for i, text_ids in enumerate(ids) if unk in text_ids]
+    codes = tokenizer.encode_batch([texts[i] for i in indices], add_special_tokens=False)
+    lost = [0] * len(texts)
+    for i, code in zip(indices, codes):
+        for token, (start, end) in zip(code.ids, code.offsets):
+            if token == unk:
+                lost[i] += count_characters(texts[i][start:end])
+    return [(np.array(text_ids, np.uint16), count) for text_ids, count in zip(ids, lost)]
+
+
+def count_characters(text: str) -> int:
+    """How many there are beside white space."""
+    return sum(map(len, text.split()))
+
+
 class Tokens(NamedTuple):
-    chunks: list[
-        np.ndarray
-    ]  # token ids (uint16) without special tokens, in memory maps of whole documents
-    starts: np.ndarray  # (chunks + 1,): where they begin
+    """The tokens of a text."""
+
+    ids: np.ndarray  # (tokens,) uint16, without special tokens; a memory map
     offsets: np.ndarray  # (documents + 1,): where documents begin, those that are not empty
     counts: np.ndarray  # (vocabulary,): how often each id occurs
-    checksum: int
-
-    def span(self, start: int, end: int) -> np.ndarray:
-        """The ids of a span within one document."""
-        i = np.searchsorted(self.starts, start, side="right") - 1
-        return self.chunks[i][start - self.starts[i] : end - self.starts[i]]
+    checksum: int  # of ids and offsets
 
 
-def encode(corpus, tokenizer: Tokenizer):
-    """Yields (token ids, lengths of documents). Of files `datasets` keeps each finished part, for other runs too."""
-    import datasets
-    from datasets.fingerprint import Hasher
-
-    def batch_ids(batch: dict) -> dict:
-        parts = list(map(pieces, batch["text"]))
-        texts, ids = [text for part in parts for text in part], []
-        for i in range(0, len(texts), 100):
-            encodings = tokenizer.encode_batch_fast(texts[i : i + 100], add_special_tokens=False)
-            ids += [np.array(encoding.ids, dtype=np.uint16) for encoding in encodings]
-        ids, none = iter(ids), np.zeros(0, np.uint16)
-        return dict(ids=[np.concatenate([none, *(next(ids) for _ in part)]) for part in parts])
-
-    features = datasets.Features(ids=datasets.List(datasets.Value("uint16")))
-    options = dict(batched=True, batch_size=100, remove_columns="text", features=features)
-    count = min(len(corpus), 1 + corpus.data.nbytes // PART)
-    for i in range(count):
-        part = corpus.shard(count, i, contiguous=True)
-        key = Hasher.hash(
-            (part._fingerprint, tokenizer.to_str(), "1")
-        )  # of text and tokenizer, not of code
-        done = part.map(
-            batch_ids, desc=f"tokens, part {i + 1}/{count}", new_fingerprint=key, **options
-        )
-        if len(done) != len(part):
-            raise ValueError(f"{len(done)} documents instead of {len(part)}")
-        for documents in done.data.column("ids").chunks:
-            yield documents.flatten().to_numpy(), np.diff(documents.offsets.to_numpy())
-
-
-def tokenize(corpora: list, tokenizer: Tokenizer) -> Tokens:
-    """The text as token ids; SystemExit where there are none to learn from."""
-    chunks, lengths, counts, checksum = (
-        [],
-        [],
-        np.zeros(vocabulary_size(tokenizer), dtype=np.int64),
-        0,
-    )
-    try:
-        for ids, sizes in itertools.chain(*(encode(corpus, tokenizer) for corpus in corpora)):
-            chunks.append(ids)
-            lengths.append(sizes)
-            checksum = zlib.crc32(ids, checksum)
-            for i in range(0, len(ids), 2**22):
-                found = np.bincount(ids[i : i + 2**22], minlength=len(counts))
-                if len(found) > len(counts):
-                    raise ValueError(f"it has token {len(found) - 1}")
-                counts += found
-            if (sizes < 0).any() or sizes.sum() != len(ids):
-                raise ValueError("documents have other lengths")
-    except (OSError, ValueError) as error:
-        if isinstance(error, UnicodeDecodeError) or getattr(
-            error, "errno", None
-        ):  # the text, a full disk
-            raise
-        raise SystemExit(f"the cache of `datasets` is damaged ({error}); remove it") from error
-    lengths = np.concatenate(lengths)
-    offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0], dtype=np.int64)])
-    if offsets[-1] == 0:
+def read_tokens(folder: Path, tokenizer: Tokenizer) -> Tokens:
+    """The tokens in a folder of --cache; SystemExit where there are none to learn from."""
+    # how many there are
+    documents = np.fromfile(folder / "documents", DOCUMENT)
+    total, characters, unknown = documents[-1].tolist() if len(documents) else (0, 0, 0)
+    if total == 0:
         raise SystemExit("the corpus is empty: no text, or nothing that the tokenizer keeps")
-    if counts[tokenizer.token_to_id("[UNK]")] > offsets[-1] / 2:
+
+    # count the ids, some at a time
+    ids = np.memmap(folder / "ids", np.uint16, "r")
+    counts = np.zeros(2**16, np.int64)
+    checksum = 0
+    for i in range(0, len(ids), 2**22):
+        counts += np.bincount(ids[i : i + 2**22], minlength=2**16)
+        checksum = zlib.crc32(ids[i : i + 2**22], checksum)
+
+    # is anything damaged?
+    size = vocabulary_size(tokenizer)
+    ends = documents["tokens"]
+    if len(ids) != total or (np.diff(ends, prepend=0) < 0).any() or counts[size:].any():
+        raise SystemExit(f"the tokens in {folder} are damaged: remove that folder")
+
+    # how much of the text the tokenizer knows
+    share = unknown / max(1, characters)
+    print(f"{total} tokens of text; {share:.2%} of its characters are [UNK]")
+    if share > 0.5:
         raise SystemExit(
-            "to the tokenizer most of the text is [UNK]: another language, or no pre-tokenizer?"
+            f"to the tokenizer {share:.0%} of the text is [UNK]: another language, or no "
+            "pre-tokenizer?"
         )
-    return Tokens(chunks, np.cumsum([0, *map(len, chunks)]), offsets, counts, checksum)
+
+    # a document without tokens ends where it begins: that place is named once
+    offsets = np.unique(np.concatenate([[0], ends]))
+    return Tokens(ids, offsets, counts[:size], zlib.crc32(offsets, checksum))
 
 
 def split_held_out(tokens: Tokens, stripes: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """(training, held-out) segments, each (segments, 2) of start and end in the tokens.
+    """(training, held-out) segments, each (segments, 2): where they start and end in the tokens.
 
-    Held out are 5 % of the tokens, at most 2^18, in stripes spread over the corpus so that it is one big document or
-    many small ones alike. Segments end where a document or a stripe does.
+    The text is divided into stripes of equal size, and the last 5 % of each are held out, at most
+    2^18 tokens in all: so a text of one document is split like a text of many. Segments end where
+    a document or a stripe does.
     """
+    # sizes in tokens
     total = int(tokens.offsets[-1])
     stripe = max(1, total // stripes)
     held = min(stripe // 20, 2**18 // stripes)
+
+    # cut where a document, a stripe or the held-out end of a stripe begins
     ends = np.arange(stripe, total + 1, stripe)
     cuts = np.unique(np.concatenate([tokens.offsets, ends, ends - held]))
     segments = np.stack([cuts[:-1], cuts[1:]], axis=1)
-    is_held = (segments[:, 0] < ends[-1]) & (segments[:, 0] % stripe >= stripe - held)
+
+    # the tokens that follow the last stripe are for training
+    starts = segments[:, 0]
+    is_held = (starts < ends[-1]) & (starts % stripe >= stripe - held)
     return segments[~is_held], segments[is_held]
 
 
 # ---- Rows and masking: functions of the seed and the step ----
 
 IGNORED = -100  # the label of positions with nothing to predict
+MASKING, ORDER, DROPOUT = 1, 2, 3  # the random streams, as the table above has them
 
 
 class Vocabulary(NamedTuple):
-    """The ids of a tokenizer's special tokens, and a table of all ids that are special: those are never predicted."""
+    """The ids of special tokens, and which ids are special: those are never predicted."""
 
     pad: int
     cls: int
     sep: int
     mask: int
-    is_special: np.ndarray  # (vocabulary,) bool
+    is_special: np.ndarray  # (vocabulary,), bool
 
     @classmethod
     def of(cls, tokenizer: Tokenizer):
@@ -497,92 +886,109 @@ class Vocabulary(NamedTuple):
 
 
 class Rows:
-    """The rows of one length that segments of the tokens give: [CLS], a window of one segment, [SEP].
+    """The rows of one length that segments of the tokens give.
 
-    A segment longer than a row is cut into windows of equal size, so that none is a stump.
+    A row is [CLS], a window of one segment, [SEP]. A segment longer than a row is cut into windows
+    of equal size, so that none is a stump. Rows are made when they are asked for by their indices.
     """
 
     def __init__(self, tokens: Tokens, segments: np.ndarray, length: int, vocabulary: Vocabulary):
-        self.tokens, self.segments, self.length, self.vocabulary = (
-            tokens,
-            segments,
-            length,
-            vocabulary,
-        )
-        self.windows = -(-(segments[:, 1] - segments[:, 0]) // (length - 2))  # of each segment
+        self.tokens = tokens
+        self.segments = segments  # (segments, 2): start and end
+        self.length = length  # of the longest row, [CLS] and [SEP] included
+        self.vocabulary = vocabulary
+
+        # how many windows each segment has, and how many it and those before it have
+        sizes = segments[:, 1] - segments[:, 0]
+        self.windows = -(-sizes // (length - 2))
         self.ends = np.cumsum(self.windows)
 
     def __len__(self) -> int:
         return int(self.windows.sum())
 
-    def spans(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the rows of these numbers start and end in the tokens."""
-        segment = np.searchsorted(self.ends, numbers, side="right")
-        (start, end), windows = self.segments[segment].T, self.windows[segment]
-        window = numbers - (self.ends[segment] - windows)
-        return start + (end - start) * window // windows, start + (end - start) * (
-            window + 1
-        ) // windows
+    def spans(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the windows of these rows start and end in the tokens, each (rows,)."""
+        # which segment, and which of its windows
+        segment = np.searchsorted(self.ends, indices, side="right")  # (rows,)
+        windows = self.windows[segment]
+        window = indices - (self.ends[segment] - windows)
+
+        # the windows of a segment differ by a token at most
+        start, end = self.segments[segment].T
+        size = end - start
+        return start + size * window // windows, start + size * (window + 1) // windows
 
     def lengths(self) -> np.ndarray:
-        """Of all rows, in tokens, (rows,) uint16; some at a time, since there may be tens of millions."""
-        blocks = (np.arange(i, min(i + 2**20, len(self))) for i in range(0, len(self), 2**20))
-        return np.concatenate(
-            [np.subtract(*self.spans(block)[::-1]).astype(np.uint16) for block in blocks]
-        )
+        """How many tokens of text each row has, (rows,) uint16."""
+        lengths = np.empty(len(self), np.uint16)
+        for i in range(0, len(self), 2**20):  # some at a time: there may be tens of millions
+            indices = np.arange(i, min(i + 2**20, len(self)))
+            starts, ends = self.spans(indices)
+            lengths[indices] = ends - starts
+        return lengths
 
-    def batch(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of these numbers, padded to the longest: (ids int64, real bool), both (rows, length)."""
-        starts, ends = self.spans(numbers)
-        lengths = ends - starts + 2
-        ids = np.full((len(numbers), lengths.max()), self.vocabulary.pad, dtype=np.int64)
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """These rows, padded to the longest: (ids int64, real bool), both (rows, length)."""
+        starts, ends = self.spans(indices)  # (rows,)
+        lengths = ends - starts + 2  # (rows,)
+
+        # pads all over, and on them [CLS], the text, [SEP]
+        ids = np.full((len(indices), lengths.max()), self.vocabulary.pad, dtype=np.int64)
         ids[:, 0] = self.vocabulary.cls
         for i, (start, end) in enumerate(zip(starts, ends)):
-            ids[i, 1 : lengths[i] - 1] = self.tokens.span(start, end)
+            ids[i, 1 : lengths[i] - 1] = self.tokens.ids[start:end]
         ids[np.arange(len(ids)), lengths - 1] = self.vocabulary.sep
         return ids, np.arange(ids.shape[1]) < lengths[:, None]
 
 
 def mask_tokens(
     ids: np.ndarray, vocabulary: Vocabulary, mask_rate: float, rng: np.random.Generator
-) -> tuple:
+) -> tuple[np.ndarray, np.ndarray]:
     """BERT's masking: (input ids, labels), both (rows, length).
 
-    Every token that is not special is to be predicted with probability mask_rate. Of those, 80 % become [MASK], 10 % a
-    random token, 10 % stay. Labels are the original ids there and IGNORED elsewhere.
+    Every token that is not special is to be predicted with probability mask_rate. Of those, 80 %
+    become [MASK], 10 % a random token, 10 % stay. Labels are the original ids there and IGNORED
+    elsewhere.
     """
-    chosen = (rng.random(ids.shape) < mask_rate) & ~vocabulary.is_special[ids]
+    # which tokens are to be predicted
+    chosen = (rng.random(ids.shape) < mask_rate) & ~vocabulary.is_special[ids]  # (rows, length)
     labels = np.where(chosen, ids, IGNORED)
+
+    # what the model sees there
     fate = rng.random(ids.shape)
     random_ids = rng.choice(np.flatnonzero(~vocabulary.is_special), ids.shape)
-    inputs = np.where(chosen & (fate < 0.8), vocabulary.mask, ids)
-    return np.where(chosen & (fate >= 0.9), random_ids, inputs), labels
+    inputs = np.where(chosen & (fate < 0.8), vocabulary.mask, ids)  # 80 %
+    inputs = np.where(chosen & (fate >= 0.9), random_ids, inputs)  # 10 %
+    return inputs, labels
 
 
 def shuffled_batches(
     count: int, size: int, rng: np.random.Generator, lengths: np.ndarray | None = None
 ) -> list[np.ndarray]:
-    """The numbers of so many rows in batches, every row once, in random order; a batch may be smaller than the others.
+    """The indices of `count` rows in batches, every row once, in random order.
 
-    With their lengths, rows of like length are together: those of 32 batches at a time are sorted.
+    One batch may be smaller than `size`. With their lengths, rows of like length are together:
+    those of 32 batches at a time are sorted, and then all batches are shuffled.
     """
+    # the order of rows
     order = rng.permutation(count)
     if lengths is not None:
-        for rows in (order[i : i + 32 * size] for i in range(0, count, 32 * size)):
-            rows[:] = rows[np.argsort(lengths[rows], kind="stable")]
-    found = [order[i : i + size] for i in range(0, count, size)]
+        for i in range(0, count, 32 * size):
+            some = order[i : i + 32 * size]
+            order[i : i + 32 * size] = some[np.argsort(lengths[some], kind="stable")]
+
+    # the batches
+    batches = [order[i : i + size] for i in range(0, count, size)]
     if lengths is not None:
-        rng.shuffle(found)
-    return found
+        rng.shuffle(batches)
+    return batches
 
 
 class Batch(NamedTuple):
-    """What a process trains on in a step: some of the micro-batches, and counts of them all."""
+    """What a process trains on in a step: some of the micro-batches, and counts of all."""
 
-    micro_batches: list[
-        tuple[torch.Tensor, ...]
-    ]  # (input ids, real, labels), each (micro-batch, length)
-    labelled: int  # labelled tokens
+    micro_batches: list[tuple[torch.Tensor, ...]]  # (input ids, real, labels), each (rows, length)
+    labelled: int  # tokens to predict
     real: int  # tokens that are not pads
     padded: int  # tokens, pads included
 
@@ -591,78 +997,103 @@ class Batches(torch.utils.data.Dataset):
     """The batch of every step, a function of the seed and the step alone."""
 
     def __init__(self, phases: list[tuple[int, Rows]], args: argparse.Namespace):
-        self.phases, self.args, self.epoch, self.order = phases, args, None, []
+        self.phases = phases
+        self.args = args
+        self.epoch = None  # whose order is in hand: (first step of the phase, epoch)
+        self.order = []  # the batches of that epoch, as indices of rows
 
     def phase(self, step: int) -> tuple[int, Rows]:
+        """The first step and the rows of the phase that this step is in."""
         return [phase for phase in self.phases if phase[0] <= step][-1]
 
-    def numbers(self, step: int, first: int, rows: Rows) -> np.ndarray:
-        """The rows of a step in a phase that began with step `first`. Those of an epoch that fill no batch stay out."""
+    def row_indices(self, step: int) -> np.ndarray:
+        """Which rows a step reads. Rows of an epoch that fill no batch are left out."""
+        # where in which epoch the step is
+        first, rows = self.phase(step)
         size = self.args.batch_size
         epoch, place = divmod(step - first, len(rows) // size)
+
+        # the order of the epoch, if it is another one than that of the last step
         if self.epoch != (first, epoch):
-            rng = np.random.default_rng((self.args.seed, 2, first, epoch))
-            found = shuffled_batches(
-                len(rows), size, rng, rows.lengths() if self.args.bucket else None
-            )
-            self.epoch, self.order = (
-                (first, epoch),
-                [numbers for numbers in found if len(numbers) == size],
-            )
+            rng = np.random.default_rng((self.args.seed, ORDER, first, epoch))
+            lengths = rows.lengths() if self.args.bucket else None
+            batches = shuffled_batches(len(rows), size, rng, lengths)
+            self.order = [indices for indices in batches if len(indices) == size]
+            self.epoch = (first, epoch)
         return self.order[place]
 
-    def whole(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(input ids, real, labels), each (batch, length)."""
-        first, rows = self.phase(step)
-        ids, real = rows.batch(self.numbers(step, first, rows))
-        rng = np.random.default_rng((self.args.seed, 1, step))
+    def masked_rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The batch of all processes: (input ids, real, labels), each (batch, length)."""
+        # the rows
+        _, rows = self.phase(step)
+        ids, real = rows.batch(self.row_indices(step))
+
+        # their masks
+        rng = np.random.default_rng((self.args.seed, MASKING, step))
         inputs, labels = mask_tokens(ids, rows.vocabulary, self.args.mask_rate, rng)
         return inputs, real, labels
 
     def __getitem__(self, step: int) -> Batch:
-        batch, size = self.whole(step), rows_at_once(self.args, self.phase(step)[1].length)
-        parts, real, labelled = micro_batches(batch, size), batch[1].sum(), batch[2] != IGNORED
-        padded = sum(part[0].numel() for part in parts)
-        return Batch(parts[RANK::PROCESSES], max(1, int(labelled.sum())), int(real), padded)
+        """What this process trains on in a step."""
+        inputs, real, labels = self.masked_rows(step)
+        _, rows = self.phase(step)
+        parts = micro_batches((inputs, real, labels), rows_at_once(self.args, rows.length))
+        return Batch(
+            micro_batches=parts[RANK::PROCESSES],  # every n-th for each of n processes
+            labelled=max(1, int((labels != IGNORED).sum())),
+            real=int(real.sum()),
+            padded=sum(part[0].numel() for part in parts),
+        )
 
 
 def rows_at_once(args: argparse.Namespace, length: int) -> int:
-    """The rows of a micro-batch: --micro-batch-size of the longest, of shorter ones a multiple with no more tokens, as
-    a GPU would wait for the launches of smaller ones. Every process has the same share of the batch."""
-    longest, size = max(length for length, _ in args.length_schedule), args.micro_batch_size
-    return max(
-        size * n
-        for n in range(1, longest // length + 1)
-        if args.batch_size % (size * n * PROCESSES) == 0
-    )
+    """How many rows of this length go through the model at once.
+
+    Of the longest rows, --micro-batch-size. Of shorter ones a multiple that has no more tokens,
+    since a GPU would wait for the launches of smaller micro-batches; but only a multiple that gives
+    every process the same number of micro-batches. So with another number of processes, shorter
+    rows may be in other micro-batches. Dropout is drawn per micro-batch, hence it is all of a run
+    that may depend on the number of processes.
+    """
+    size = args.micro_batch_size
+    longest = max(length for length, _ in args.length_schedule)
+
+    # the largest of the multiples that fit
+    multiples = range(1, longest // length + 1)
+    fitting = [n for n in multiples if args.batch_size % (size * n * PROCESSES) == 0]
+    return size * max(fitting)
 
 
 def micro_batches(batch: tuple[np.ndarray, ...], size: int) -> list[tuple[torch.Tensor, ...]]:
-    """(inputs, real, labels) of `size` rows each, cut to the longest rounded up to 32 tokens."""
+    """(inputs, real, labels) of `size` rows each, cut to the longest, rounded up to 32 tokens."""
     parts = []
-    for rows in (slice(i, i + size) for i in range(0, len(batch[0]), size)):
-        longest = 32 * -(-int(batch[1][rows].sum(axis=1).max()) // 32)
-        parts.append(
-            tuple(torch.from_numpy(np.ascontiguousarray(part[rows, :longest])) for part in batch)
-        )
+    for i in range(0, len(batch[0]), size):
+        arrays = [array[i : i + size] for array in batch]
+
+        # cut them; few different lengths let compiled kernels and memory be reused
+        longest = int(arrays[1].sum(axis=1).max())
+        longest = 32 * math.ceil(longest / 32)
+        arrays = [np.ascontiguousarray(array[:, :longest]) for array in arrays]
+        parts.append(tuple(map(torch.from_numpy, arrays)))
     return parts
 
 
 def batches_ahead(
-    args: argparse.Namespace, phases: list, steps: range
+    args: argparse.Namespace, phases: list[tuple[int, Rows]], steps: range
 ) -> torch.utils.data.DataLoader:
     """The batches of these steps; beside a GPU two processes prepare them, in pinned memory."""
-    on_gpu = torch.cuda.is_available()
 
     def ignore_signals(_):  # those are for the process that trains
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)
 
-    workers = (
-        dict(num_workers=2, multiprocessing_context="fork", worker_init_fn=ignore_signals)
-        if on_gpu
-        else {}
-    )
+    # on a CPU they would take from the cores that train
+    on_gpu = torch.cuda.is_available()
+    workers = {}
+    if on_gpu:
+        workers["num_workers"] = 2
+        workers["multiprocessing_context"] = "fork"
+        workers["worker_init_fn"] = ignore_signals
     return torch.utils.data.DataLoader(
         Batches(phases, args), batch_size=None, sampler=steps, pin_memory=on_gpu, **workers
     )
@@ -672,77 +1103,94 @@ def batches_ahead(
 
 
 class Data(NamedTuple):
+    """What training reads."""
+
     tokenizer: Tokenizer
     vocabulary: Vocabulary
     phases: list[tuple[int, Rows]]  # the first step and the rows of each length
-    held_rows: Rows
-    held_out: tuple[
-        np.ndarray, ...
-    ]  # (inputs, real, labels): rows that training never sees, masked once and for all
-    baselines: tuple[
-        float, float
-    ]  # held-out loss of guessing by the training text's frequencies, and by chance
+    held_rows: Rows  # which training never sees
+    held_out: tuple[np.ndarray, ...]  # some of them, masked once for all: (inputs, real, labels)
+    baselines: tuple[float, float]  # held-out losses of guessing by word frequency and by chance
     checksum: int  # of the tokens
 
 
-def prepare(args: argparse.Namespace, kept: Path) -> Data:
-    """Everything that training reads. A tokenizer that is trained on the text is kept in a file, for --resume. The
-    first process goes first: the others take over its tokenizer, and what it leaves in the cache of `datasets`."""
-    if RANK > 0:
-        tokenizer = Tokenizer.from_str(gathered(None)[0])
-    corpora = load_corpora(args)
-    if RANK == 0 and args.vocab_size and not (args.resume and kept.exists()):
-        print(
-            f"training a tokenizer of {args.vocab_size} word pieces (words of megabytes take minutes)"
-        )
-        batches = (batch["text"] for corpus in corpora for batch in corpus.iter(100))
-        texts = (piece for batch in batches for text in batch for piece in pieces(text))
-        tokenizer = train_tokenizer(texts, args.vocab_size)
-        if not args.profile and not kept.exists():
-            write_atomically(kept, tokenizer.to_str(pretty=True))
-    elif RANK == 0:
-        tokenizer = load_tokenizer(
-            str(kept) if args.vocab_size else args.tokenizer or HUB_TOKENIZER
-        )
-    tokens = tokenize(corpora, tokenizer)
+def prepare(args: argparse.Namespace, tokenizer_file: Path | None) -> Data:
+    """Everything that training reads.
+
+    The first process chooses or trains the tokenizer and writes the tokens; the others wait, and
+    then read the same. `tokenizer_file` is where a tokenizer that is trained on the text is
+    written, and with --resume read; None: nowhere.
+    """
+    # tokenizer and tokens
+    prepared = None
     if RANK == 0:
-        gathered(tokenizer.to_str())
+        sources = text_sources(args)
+        tokenizer = choose_tokenizer(args, sources, tokenizer_file)
+        prepared = tokenizer.to_str(), token_folder(args, sources, tokenizer)
+    tokenizer_json, folder = gathered(prepared)[0]  # the others wait here for the first
+    tokenizer = in_our_form(Tokenizer.from_str(tokenizer_json))
+    tokens = read_tokens(folder, tokenizer)
+
+    # rows
     vocabulary = Vocabulary.of(tokenizer)
     seen, held = split_held_out(tokens)
-    phases, first = [], 0.0
-    for length, share in args.length_schedule:
-        begins = (
-            max(round(first), phases[-1][0] + 1) if phases else 0
-        )  # each length but the last gets a step at least
-        phases.append((begins, Rows(tokens, seen, length, vocabulary)))
-        first += share * args.steps
-    held_rows, fewest = (
-        Rows(tokens, held, args.length_schedule[0][0], vocabulary),
-        min(len(rows) for _, rows in phases),
-    )
+    phases = rows_of_phases(args, tokens, seen, vocabulary)
+    held_rows = Rows(tokens, held, args.length_schedule[0][0], vocabulary)
+    fewest = min(len(rows) for _, rows in phases)
     if fewest < args.batch_size or not len(held_rows):
         raise SystemExit(
-            f"the corpus is too short: {tokens.offsets[-1]} tokens give {fewest} training rows and {len(held_rows)} "
-            f"held-out ones; a batch is {args.batch_size} rows. Add text or lower --batch-size"
+            f"the corpus is too short: {len(tokens.ids)} tokens give {fewest} training rows and "
+            f"{len(held_rows)} held-out ones; a batch is {args.batch_size} rows. Add text or lower "
+            "--batch-size"
         )
-    ids, real = held_rows.batch(np.unique(np.linspace(0, len(held_rows) - 1, 512).astype(int)))
-    inputs, labels = mask_tokens(
-        ids, vocabulary, args.mask_rate, np.random.default_rng(0)
-    )  # the same for every seed
+
+    # what the held-out loss is computed on
+    held_out = mask_held_out(held_rows, args.mask_rate)
+    baselines = guessing_losses(tokens, held, held_out[2], vocabulary)
+    print(f"held-out loss on {len(held_out[0])} rows of {len(held_rows)}")
+    return Data(tokenizer, vocabulary, phases, held_rows, held_out, baselines, tokens.checksum)
+
+
+def rows_of_phases(
+    args: argparse.Namespace, tokens: Tokens, segments: np.ndarray, vocabulary: Vocabulary
+) -> list[tuple[int, Rows]]:
+    """The first step and the rows of each length in --length-schedule."""
+    phases = []
+    begin = 0.0
+    for length, share in args.length_schedule:
+        # in a short run too, each length but the last gets a step at least
+        first = max(round(begin), phases[-1][0] + 1) if phases else 0
+        phases.append((first, Rows(tokens, segments, length, vocabulary)))
+        begin += share * args.steps
+    return phases
+
+
+def mask_held_out(rows: Rows, mask_rate: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """At most 512 rows, spread evenly and masked alike in every run: (inputs, real, labels)."""
+    indices = np.unique(np.linspace(0, len(rows) - 1, 512).astype(int))
+    ids, real = rows.batch(indices)
+
+    # the seed is fixed, so that runs of different seeds can be compared
+    inputs, labels = mask_tokens(ids, rows.vocabulary, mask_rate, np.random.default_rng(0))
     if (labels == IGNORED).all():
         raise SystemExit("no held-out token is masked: add text or raise --mask-rate")
-    print(
-        f"{tokens.offsets[-1]} tokens of text; held-out loss on {len(ids)} rows of {len(held_rows)}"
-    )
-    held_tokens = np.concatenate([tokens.span(start, end) for start, end in held])
-    counts = tokens.counts + 1 - np.bincount(held_tokens, minlength=len(tokens.counts))
+    return inputs, real, labels
+
+
+def guessing_losses(
+    tokens: Tokens, held: np.ndarray, labels: np.ndarray, vocabulary: Vocabulary
+) -> tuple[float, float]:
+    """Losses in nats to compare with: of guessing by the training text's frequencies, by chance."""
+    # how often each id is in the training text, plus one, so that no id is impossible
+    held_ids = np.concatenate([tokens.ids[start:end] for start, end in held])
+    counts = tokens.counts + 1 - np.bincount(held_ids, minlength=len(tokens.counts))
     counts[vocabulary.is_special] = 0
-    unigram = np.log(counts.sum()) - np.log(counts[labels[labels != IGNORED]]).mean()
-    baselines = float(unigram), math.log((~vocabulary.is_special).sum())
-    checksum = zlib.crc32(tokens.offsets.tobytes(), tokens.checksum)
-    return Data(
-        tokenizer, vocabulary, phases, held_rows, (inputs, real, labels), baselines, checksum
-    )
+
+    # the mean of -log(probability) over the masked tokens
+    labels = labels[labels != IGNORED]  # (masked,)
+    by_frequency = np.log(counts.sum()) - np.log(counts[labels]).mean()
+    by_chance = math.log((~vocabulary.is_special).sum())
+    return float(by_frequency), by_chance
 
 
 def autocast(device: torch.device):
@@ -752,16 +1200,20 @@ def autocast(device: torch.device):
 
 @torch.no_grad()
 def held_out_loss(model: MaBERTForMaskedLM, data: Data, micro_batch_size: int) -> float:
-    """The mean masked-token loss in nats; SystemExit where it is not finite."""
+    """The mean loss over the masked tokens, in nats; SystemExit where it is not finite."""
+    device = model.decoder_bias.device
+    parts = micro_batches(data.held_out, micro_batch_size)
+    total = 0.0
+
+    # sum over the micro-batches
     model.eval()
-    total, device = 0.0, model.decoder_bias.device
-    for part in tqdm(
-        micro_batches(data.held_out, micro_batch_size), "held-out loss", leave=False, delay=5
-    ):
+    for part in progress(parts, "held-out loss", leave=False, delay=5):
         inputs, real, labels = (tensor.to(device) for tensor in part)
         with autocast(device):
             total += model(inputs, real, labels=labels, reduction="sum").loss.item()
     model.train()
+
+    # and divide by the number of masked tokens
     if not math.isfinite(total):
         raise SystemExit(f"the held-out loss is {total}: a lower --lr or more --warmup-steps helps")
     return total / (data.held_out[2] != IGNORED).sum()
@@ -770,37 +1222,47 @@ def held_out_loss(model: MaBERTForMaskedLM, data: Data, micro_batch_size: int) -
 @torch.no_grad()
 def show_guesses(model: MaBERTForMaskedLM, data: Data, count: int = 5):
     """Prints held-out text with one word masked, and the model's five best guesses for it."""
-    model.eval()
     name = data.tokenizer.id_to_token
-    for row in np.linspace(0, len(data.held_rows) - 1, 10 * count).astype(int):
-        ids = torch.from_numpy(data.held_rows.batch(np.array([row]))[0])
-        words = [
-            i
-            for i in range(1, ids.shape[1] - 1)
-            if name(ids[0, i]).isalpha() and name(ids[0, i + 1]).isalpha()
-        ]
-        if len(words) > 5 and count > 0:
-            place, count = words[len(words) // 2], count - 1
-            word, ids[0, place] = name(ids[0, place]), data.vocabulary.mask
-            best = model(ids.to(model.decoder_bias.device)).logits[0, place].softmax(dim=-1).topk(5)
-            guesses = ", ".join(
-                f"{name(i)!r} {p:.2f}" for p, i in zip(*(part.tolist() for part in best))
-            )
-            text = data.tokenizer.decode(
-                ids[0, max(1, place - 12) : place + 9].tolist(), skip_special_tokens=False
-            )
-            print(f"  ... {text} ...\n      it was {word!r}; guesses: {guesses}")
+    shown = 0
+    model.eval()
+    for index in np.linspace(0, len(data.held_rows) - 1, 10 * count).astype(int):
+        # words that were not cut into pieces: tokens of letters that are followed by such a token
+        ids, _ = data.held_rows.batch(np.array([index]))
+        tokens = [name(i) for i in ids[0]]
+        pairs = itertools.pairwise(tokens)
+        words = [i for i, pair in enumerate(pairs) if pair[0].isalpha() and pair[1].isalpha()]
+        if len(words) <= 5 or shown == count:
+            continue
+        shown += 1
+
+        # mask the one in the middle and ask
+        place = words[len(words) // 2]
+        ids[0, place] = data.vocabulary.mask
+        logits = model(torch.from_numpy(ids).to(model.decoder_bias.device)).logits
+        values, best = logits[0, place].softmax(dim=-1).topk(5)
+        guesses = [f"{name(i)!r} {p:.2f}" for p, i in zip(values.tolist(), best.tolist())]
+
+        # the text around it
+        around = ids[0, max(1, place - 12) : place + 9].tolist()
+        text = data.tokenizer.decode(around, skip_special_tokens=False)
+        print(f"  ... {text} ...")
+        print(f"      it was {tokens[place]!r}; guesses: {', '.join(guesses)}")
 
 
 # ---- Files of a run ----
 
 STEP_FOLDER = "step-" + "[0-9]" * 7
-IDENTITY = "vocab_size steps length_schedule batch_size micro_batch_size bucket lr warmup_steps weight_decay mask_rate "
-IDENTITY += "seed"
+COLUMNS = ("step", "loss", "held_out_loss", "lr", "tokens_per_s", "padding", "skipped_steps")
+
+# The flags that a run is a function of, beside those of the model
+IDENTITY = (
+    *("vocab_size", "steps", "length_schedule", "batch_size", "micro_batch_size", "bucket"),
+    *("lr", "warmup_steps", "weight_decay", "mask_rate", "seed"),
+)
 
 
 def write_atomically(file: Path, text: str):
-    """The file appears whole or not at all."""
+    """Writes a file that appears complete or not at all."""
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8", newline="\n")
@@ -810,21 +1272,24 @@ def write_atomically(file: Path, text: str):
 
 
 def identity_of(args: argparse.Namespace, data: Data) -> dict:
-    """What a run is a function of; a checkpoint of another cannot be resumed."""
+    """All that a run is a function of; a checkpoint of another run cannot be resumed."""
+    # the model and its training
     config = model_config(args, vocabulary_size(data.tokenizer), data.vocabulary.pad)
-    tokenizer = hashlib.sha256(data.tokenizer.to_str().encode("utf-8", "replace")).hexdigest()[:16]
-    own = dict(tokenizer=tokenizer, corpus=data.checksum) | {
-        name: getattr(args, name) for name in IDENTITY.split()
-    }
-    return json.loads(
-        json.dumps(dataclasses.asdict(config) | own)
-    )  # tuples become lists, as in older checkpoints
+    identity = dataclasses.asdict(config)
+    identity |= {name: getattr(args, name) for name in IDENTITY}
+
+    # the text
+    tokenizer = data.tokenizer.to_str().encode("utf-8", "replace")
+    identity["tokenizer"] = hashlib.sha256(tokenizer).hexdigest()[:16]
+    identity["corpus"] = data.checksum
+    return json.loads(json.dumps(identity))  # tuples become lists, as JSON has them
 
 
 def save_checkpoint(
     out: Path, keep: int, model: MaBERTForMaskedLM, tokenizer: Tokenizer, training: dict
 ):
-    """Writes out/step-…, which appears whole or not at all, and then removes all but the last `keep`."""
+    """Writes out/step-…, which appears complete or not at all; removes all but the last `keep`."""
+    # write it under another name, and rename it
     folder = out / f"step-{training['step']:07d}"
     partial = folder.with_suffix(".partial")
     try:
@@ -834,60 +1299,71 @@ def save_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one, if any
         os.replace(partial, folder)
     finally:
-        shutil.rmtree(
-            partial, ignore_errors=True
-        )  # after an error it would fill the disk for nothing
-    upto = [
-        old for old in sorted(out.glob(STEP_FOLDER)) if old <= folder
-    ]  # later ones are damaged: not counted
-    for old in upto[:-keep]:
+        # what an error leaves would fill the disk for nothing
+        shutil.rmtree(partial, ignore_errors=True)
+
+    # later checkpoints are damaged, or the run would not be here: they do not count
+    written = [old for old in sorted(out.glob(STEP_FOLDER)) if old <= folder]
+    for old in written[:-keep]:
         shutil.rmtree(old)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict, dict]:
-    """(weights, training); an Exception of many kinds where a file is damaged or not of this program."""
+    """(weights, training); exceptions of many kinds where a file is damaged or no file of ours."""
+    # can all three be read, and are they of a model?
     Tokenizer.from_file(str(folder / "tokenizer.json"))
-    weights, training = (torch_load(folder / name) for name in ("model.pt", "training.pt"))
+    weights = torch_load(folder / "model.pt")
+    training = torch_load(folder / "training.pt")
     MaBERTForMaskedLM.from_pretrained(folder).load_state_dict(weights)
-    return weights, {
-        name: training[name] for name in ("step", "identity", "log", "totals", "optimizer")
-    }
+
+    # is it a checkpoint of training?
+    names = ("step", "identity", "log", "sums", "optimizer")
+    return weights, {name: training[name] for name in names}
 
 
 def newest_checkpoint(out: Path) -> tuple[Path | None, dict | None]:
-    """The newest checkpoint that is whole, and the identity of its run; None where there is none at all."""
-    for folder in sorted(out.glob(STEP_FOLDER), reverse=True):
+    """The newest checkpoint that can be read and its run's identity; without any (None, None)."""
+    folders = sorted(out.glob(STEP_FOLDER), reverse=True)
+    for folder in folders:
         try:
-            return folder, read_checkpoint(folder)[1]["identity"]
+            _, training = read_checkpoint(folder)
+            return folder, training["identity"]
         except MemoryError:
             raise
         except Exception as error:
             print(f"the checkpoint {folder} is damaged: {textwrap.shorten(repr(error), 300)}")
-    if any(out.glob(STEP_FOLDER)):
+    if folders:
         raise SystemExit(
-            f"--resume: no checkpoint in {out} is whole; --overwrite starts the run anew"
+            f"--resume: no checkpoint in {out} can be read; --overwrite starts the run anew"
         )
     return None, None
 
 
-def write_log(out: Path, rows: list[dict]):
-    columns = "step loss held_out_loss lr tokens_per_s padding skipped_steps".split()
-    lines = [columns, *([str(row.get(name, "")) for name in columns] for row in rows)]
-    write_atomically(out / "log.csv", "".join(",".join(cells) + "\n" for cells in lines))
+def write_log(out: Path, log: list[dict]):
+    """log.csv; a line has only some of the columns."""
+    lines = [",".join(COLUMNS)]
+    for line in log:
+        lines.append(",".join(str(line.get(name, "")) for name in COLUMNS))
+    write_atomically(out / "log.csv", "\n".join(lines) + "\n")
 
 
-def draw_curve(out: Path, rows: list[dict]) -> Path:
-    """The loss curves as loss.png, where matplotlib is there; returns the file to look at."""
+def draw_curve(out: Path, log: list[dict]) -> Path:
+    """Draws the losses as loss.png, if matplotlib is there; returns the file to look at."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return out / "log.csv"
+
+    # a line for each loss
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name in ("loss", "held_out_loss"):
-        axes.plot(
-            *zip(*((row["step"], float(row[name])) for row in rows if name in row)), label=name
-        )
+        lines = [line for line in log if name in line]
+        steps = [line["step"] for line in lines]
+        losses = [float(line[name]) for line in lines]
+        axes.plot(steps, losses, label=name)
+
+    # labels and file
     axes.set(xlabel="step", ylabel="nats per masked token")
     axes.legend()
     figure.savefig(out / "loss.png", dpi=150)
@@ -897,22 +1373,37 @@ def draw_curve(out: Path, rows: list[dict]) -> Path:
 # ---- Training ----
 
 
+def warmup_steps(args: argparse.Namespace) -> int:
+    """A short run would never leave the warm-up of a long one."""
+    return min(args.warmup_steps, args.steps // 10)
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     """Linear warm-up from 0, then linear decay to 0; steps count from 0."""
     return peak * min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
 
 
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, step: int, args: argparse.Namespace
+) -> float:
+    """Sets and returns the learning rate of a step."""
+    lr = learning_rate(step, args.steps, args.lr, warmup_steps(args))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
 def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with BERT's values. The learning rate is set before each step."""
-    decays = {
-        name: p.dim() >= 2 and not name.endswith("A_log") for name, p in model.named_parameters()
-    }
+    # weight decay on matrices alone
+    decayed = []
+    others = []
+    for name, p in model.named_parameters():
+        is_matrix = p.dim() >= 2 and not name.endswith("A_log")
+        (decayed if is_matrix else others).append(p)
     groups = [
-        dict(
-            params=[p for name, p in model.named_parameters() if decays[name] == flag],
-            weight_decay=decay,
-        )
-        for flag, decay in ((True, weight_decay), (False, 0.0))
+        dict(params=decayed, weight_decay=weight_decay),
+        dict(params=others, weight_decay=0.0),
     ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6, fused=True)
 
@@ -921,17 +1412,21 @@ def make_model(
     args: argparse.Namespace, data: Data
 ) -> tuple[MaBERTForMaskedLM, torch.nn.Module, torch.optim.Optimizer]:
     """(model, the same or its DistributedDataParallel, optimizer)."""
-    device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        if LOCAL_RANK >= torch.cuda.device_count():
-            raise SystemExit(
-                f"there are more processes than GPUs ({torch.cuda.device_count()}) on this machine"
-            )
+    # a GPU for each process, if there are any
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if LOCAL_RANK >= count:
+            raise SystemExit(f"there are more processes than GPUs ({count}) on this machine")
+        device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
+
+    # the same weights in every process
     torch.manual_seed(args.seed)
-    model = MaBERTForMaskedLM(
-        model_config(args, vocabulary_size(data.tokenizer), data.vocabulary.pad)
-    ).to(device)
+    config = model_config(args, vocabulary_size(data.tokenizer), data.vocabulary.pad)
+    model = MaBERTForMaskedLM(config).to(device)
+
+    # what changes the cost alone
     if args.activation_checkpointing:
         for layer in model.encoder.layers:
             layer.forward = functools.partial(
@@ -939,179 +1434,270 @@ def make_model(
             )
     if args.compile:
         model.encoder.compile()
+
+    # say what will run
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
-    print(
-        f"{args.pattern}, {size}, on {PROCESSES} × {device}; {args.steps} steps of {args.batch_size} rows"
-    )
-    return (
-        model,
-        DistributedDataParallel(model) if PROCESSES > 1 else model,
-        make_optimizer(model, args.weight_decay),
-    )
+    print(f"{args.pattern}, {size}, on {PROCESSES} × {device}")
+    shared = DistributedDataParallel(model) if PROCESSES > 1 else model
+    return model, shared, make_optimizer(model, args.weight_decay)
 
 
 def train_step(
-    model, optimizer, batch: Batch, step: int, args: argparse.Namespace, mark=lambda name: None
-) -> tuple:
-    """One optimizer step over all micro-batches of all processes, on the device, where nothing is read back.
+    shared: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    step: int,
+    args: argparse.Namespace,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step over the micro-batches of all processes.
 
-    Returns the mean loss over the batch's labelled tokens, and whether a gradient was not finite (0. or 1.), in which
-    case the weights and the optimizer stay as they are. Of n processes, the r-th takes every n-th micro-batch from the
-    r-th on; gradients are exchanged once, with the last. `mark` is told what has just ended.
+    Returns the mean loss over the batch's labelled tokens, and whether a gradient was not finite
+    (0. or 1.), in which case the weights and the optimizer stay as they are. Both stay on the
+    device: reading them would make the CPU wait for a GPU.
     """
-    device = next(model.parameters()).device
+    device = next(shared.parameters()).device
     total = torch.zeros((), device=device)
     for i, (inputs, real, labels) in enumerate(batch.micro_batches):
-        inputs, real = (tensor.to(device, non_blocking=True) for tensor in (inputs, real))
-        rng = np.random.default_rng((args.seed, 3, step, RANK + i * PROCESSES))
-        torch.manual_seed(int(rng.integers(2**63)))  # for dropout
-        last = i + 1 == len(batch.micro_batches)
-        with contextlib.nullcontext() if PROCESSES == 1 or last else model.no_sync():
-            with autocast(
-                device
-            ):  # labels stay on the CPU, where the model counts them without waiting for a GPU
-                loss = model(inputs, real, labels=labels, reduction="sum").loss / batch.labelled
-            mark("forward, rest")
-            (
-                loss * PROCESSES
-            ).backward()  # DistributedDataParallel takes the mean over processes; the sum is meant
-            mark("backward, rest")
+        # labels stay on the CPU, where the model counts them without waiting for a GPU
+        inputs = inputs.to(device, non_blocking=True)
+        real = real.to(device, non_blocking=True)
+
+        # of n processes, the r-th has every n-th micro-batch from the r-th on
+        rng = np.random.default_rng((args.seed, DROPOUT, step, RANK + i * PROCESSES))
+        torch.manual_seed(int(rng.integers(2**63)))
+
+        # forward and backward; gradients are exchanged once, with the last micro-batch
+        is_last = i + 1 == len(batch.micro_batches)
+        with contextlib.nullcontext() if PROCESSES == 1 or is_last else shared.no_sync():
+            with autocast(device):
+                loss = shared(inputs, real, labels=labels, reduction="sum").loss / batch.labelled
+            # DistributedDataParallel takes the mean over processes; the sum is meant
+            (loss * PROCESSES).backward()
         total += loss.detach()
     if PROCESSES > 1:
         dist.all_reduce(total)
-    not_finite = (~clip_grad_norm_(model.parameters(), 1.0).isfinite()).float()
-    optimizer.found_inf = not_finite  # a fused optimizer then does nothing
+
+    # clip
+    norm = clip_grad_norm_(shared.parameters(), 1.0)
+    skipped = (~norm.isfinite()).float()
+
+    # update; found_inf is how PyTorch's GradScaler tells a fused optimizer to leave all as it is
+    optimizer.found_inf = skipped
     optimizer.step()
     optimizer.zero_grad()
-    mark("optimizer")
-    return total, not_finite
+    return total, skipped
 
 
 def rehearse(model: MaBERTForMaskedLM, args: argparse.Namespace):
-    """A micro-batch of the longest rows, forward and backward: too little memory shows now, not in the last phase."""
+    """Forward and backward with the longest rows: shows now that memory is too small, not later."""
+    # rows that have only to be as large
     length = max(length for length, _ in args.length_schedule)
-    ids = torch.ones(
-        args.micro_batch_size, length, dtype=torch.long, device=model.decoder_bias.device
-    )
-    labels = ids.masked_fill(torch.rand(ids.shape, device=ids.device) > args.mask_rate, IGNORED)
+    size = (args.micro_batch_size, length)
+    ids = torch.ones(size, dtype=torch.long, device=model.decoder_bias.device)
+    labels = ids.masked_fill(torch.rand(size, device=ids.device) > args.mask_rate, IGNORED)
+
+    # forward and backward
     with autocast(ids.device):
         loss = model(ids, labels=labels).loss
     loss.backward()
     model.zero_grad()
 
 
+# Sums since the last line of the log; the last of them since the last step with finite gradients
+SUMS = (
+    "loss",  # of the steps with finite gradients
+    "skipped",  # steps without
+    "real",  # tokens that are not pads
+    "padded",  # tokens, pads included
+    "skipped_in_a_row",  # steps
+)
+
+
+def restore(
+    folder: Path | None, model: MaBERTForMaskedLM, optimizer: torch.optim.Optimizer
+) -> tuple[int, list[dict], dict[str, torch.Tensor]]:
+    """Gives model and optimizer what a checkpoint holds; returns its step, its log and its sums.
+
+    Without a checkpoint: step 0, an empty log, sums of zero. The sums are on the model's device,
+    since reading one makes the CPU wait for a GPU.
+    """
+    # from the start
+    device = model.decoder_bias.device
+    if folder is None:
+        zeros = {name: torch.zeros((), dtype=torch.float64, device=device) for name in SUMS}
+        return 0, [], zeros
+
+    # from a checkpoint
+    weights, training = read_checkpoint(folder)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(training["optimizer"])
+    sums = {name: value.to(device) for name, value in training["sums"].items()}
+    return training["step"], training["log"], sums
+
+
+def log_line(
+    step: int, sums: dict[str, torch.Tensor], last: dict, lr: float, tokens_per_s: float
+) -> dict:
+    """A line of the log, from the sums since the last line."""
+    skipped = int(sums["skipped"])
+    finite = step - last["step"] - skipped
+    return dict(
+        step=step,
+        loss=f"{sums['loss'].item() / max(1, finite):.4f}",
+        lr=f"{lr:.2e}",
+        tokens_per_s=f"{tokens_per_s:.0f}",
+        padding=f"{1 - sums['real'].item() / sums['padded'].item():.3f}",
+        skipped_steps=last["skipped_steps"] + skipped,
+    )
+
+
+def evaluate(model: MaBERTForMaskedLM, data: Data, args: argparse.Namespace) -> str:
+    """The held-out loss, as the log has it."""
+    return f"{held_out_loss(model, data, args.micro_batch_size):.4f}"
+
+
+def refuse_divergence(sums: dict[str, torch.Tensor], lr: float, out: Path):
+    """SystemExit after ten steps in a row without finite gradients."""
+    count = int(sums["skipped_in_a_row"])
+    if count >= 10:
+        last = max(out.glob(STEP_FOLDER), default="none")
+        raise SystemExit(
+            f"no gradient was finite in the last {count} steps, now at learning rate {lr:.2e}: "
+            f"a lower --lr or more --warmup-steps helps; last checkpoint {last}"
+        )
+
+
+def steps_with_batches(
+    args: argparse.Namespace, phases: list[tuple[int, Rows]], first: int, log: list[dict]
+) -> Iterator[tuple[int, Batch]]:
+    """(step, batch) of the steps after `first`, with a bar that shows the last line of the log."""
+    # the bar counts tokens, pads included: steps of longer rows take longer
+    tokens = np.zeros(args.steps, dtype=np.int64)
+    for begin, rows in phases:
+        tokens[begin:] = args.batch_size * rows.length
+    total = int(tokens.sum())
+    done = int(tokens[:first].sum())
+
+    # batches are numbered from 0, steps from 1
+    batches = batches_ahead(args, phases, range(first, args.steps))
+    with progress(total=total, initial=done, unit="token", unit_scale=True) as bar:
+        for step, batch in enumerate(batches, first + 1):
+            yield step, batch
+            bar.set_postfix(log[-1] if log else {}, refresh=False)
+            bar.update(tokens[step - 1])
+
+
+def catch_signals() -> list[int]:
+    """Makes SIGTERM and Ctrl-C wait for the end of a step; returns the list that they go to."""
+    received = []
+
+    def append(signum: int, _):
+        received.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, append)
+    return received
+
+
+def signal_to_obey(received: list[int], step: int) -> int:
+    """The signal that ends the run after this step, or 0.
+
+    Several processes must end after the same step, so they have to ask each other. That takes time:
+    they do so every 10 steps.
+    """
+    newest = received[-1] if received else 0
+    if PROCESSES == 1:
+        return newest
+    return max(gathered(newest)) if step % 10 == 0 else 0
+
+
 def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folder: Path | None):
-    """The run, from the checkpoint in `folder` if there is one."""
+    """Trains, from the checkpoint in `folder` if there is one; returns the model and the log."""
     model, shared, optimizer = make_model(args, data)
-    device, first, log, warmup = (
-        model.decoder_bias.device,
-        0,
-        [],
-        min(args.warmup_steps, args.steps // 10),
-    )
-    # since the last line of the log: losses of finite steps; other steps; tokens; tokens and pads. Then, since the last
-    # finite step: steps
-    totals = torch.zeros(5, dtype=torch.float64, device=device)
-    if folder:
-        weights, training = read_checkpoint(folder)
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(training["optimizer"])
-        first, log, totals = training["step"], training["log"], training["totals"].to(device)
-        del weights, training
-    print(
-        f"from step {first} on; warm-up {warmup} steps"
-        + ", a tenth of the run" * (warmup < args.warmup_steps)
-    )
-    if device.type == "cuda":
+
+    # restore
+    first, log, sums = restore(folder, model, optimizer)
+    steps = f"{args.steps} steps of {args.batch_size} rows, {warmup_steps(args)} of them warm-up"
+    print(f"from step {first} on, of {steps}")
+
+    # rehearse
+    if torch.cuda.is_available():
         rehearse(model, args)
-    if RANK == 0:
-        write_atomically(out / "args.json", json.dumps(vars(args), indent=2) + "\n")
-        if first == 0:
-            loss = held_out_loss(model, data, args.micro_batch_size)
-            log = [dict(step=0, held_out_loss=f"{loss:.4f}", skipped_steps=0)]
-            write_log(out, log)
-    tokens = np.zeros(args.steps, dtype=np.int64)  # of each step, pads included
-    for begins, rows in data.phases:
-        tokens[begins:] = args.batch_size * rows.length
-    received = 0  # the signal to end after the step
 
-    def note(number, _):
-        nonlocal received
-        received = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends now
+    # the log begins with the loss before the first step
+    if RANK == 0 and first == 0:
+        log.append(dict(step=0, held_out_loss=evaluate(model, data, args), skipped_steps=0))
+        write_log(out, log)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    with tqdm(
-        total=tokens.sum(), initial=tokens[:first].sum(), unit="token", unit_scale=True
-    ) as progress:
-        start, before = perf_counter(), totals[2].item()
-        for step, batch in enumerate(
-            batches_ahead(args, data.phases, range(first, args.steps)), first + 1
-        ):
-            lr = learning_rate(step - 1, args.steps, args.lr, warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss, skipped = train_step(shared, optimizer, batch, step - 1, args)
-            totals[:2] += torch.stack([loss.where(skipped == 0, 0), skipped])
-            totals[2] += batch.real
-            totals[3] += batch.padded
-            totals[4] = (totals[4] + 1) * skipped
-            progress.update(tokens[step - 1])
-            stopped_by = max(gathered(received))
-            evaluates = step % args.eval_every == 0 or step == args.steps
-            if evaluates or step % args.log_every == 0:
-                losses, not_finite, real, padded, in_a_row = totals.tolist()
-                if in_a_row >= 10:
-                    last = max(out.glob(STEP_FOLDER), default="none")
-                    raise SystemExit(f"no gradient was finite in the last {in_a_row:.0f} steps, now at learning rate "
-                        f"{lr:.2e}: a lower --lr or more --warmup-steps helps; last checkpoint {last}")  # fmt: skip
-                if RANK == 0:
-                    last, seconds = log[-1], perf_counter() - start
-                    mean = losses / max(1, step - last["step"] - not_finite)
-                    row = dict(
-                        step=step,
-                        loss=f"{mean:.4f}",
-                        lr=f"{lr:.2e}",
-                        padding=f"{1 - real / padded:.3f}",
-                    )
-                    row["tokens_per_s"] = f"{(real - before) / seconds:.0f}"
-                    row["skipped_steps"] = last["skipped_steps"] + int(not_finite)
-                    if evaluates:
-                        row["held_out_loss"] = (
-                            f"{held_out_loss(model, data, args.micro_batch_size):.4f}"
-                        )
-                    log.append(row)
-                    write_log(out, log)
-                    progress.set_postfix(row)
-                totals[:4] = 0
-                start, before = perf_counter(), 0
-            if RANK == 0 and (step % args.save_every == 0 or step == args.steps or stopped_by):
-                training = dict(
-                    step=step,
-                    identity=identity,
-                    log=log,
-                    totals=totals,
-                    optimizer=optimizer.state_dict(),
-                )
-                save_checkpoint(out, args.keep, model, data.tokenizer, training)
-            if stopped_by:
-                name = signal.Signals(stopped_by).name
-                print(f"\nstopped by {name} after step {step}, which is saved; --resume goes on")
-                raise SystemExit(128 + stopped_by)
-    if RANK == 0:
-        finish(args, data, out, model, log)
+    received = catch_signals()
+    start = perf_counter()  # of what tokens_per_s counts
+    trained = 0  # tokens since then
+    for step, batch in steps_with_batches(args, data.phases, first, log):
+        # step
+        lr = set_learning_rate(optimizer, step - 1, args)
+        loss, skipped = train_step(shared, optimizer, batch, step - 1, args)
+
+        # sum up
+        sums["loss"] += loss.where(skipped == 0, 0)
+        sums["skipped"] += skipped
+        sums["real"] += batch.real
+        sums["padded"] += batch.padded
+        sums["skipped_in_a_row"] = (sums["skipped_in_a_row"] + 1) * skipped
+        trained += batch.real
+
+        # log and evaluate
+        evaluates = step % args.eval_every == 0 or step == args.steps
+        if evaluates or step % args.log_every == 0:
+            refuse_divergence(sums, lr, out)
+            if RANK == 0:
+                line = log_line(step, sums, log[-1], lr, trained / (perf_counter() - start))
+                if evaluates:
+                    line["held_out_loss"] = evaluate(model, data, args)
+                log.append(line)
+                write_log(out, log)
+            for name in SUMS[:-1]:
+                sums[name].zero_()
+            start = perf_counter()
+            trained = 0
+
+        # save
+        signum = signal_to_obey(received, step)
+        if RANK == 0 and (step % args.save_every == 0 or step == args.steps or signum):
+            state = optimizer.state_dict()
+            training = dict(step=step, identity=identity, log=log, sums=sums, optimizer=state)
+            save_checkpoint(out, args.keep, model, data.tokenizer, training)
+        if signum:
+            stop(signum, step)
+    return model, log
+
+
+def stop(signum: int, step: int):
+    """Ends the process as a shell expects it after a signal."""
+    name = signal.Signals(signum).name
+    print(f"\nstopped by {name} after step {step}, which is saved; --resume goes on")
+    raise SystemExit(128 + signum)
 
 
 def finish(
     args: argparse.Namespace, data: Data, out: Path, model: MaBERTForMaskedLM, log: list[dict]
 ):
     """Writes the model and says what came of the run."""
-    loss, (unigram, uniform) = float(log[-1]["held_out_loss"]), data.baselines
     model.save_pretrained(out)
-    print(f"\nheld-out loss {loss:.3f} nats per masked token ({(data.held_out[2] != IGNORED).sum()} of them); the "
-          f"training text's word frequencies give {unigram:.3f}, chance {uniform:.3f}\n{abs(unigram - loss):.2f} nats "
-          f"{'below' if loss < unigram else 'above'} the word frequencies. Held-out text, a word masked:")  # fmt: skip
+
+    # the loss beside those of guessing
+    loss = float(log[-1]["held_out_loss"])
+    by_frequency, by_chance = data.baselines
+    masked = (data.held_out[2] != IGNORED).sum()
+    side = "below" if loss < by_frequency else "above"
+    print(
+        f"\nheld-out loss {loss:.3f} nats per masked token ({masked} of them); the training text's "
+        f"word frequencies give {by_frequency:.3f}, chance {by_chance:.3f}"
+    )
+    print(f"{abs(by_frequency - loss):.2f} nats {side} the word frequencies.")
+
+    # what the model can do, and where it is
+    print("Held-out text, a word masked:")
     show_guesses(model, data)
     print(f"\nThe model is in {out}, its curve in {draw_curve(out, log)}. Try it:")
     print(f'  python mabert.py {out} "text with a [MASK]"')
@@ -1121,87 +1707,130 @@ def finish(
 
 
 def join_processes():
-    """They talk over gloo, GPUs over NCCL, and wait while the first prepares the text."""
+    """Connects the processes of torchrun: over gloo, GPUs over NCCL.
+
+    They wait up to a day for each other, since the first prepares the text alone.
+    """
+    # torchrun's own store has the addresses from before a restart (pytorch issue 135712)
     store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's store keeps the addresses of the processes before a restart (pytorch issue 135712)
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
-        )
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False)
         store = dist.PrefixStore(f"restart {RESTARTS}", store)
-    backend, day = (
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        datetime.timedelta(days=1),
-    )
+
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    day = datetime.timedelta(days=1)
     dist.init_process_group(backend, store=store, rank=RANK, world_size=PROCESSES, timeout=day)
 
 
 def gathered(value) -> list:
-    """The values of all processes, in order; and all have come this far."""
+    """The values of all processes, in order. None goes on before all have come this far."""
     values = [value] * PROCESSES
     if PROCESSES > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def lock(out: Path):
-    """Keeps other runs out of the folder until this process ends, however it ends."""
-    file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+def lock(folder: Path, wait: bool = False) -> int:
+    """Locks a folder against other processes; returns a file (its descriptor).
+
+    The lock ends when that file is closed or this process ends, however it ends. A folder that
+    another process has locked is waited for, or SystemExit.
+    """
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     with contextlib.suppress(ImportError):  # Windows has no such locks
         import fcntl
 
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise SystemExit(f"another run is writing to {out}; choose another --out") from None
+            if not wait:
+                message = f"another run is writing to {folder}; choose another --out"
+                raise SystemExit(message) from None
+            print("waiting for another process that prepares the same text", flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+    return file
 
 
 def run(args: argparse.Namespace):
+    """Prepares the text and trains; SystemExit where --out or its checkpoints do not allow that."""
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    if (
-        RESTARTS
-    ):  # by torchrun: what there is by now is worth more than what the command said at first
-        args.resume, args.overwrite = True, False
-    out, names = (
-        Path(args.out),
-        ("log.csv", "loss.png", "args.json", "config.json", "model.pt", STEP_FOLDER),
-    )
-    old = [path for name in names for path in out.glob(name)]  # all that a run writes
-    if old and not (
-        args.profile or args.overwrite or args.resume or (args.demo and args.out == DEMO["out"])
-    ):
+    if RESTARTS:  # by torchrun: what there is by now is worth more than what the command said first
+        args.resume = True
+        args.overwrite = False
+
+    # what --out holds already, of all that a run writes
+    out = Path(args.out)
+    names = ("log.csv", "loss.png", "args.json", "config.json", "model.pt", STEP_FOLDER)
+    old = [path for name in names for path in out.glob(name)]
+    is_demo = args.demo and args.out == DEMO["out"]
+    if old and not (args.overwrite or args.resume or is_demo):
         raise SystemExit(
-            f"{out} holds a run or a model already; choose another --out, --overwrite it, or --resume it"
+            f"{out} holds a run or a model already; choose another --out, --overwrite it, or "
+            "--resume it"
         )
-    folder = made_by = None
-    if RANK == 0 and not args.profile:
+
+    # lock it, and look for the checkpoint to go on from
+    checkpoint = (None, None)
+    if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
-        folder, made_by = newest_checkpoint(out) if args.resume else (None, None)
-    folder, made_by = gathered((folder, made_by))[0]
+        if args.resume:
+            checkpoint = newest_checkpoint(out)
+    folder, old_identity = gathered(checkpoint)[0]
+
+    # prepare; is it the same run?
     data = prepare(args, (folder or out) / "tokenizer.json")
     identity = identity_of(args, data)
-    if any(other != identity for other in gathered(identity)):
-        raise SystemExit(
-            "the processes see different text; let them share --data and the cache of `datasets`"
-        )
-    if folder and (differ := [name for name in identity if identity[name] != made_by.get(name)]):
-        said = "; ".join(
-            f"{name} was {made_by.get(name)} and is now {identity[name]}" for name in differ
-        )
-        raise SystemExit(f"--resume: {folder} belongs to another run: {said}")
-    if args.profile:
-        profile(args, data)
-        return
+    if folder:
+        refuse_another_run(folder, old_identity, identity)
+
+    # everything is there: what an old run has left can go
     if RANK == 0:
-        for path in [*([] if args.resume else old), *out.glob(STEP_FOLDER + ".partial")]:
+        replaced = [] if args.resume else old
+        for path in [*replaced, *out.glob(STEP_FOLDER + ".partial")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_atomically(out / "tokenizer.json", data.tokenizer.to_str(pretty=True))
-    train(args, data, out, identity, folder)
+        write_atomically(out / "args.json", json.dumps(vars(args), indent=2) + "\n")
+
+    # train
+    model, log = train(args, data, out, identity, folder)
+    if RANK == 0:
+        finish(args, data, out, model, log)
+
+
+def refuse_another_run(folder: Path, old: dict, new: dict):
+    """SystemExit with all that differs between a checkpoint's run and this one."""
+    differ = [name for name in new if new[name] != old.get(name)]
+    if differ:
+        changes = (f"{name} was {old.get(name)} and is now {new[name]}" for name in differ)
+        raise SystemExit(f"--resume: {folder} belongs to another run: {'; '.join(changes)}")
+
+
+def explain(error: Exception, args: argparse.Namespace) -> str | None:
+    """The error and what to do about it, or None where that is not known."""
+    # memory
+    message = str(error)
+    if isinstance(error, MemoryError) or re.search("out of memory|ALLOC_FAILED|allocate", message):
+        return (
+            f"out of memory: lower --micro-batch-size (now {args.micro_batch_size}; the batch "
+            "stays) or the lengths of --length-schedule, or pass --activation-checkpointing"
+            f"\n{message}"
+        )
+
+    # the disk; torch.save has its own words
+    if isinstance(error, OSError) or re.search("iostream|StreamWriter|inline_container", message):
+        return f"{message}\nFinished checkpoints and prepared text are kept; --resume goes on"
+
+    # the connection between processes
+    if PROCESSES > 1 and "gloo" in message:
+        return f"process {RANK} lost another, whose message says why\n{message}"
+    return None
 
 
 def main(argv: list[str]):
+    """The command; SystemExit with a message where a user can help."""
     args = parse_args(argv)
     try:
         if PROCESSES > 1:
@@ -1209,28 +1838,15 @@ def main(argv: list[str]):
         run(args)
     except KeyboardInterrupt:
         raise SystemExit(
-            "interrupted; what is whole of tokens and checkpoints is kept, and --resume goes on"
+            "interrupted; finished checkpoints and prepared text are kept, and --resume goes on"
         ) from None
-    except (
-        UnicodeDecodeError
-    ) as error:  # strings of JSON and parquet are looked at when they are read
-        refuse_not_utf8(local_files(args.data or []))
-        raise SystemExit(f"--data: a document of a .parquet file is not UTF-8: {error}") from error
     except (OSError, RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or re.search(
-            "out of memory|ALLOC_FAILED|allocate", str(error)
-        ):
-            advice = (f"out of memory: lower --micro-batch-size (now {args.micro_batch_size}; the batch stays) "
-                      "or the lengths of --length-schedule; or pass --activation-checkpointing")  # fmt: skip
-        elif isinstance(error, OSError) or re.search(
-            "iostream|StreamWriter|inline_container", str(error)
-        ):
-            advice = "cannot read or write: is the disk full? What is whole of tokens and checkpoints is kept"
-        elif PROCESSES > 1 and "gloo" in str(error):
-            advice = f"process {RANK} lost another, whose message says why"
-        else:
+        explanation = explain(error, args)
+        if explanation is None:
             raise
-        raise SystemExit(f"{advice}\n{error}") from error
+        raise SystemExit(explanation) from error
+
+    # leave no trace: a test or a notebook may call this function again
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -1238,89 +1854,25 @@ def main(argv: list[str]):
             dist.destroy_process_group()
 
 
-# ---- Where the time goes ----
-
-
-def flops_per_token(config: MaBERTConfig, length: int, mask_rate: float) -> float:
-    """Floating-point operations of matrix products and convolutions, forward and backward, for one token of a row."""
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        MaBERT(config)(torch.zeros(1, length, dtype=torch.long))
-    head = 2 * config.hidden_size * (config.hidden_size + config.vocab_size) * mask_rate
-    return 3 * (counter.get_total_flops() / length + head)
-
-
-def profile(args: argparse.Namespace, data: Data, warm_up: int = 2):
-    """Prints, for each row length, where the time of args.profile training steps goes. Writes nothing."""
-    model, shared, optimizer = make_model(args, data)
-    on_gpu, marks = torch.cuda.is_available(), []
-
-    def mark(name):  # on a GPU by its own clock, without waiting
-        now = torch.cuda.Event(enable_timing=True) if on_gpu else perf_counter()
-        if on_gpu:
-            now.record()
-        marks.append((name, now))
-
-    for kind, layer in zip(args.pattern, model.encoder.layers):
-        if not args.compile:  # hooks would cut the graph
-            layer.register_forward_pre_hook(lambda *_: mark("forward, rest"))
-            layer.register_forward_hook(lambda *_, kind=kind: mark(f"forward, {kind} layers"))
-            layer.register_full_backward_pre_hook(lambda *_: mark("backward, rest"))
-            layer.register_full_backward_hook(
-                lambda *_, kind=kind: mark(f"backward, {kind} layers")
-            )
-    for _, rows in data.phases:
-        memory, parts, real, padded = "", {}, 0, 0
-        for i, batch in enumerate(batches_ahead(args, [(0, rows)], range(warm_up + args.profile))):
-            if i == warm_up:
-                del marks[:-1]
-                real = padded = 0
-                torch.cuda.reset_peak_memory_stats() if on_gpu else None
-            mark("waiting for data")
-            train_step(shared, optimizer, batch, i, args, mark)
-            real, padded = real + batch.real, padded + batch.padded
-        if on_gpu:
-            torch.cuda.synchronize()
-            memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
-        for (_, begin), (name, end) in itertools.pairwise(marks):
-            parts[name] = parts.get(name, 0) + (
-                begin.elapsed_time(end) / 1000 if on_gpu else end - begin
-            )
-        seconds = sum(parts.values())
-        tflops = (
-            flops_per_token(model.config, rows.length, args.mask_rate)
-            * real
-            / seconds
-            / PROCESSES
-            / 1e12
-        )
-        print(f"\nrows of {rows.length} tokens: {seconds / args.profile:.3f} s a step, {real / seconds:.0f} tokens/s, "
-              f"{1 - real / padded:.1%} padding, {tflops:.3g} TFLOP/s a device{memory}")  # fmt: skip
-        for name, part in parts.items():
-            print(f"  {name:20}{1000 * part / args.profile:10.1f} ms a step{part / seconds:8.1%}")
-
-
 def describe_machine(device: str | None = None) -> str:
-    """One line: the device ("cuda" or "cpu"; the GPU, if there is one), its driver, and the packages' versions."""
+    """One line: the device and the packages' versions. None: the GPU, if there is one."""
+    # the device
+    parts = []
     if device == "cuda" or (device is None and torch.cuda.is_available()):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
-        found = [torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}", f"driver {driver}"]
+        parts += [torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}", f"driver {driver}"]
     else:
         info = Path("/proc/cpuinfo")
         model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-        found = [model[1] if model else platform.machine(), f"{torch.get_num_threads()} thread(s)"]
-    for package in (
-        "torch",
-        "triton",
-        "datasets",
-        "tokenizers",
-        "transformers",
-        "mamba-ssm",
-        "mambapy",
-    ):
+        parts += [model[1] if model else platform.machine(), f"{torch.get_num_threads()} thread(s)"]
+
+    # packages, those that are installed
+    packages = "torch triton datasets tokenizers transformers mamba-ssm mambapy"
+    for package in packages.split():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{package} {importlib.metadata.version(package)}")
-    return ", ".join(found)
+            parts.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":
