@@ -83,7 +83,8 @@ def relative(a, b):
 def deviation(results) -> float:
     """The largest relative difference between the tensors of a result and those of the first."""
     first, *others = results
-    return max(relative(x, exact) for result in others for x, exact in zip(result, first))
+    changes = [relative(x, exact) for result in others for x, exact in zip(result, first)]
+    return torch.tensor(changes).max().item()  # NaN, if there is one
 
 
 def gradient(loss, model):
@@ -125,7 +126,8 @@ def words_tokenizer(words):
 
 
 def save_model(folder, model_class=MaBERTForMaskedLM, **changes):
-    """A small random model, with a tokenizer whose every word is a token and which adds no [CLS] of its own."""
+    """A small random model, with a tokenizer for which each word is a token, and which adds no
+    [CLS] by itself."""
     build(
         model_class, tiny(**dict(pattern="WH", vocab_size=45) | changes), torch.float32
     ).save_pretrained(folder)
@@ -260,7 +262,7 @@ def drift(config, paddings, dtype) -> float:
             hidden = model.encoder(*inputs)[inputs[1] == 1]
             results.append([*output, hidden, gradient(output.loss, model)])
         changes.append(deviation(results))
-    return max(changes)
+    return torch.tensor(changes).max().item()
 
 
 ALL = ((1, 0), (4, 0), (0, 1), (0, 9), (2, 5))  # pads before and after
@@ -282,7 +284,7 @@ PADDING = [  # pattern, changes of the config, paddings, dtype and bounds of the
     *((pattern, dict(psm=psm, causal_conv=True), [pads], EXACT)
       for pattern, pads in (("MMT", (0, 9)), ("H", (0, 9)), ("TT", (4, 0)))
       for psm in ((), ("pre",), ("post",), ("pre", "post"), ("scan",))),
-    # The checks above can fail: all of these leak, the paper's two stages by the convolution's bias.
+    # the checks above can fail: these leak, the paper's two stages by the convolution's bias
     *((pattern, changes, [pads], LEAKS)
       for letter, pads in (("M", (4, 0)), ("H", (4, 0)), ("W", (0, 9)))
       for pattern in LAYERINGS if letter in pattern
@@ -422,8 +424,8 @@ OPTIONS = ("D", "z", "delta_bias", "delta_softplus", "mask")
 
 @pytest.mark.parametrize("without", [(), *([option] for option in OPTIONS), OPTIONS])
 def test_scan_in_closed_form(without):
-    """s_t = Σ_{τ ≤ t} exp(A (Δ_{τ+1} + … + Δ_t)) Δ_τ u_τ B_τ. An option that is left out does as one
-    that has no effect."""
+    """s_t = Σ_{τ ≤ t} exp(A (Δ_{τ+1} + … + Δ_t)) Δ_τ u_τ B_τ; an option that is left out does
+    as one that has no effect."""
     inputs = scan_inputs() | dict(delta_softplus=True, mask=masks(9)[3:5])
     inputs = {name: x for name, x in inputs.items() if name not in without}
     no_effect = dict(D=0, delta_bias=0, delta_softplus=False, mask=torch.ones(2, 9).to(DEVICE))
@@ -505,7 +507,7 @@ def test_the_kernels_in_the_interpreter():
     assert result.returncode == 0 and counts and int(counts[1]) > 40, result.stdout + result.stderr
 
 
-KERNEL_CASES = [  # b, l, d, n; rows of masks(l); chunks in a segment, or None for one segment; dtype
+KERNEL_CASES = [  # b, l, d, n; rows of masks(l); chunks in a segment (None: one segment); dtype
     # about the edges of tiles of 4 and of 8 steps, and of chunks of 16
     *((1, l, 5, 1, None, None, torch.float32) for l in (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33)),
     # all masks
@@ -3287,47 +3289,78 @@ def test_recall_trains_each_pattern_and_finished_runs_are_only_read(scripts, cap
 # ---- What the scripts refuse, and with which words ----
 
 
-MODEL, WEIGHTS = "model/tokenizer.json", "model/model.pt"
-WORDS_FILE, SENTENCES = "train --tokenizer words.json", "--sentences text.txt"
+MODEL = "model/tokenizer.json"
+WEIGHTS = "model/model.pt"
+WORDS_FILE = "train --tokenizer words.json"
+SENTENCES = "--sentences text.txt"
 OUT_OF_MEMORY = torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
-REFUSALS = [  # script, flags; what is said; {file: its contents, None for no file, or what they come from} or an error
-    ("mabert model w1", r"^mabert.py: .*config.json is missing[^\n]*$", {"model/config.json": None}),
-    ("mabert model w1", r"^mabert.py: .*tokenizer.json is missing or damaged: [^\n]*$", {MODEL: "{"}),
-    (f"mabert model '{'w1 ' * 31}'", r"^mabert.py: a row has 33 real tokens; max_position is 32[^\n]*$"),
-    ("train --length-schedule 128:0.9 512:0.2", "sum to 1"), ("train --length-schedule 4:1", "4 must be finite and in"),
-    ("train --length-schedule 128", "invalid length_share value: '128'"), ("train --steps 0", "--steps: 0 must be"),
-    ("train --mask-rate 1.5", "--mask-rate: 1.5 must be"), ("train --weight-decay inf", "--weight-decay: inf must be"),
-    ("train --lr nan", "--lr: nan must be"), ("train --vocab-size 65536", r"65536 must be finite and in \[100, 65536"),
-    ("train --batch-size 10 --micro-batch-size 4", "--batch-size 10 is no multiple of --micro-batch-size 4"),
-    ("train --vocab-size 500 --tokenizer x", "not allowed with"), ("train --demo --data x.txt", "not allowed with"),
-    ("train --resume --overwrite", "not allowed with"), ("train --pattern MXT", "MaBERTConfig.pattern"),
-    ("train --dropout inf", "MaBERTConfig.dropout"), ("train --psm pre,post", "'pre,post' is not none, or any of"),
-    ("train --out corpus.txt", r"^\[Errno 17\] File exists: 'corpus.txt'\nFinished checkpoints .* are kept"),
+# script and flags; the message; an error, or {file: contents, or None, or what makes them}
+REFUSALS = [
+    ("mabert model w1", r"^mabert.py: .*config.json is missing[^\n]*$",
+     {"model/config.json": None}),
+    ("mabert model w1", r"^mabert.py: .*tokenizer.json is missing or damaged: [^\n]*$",
+     {MODEL: "{"}),
+    (f"mabert model '{'w1 ' * 31}'",
+     r"^mabert.py: a row has 33 real tokens; max_position is 32[^\n]*$"),
+    ("train --length-schedule 128:0.9 512:0.2", "sum to 1"),
+    ("train --length-schedule 4:1", "4 must be finite and in"),
+    ("train --length-schedule 128", "invalid length_share value: '128'"),
+    ("train --steps 0", "--steps: 0 must be"),
+    ("train --mask-rate 1.5", "--mask-rate: 1.5 must be"),
+    ("train --weight-decay inf", "--weight-decay: inf must be"),
+    ("train --lr nan", "--lr: nan must be"),
+    ("train --vocab-size 65536", r"65536 must be finite and in \[100, 65536"),
+    ("train --batch-size 10 --micro-batch-size 4",
+     "--batch-size 10 is no multiple of --micro-batch-size 4"),
+    ("train --vocab-size 500 --tokenizer x", "not allowed with"),
+    ("train --demo --data x.txt", "not allowed with"),
+    ("train --resume --overwrite", "not allowed with"),
+    ("train --pattern MXT", "MaBERTConfig.pattern"),
+    ("train --dropout inf", "MaBERTConfig.dropout"),
+    ("train --psm pre,post", "'pre,post' is not none, or any of"),
+    ("train --out corpus.txt",
+     r"^\[Errno 17\] File exists: 'corpus.txt'\nFinished checkpoints .* are kept"),
     ("train --cache corpus.txt", "Not a directory: 'corpus.txt/"),
     ("train --data a", r"is or has no \.txt, .* file that is not empty", {"a/a.txt": ""}),
-    ("train --data nowhere", "nowhere is or has no"), ("train --data a.md", r"a.md is or has no", {"a.md": "one"}),
+    ("train --data nowhere", "nowhere is or has no"),
+    ("train --data a.md", r"a.md is or has no", {"a.md": "one"}),
     ("train --data .a", "is or has no", {".a/.b/c.txt": "one"}),
-    ("train --data a.txt", r"too short: 100 tokens give \d+ training rows", {"a.txt": "the cat sees a dog\n" * 20}),
+    ("train --data a.txt", r"too short: 100 tokens give \d+ training rows",
+     {"a.txt": "the cat sees a dog\n" * 20}),
     ("train --data a.txt", "the corpus is empty", {"a.txt": "\n \n"}),
     ("train --data a.jsonl", "the corpus is empty", {"a.jsonl": '{"text": null}\n'}),
     ("train --data a.json", "the corpus is empty", {"a.json": "[]"}),
-    ("train --data a.txt", r"a.txt, line 2: not UTF-8 \(invalid start byte\)", {"a.txt": b"good\nthe \xff cat"}),
-    ("train --data a.jsonl", "a.jsonl, line 2: not UTF-8", {"a.jsonl": b'{"text": "good"}\n{"text": "not \xc3("}\n'}),
-    ("train --data a.jsonl", "a.jsonl, line 2 has no 'text'", {"a.jsonl": '{"text": ""}\n{"title": ""}\n'}),
+    ("train --data a.txt", r"a.txt, line 2: not UTF-8 \(invalid start byte\)",
+     {"a.txt": b"good\nthe \xff cat"}),
+    ("train --data a.jsonl", "a.jsonl, line 2: not UTF-8",
+     {"a.jsonl": b'{"text": "good"}\n{"text": "not \xc3("}\n'}),
+    ("train --data a.jsonl", "a.jsonl, line 2 has no 'text'",
+     {"a.jsonl": '{"text": ""}\n{"title": ""}\n'}),
     ("train --data a.jsonl", "a.jsonl, line 1 has no 'text'", {"a.jsonl": "5\n"}),
-    ("train --data a.jsonl", "a.jsonl, line 1: 'text' is no string: 5", {"a.jsonl": '{"text": 5}\n'}),
-    ("train --data a.jsonl", "a.jsonl, line 2: not JSON", {"a.jsonl": '{"text": "good"}\n{"text": "good"\n'}),
-    ("train --data a.json", r"a.json, document 2: 'text' is no string: \[\]", {"a.json": '[{"text": ""}, {"text": []}]'}),
-    ("train --data a.parquet", "cannot read a.parquet: Parquet magic bytes", {"a.parquet": b"PAR1 and so on"}),
-    ("train --data a.parquet", "a.parquet has no column 'text' of strings, but {'text': 'int64'}", {"a.parquet": parquet(text=[1])}),
-    ("train --data a.parquet", "a.parquet has no column 'text' of strings, but {'title'", {"a.parquet": parquet(title=["a"])}),
-    ("train --data a.parquet", "a.parquet: not UTF-8", {"a.parquet": parquet(text=["b\xc3d"]).replace("\xc3".encode(), b"\xff\xff")}),
-    ("train --data a.txt", r"to the tokenizer 100% of the text is \[UNK\]", {"a.txt": "hund und katze\n" * 200}),
-    ("train --data a.txt", r"to the tokenizer 60% of the text is \[UNK\]", {"a.txt": f"{'a ' * 80}{'x' * 120}\n" * 20}),
+    ("train --data a.jsonl", "a.jsonl, line 1: 'text' is no string: 5",
+     {"a.jsonl": '{"text": 5}\n'}),
+    ("train --data a.jsonl", "a.jsonl, line 2: not JSON",
+     {"a.jsonl": '{"text": "good"}\n{"text": "good"\n'}),
+    ("train --data a.json", r"a.json, document 2: 'text' is no string: \[\]",
+     {"a.json": '[{"text": ""}, {"text": []}]'}),
+    ("train --data a.parquet", "cannot read a.parquet: Parquet magic bytes",
+     {"a.parquet": b"PAR1 and so on"}),
+    ("train --data a.parquet", "a.parquet has no column 'text' of strings, but {'text': 'int64'}",
+     {"a.parquet": parquet(text=[1])}),
+    ("train --data a.parquet", "a.parquet has no column 'text' of strings, but {'title'",
+     {"a.parquet": parquet(title=["a"])}),
+    ("train --data a.parquet", "a.parquet: not UTF-8",
+     {"a.parquet": parquet(text=["b\xc3d"]).replace("\xc3".encode(), b"\xff\xff")}),
+    ("train --data a.txt", r"to the tokenizer 100% of the text is \[UNK\]",
+     {"a.txt": "hund und katze\n" * 200}),
+    ("train --data a.txt", r"to the tokenizer 60% of the text is \[UNK\]",
+     {"a.txt": f"{'a ' * 80}{'x' * 120}\n" * 20}),
     (WORDS_FILE, "cannot load the tokenizer .*words.json", {"words.json": None}),
-    (WORDS_FILE, "the tokenizer has 70001 tokens; 65535 is the most", {"words.json": lambda x: x.replace(b": 24", b": 70000")}),
+    (WORDS_FILE, "the tokenizer has 70001 tokens; 65535 is the most",
+     {"words.json": lambda x: x.replace(b": 24", b": 70000")}),
     (WORDS_FILE, r"has no \[MASK\]", {"words.json": lambda x: x.replace(b"[MASK]", b"[MARK]")}),
-    (WORDS_FILE, r"100% of the text .*no pre-tokenizer\?", {"words.json": lambda x: json.dumps(json.loads(x) | dict(pre_tokenizer=None))}),
+    (WORDS_FILE, r"100% of the text .*no pre-tokenizer\?",
+     {"words.json": lambda x: json.dumps(json.loads(x) | dict(pre_tokenizer=None))}),
     ("glue --tasks colla", "invalid choice: 'colla'.*cola"),
     ("glue --psm pre+mid", "'pre[+]mid' is not none, or any"),
     ("glue --seeds 0", "argument --seeds: 0 must be"),
@@ -3337,7 +3370,8 @@ REFUSALS = [  # script, flags; what is said; {file: its contents, None for no fi
     ("glue --ablation --pooling cls", "--pooling: not allowed with argument --ablation"),
     ("glue --ablation --poolings", "--poolings: not allowed with argument --ablation"),
     ("glue --max-length 64", "has 32 positions, not 64: pass --max-length 32"),
-    ("glue --data-dir nowhere", r"is neither nowhere/CoLA/train.tsv, .*, nor nowhere/README.md, as"),
+    ("glue --data-dir nowhere",
+     r"is neither nowhere/CoLA/train.tsv, .*, nor nowhere/README.md, as"),
     ("glue --tasks cola rte", r"neither glue/RTE/train.tsv, "),  # before anything is trained
     ("glue --predict", r"neither glue/CoLA/test.tsv, ", {"glue/CoLA/test.tsv": None}),
     ("glue --tasks cola mrpc", r"MRPC/dev.tsv has no column", {"glue/MRPC/dev.tsv": "a\tb\n"}),
@@ -3355,12 +3389,14 @@ REFUSALS = [  # script, flags; what is said; {file: its contents, None for no fi
     ("bench drift --checkpoint nowhere", "--checkpoint: "),
     ("bench drift --sentences nowhere", "--sentences: cannot read nowhere"),
     (f"bench drift {SENTENCES}", "text.txt has no text", {"text.txt": "\n"}),
-    (f"bench drift --checkpoint model {SENTENCES}", "cannot load the tokenizer model/tokenizer.json",
+    (f"bench drift --checkpoint model {SENTENCES}",
+     "cannot load the tokenizer model/tokenizer.json",
      {"text.txt": "a few words", MODEL: None}),
     ("bench drift --out nowhere/drift", "--out: cannot write nowhere/drift.md: No such file"),
     ("bench scan --sizes 1,2,3", "1,2,3 is not B,L,D,N"), ("bench scan --sizes 1,2,3,x", "invalid"),
     ("bench scan --pads 3", "unrecognized arguments: --pads 3"),
-    ("bench step --measure 0", "--measure: 0 must be"), ("bench step --steps 0", "--steps: 0 must be"),
+    ("bench step --measure 0", "--measure: 0 must be"),
+    ("bench step --steps 0", "--steps: 0 must be"),
     (f"bench step {' '.join(arguments())}", "out of memory: lower --micro-batch", OUT_OF_MEMORY),
     ("bench efficiency --models GPT", "invalid choice: 'GPT'"),
     ("bench efficiency --lengths 0", "0 must be finite"),
