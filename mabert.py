@@ -11,9 +11,9 @@ What is particular about the model:
   the sequence from left to right, at a cost linear in its length. T is a Transformer layer: every
   token sees every other. Two letters are ours: W is M from right to left, H is half an M and half a
   T side by side.
-- Padding-safe masking (PSM): with all of its three stages, the pads of a batch do not change what
-  the model says about real tokens, up to rounding. The paper has two of the stages; the third
-  makes it exact.
+- Padding-safe masking (PSM): with all three stages of it, the pads of a batch do not change the
+  output at real tokens, up to rounding. The paper has the stages "pre" and "post"; they leave a
+  leak, which our stage "scan" closes.
 - Mask-aware attention pooling (MAP) feeds the classifier.
 
     model = MaBERTForMaskedLM(MaBERTConfig())
@@ -21,7 +21,7 @@ What is particular about the model:
 
 A row is a sequence of the batch. A mask is True at real tokens and False at pads. Letters in the
 comments on shapes, and the fields of the config that set them:
-    b  batch                        n  states of a channel, d_state (16)
+    b  batch                        n  numbers in a channel's state, its n states, d_state (16)
     l  sequence length              r  rank of Δ, dt_rank (⌈h / 16⌉)
     h  hidden size (768)            k  width of the convolution, d_conv (4)
     d  inner width of the Mamba core, also called its channels, expand * h (1536)
@@ -104,7 +104,7 @@ class MaBERTConfig:
 
     def __post_init__(self):
         check_config(self)
-        # the stages in order, each once, as a tuple: JSON has lists
+        # JSON gives a list: back to a tuple, in order, each stage once
         self.psm = tuple(stage for stage in PSM_STAGES if stage in self.psm)
 
 
@@ -149,7 +149,7 @@ class MambaMixer(nn.Module):
         # projections and the convolution
         self.in_proj = linear(h, 2 * d, bias=False)
         self.conv1d = nn.Conv1d(d, d, k, groups=d)  # a container: short_convolution does the work
-        # how many tokens to the left the convolution sees; centred, k = 4 sees one and, right, two
+        # how many tokens to the left the convolution sees; centred, k = 4 sees one, and two right
         self.conv_left = k - 1 if config.causal_conv else (k - 1) // 2
         self.x_proj = linear(d, r + 2 * n, bias=False)
         self.rho_B_C_sizes = (r, n, n)
@@ -158,8 +158,8 @@ class MambaMixer(nn.Module):
         # Δ: at first softplus(bias) is log-uniform in [0.001, 0.1], as in Mamba. nn.Linear is only
         # a container, as the scan adds the bias; PyTorch's initial weights, U(±1/√r), are Mamba's.
         self.dt_proj = nn.Linear(r, d)
-        delta = torch.exp(torch.empty(d).uniform_(math.log(0.001), math.log(0.1)))
-        softplus_inverse = delta + torch.log(-torch.expm1(-delta))
+        dt = torch.exp(torch.empty(d).uniform_(math.log(0.001), math.log(0.1)))  # Δ
+        softplus_inverse = dt + torch.log(-torch.expm1(-dt))
         self.dt_proj.bias = nn.Parameter(softplus_inverse)
 
         # A and D, as in Mamba: −A is 1, 2, …, n in every channel
@@ -185,12 +185,12 @@ class MambaMixer(nn.Module):
 
 
 class MambaLayer(nn.Module):
-    """A pre-LN Mamba layer with padding-safe masking (Eqs. 2 and 3; token by token, Eq. 10).
+    """A pre-LN Mamba layer with padding-safe masking (Eqs. 2 and 3; Eq. 10 for one token).
 
     x (b, l, h), mask (b, l) of dtype bool or None -> (b, l, h). config.psm selects any of three
     stages:
-    - pre:  the core's input is zero at pads, so that the convolution sees there what it sees beyond
-            the ends of a row;
+    - pre:  the mixer's input is zero at pads, so that the convolution sees there what it sees
+            beyond the ends of a row;
     - scan: at pads Δ = 0, so that exp(Δ A) = 1 and nothing is added to the state, which passes
             through unchanged. Zeros as input are not enough: the convolution's bias makes u, B and
             Δ non-zero at pads;
@@ -210,22 +210,22 @@ class MambaLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        # Eq. 2
-        mixed = self.mix(self.masked("pre", self.norm1(x), mask), mask)
-        x = x + self.dropout(mixed)
+        # Eq. 2: the mixer and the residual
+        mixer_input = self.zero_pads("pre", self.norm1(x), mask)
+        x = x + self.dropout(self.mix(mixer_input, mask))
 
-        # Eq. 3
+        # Eq. 3: the feed-forward network and the residual
         x = x + self.dropout(self.ffn(self.norm2(x)))
-        return self.masked("post", x, mask)
+        return self.zero_pads("post", x, mask)
 
-    def masked(self, stage: str, x: Tensor, mask: Tensor | None) -> Tensor:
+    def zero_pads(self, stage: str, x: Tensor, mask: Tensor | None) -> Tensor:
         """x with zeros at pads, if there is a mask and the config has this stage."""
         if mask is None or stage not in self.psm:
             return x
         return x * mask[..., None]
 
     def mix(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The layer's core, which lets tokens see each other. HybridLayer adds attention to it."""
+        """The mixer, which lets tokens see each other. HybridLayer adds attention to it."""
         if "scan" not in self.psm:
             mask = None
         if not self.mirrored:
@@ -255,7 +255,7 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, heads, l, width)
 
         if mask is not None:
-            # a row that is all padding attends to itself: a softmax over nothing gives NaN
+            # in a row that is all padding, pads attend to all: a softmax over nothing gives NaN
             mask = mask | ~mask.any(dim=-1, keepdim=True)
             mask = mask[:, None, None]  # (b, 1, 1, l)
 
@@ -267,7 +267,8 @@ class SelfAttention(nn.Module):
 class TransformerLayer(nn.Module):
     """A pre-LN Transformer layer (Eq. 1): x (b, l, h), mask (b, l) or None -> (b, l, h).
 
-    Its output at pads is not masked: as keys, pads have no weight; a Mamba layer masks its input.
+    Its output at pads is not zeroed: attention gives pads no weight as keys, and the next Mamba
+    layer zeroes its own input (stage pre).
     """
 
     def __init__(self, config: MaBERTConfig):
@@ -288,12 +289,12 @@ class HybridLayer(MambaLayer):
 
     x (b, l, h), mask (b, l) or None -> (b, l, h). Half of the config's inner width and half of its
     heads read the same input, normalised and masked (stage pre). Their outputs are normalised and
-    averaged, as in Hymba (arXiv 2411.13676). The norms' gain begins at 0.1, which is about what
-    attention or a mixer adds to x in the other layers.
+    averaged, as in Hymba (arXiv 2411.13676). The norms' gain begins at 0.1, so that the layer adds
+    to x about as much as the others do.
     """
 
     def __init__(self, config: MaBERTConfig):
-        # without an H in the pattern, since half of expand may be odd
+        # pattern M, since the check would refuse an H whose half of expand is odd
         half = dataclasses.replace(config, pattern="M", expand=config.expand // 2)
         super().__init__(half)
         self.attention = SelfAttention(config, heads=config.num_heads // 2)
@@ -337,8 +338,9 @@ class MaBERT(PretrainedModel):
 
     Positions count real tokens only, so that padding on either side changes none of them. Hidden
     states at pads mean nothing. The padded length of a row may exceed max_position, the number of
-    its real tokens may not. Raises ValueError for wrong types and shapes and for too many real
-    tokens; on a CPU, outside torch.compile, also for ids or masks with wrong values.
+    its real tokens may not. Raises ValueError for wrong types and shapes; for too many real tokens
+    (not counted under torch.compile if there is a mask); and for wrong values of ids or masks
+    (looked at on a CPU, outside torch.compile).
     """
 
     def __init__(self, config: MaBERTConfig):
@@ -364,9 +366,9 @@ class MaBERT(PretrainedModel):
         self.final_norm = layer_norm(config)
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None) -> Tensor:
-        self.check_ids(input_ids, token_type_ids)
+        check_ids(self.config, input_ids, token_type_ids)
         mask = as_mask("attention_mask", attention_mask, input_ids.shape)  # bool or None
-        self.check_length(input_ids, mask)
+        check_length(self.config, input_ids, mask)
 
         # positions of the real tokens: 0, 1, 2, …
         if mask is None:
@@ -386,35 +388,13 @@ class MaBERT(PretrainedModel):
             x = layer(x, mask)
         return self.final_norm(x)
 
-    def check_ids(self, input_ids, token_type_ids):
-        integers = "int64 or int32"
-        check("input_ids", input_ids, integers, ("batch", "length"), self.config.vocab_size)
-        if input_ids.numel() == 0:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it is empty")
-        if token_type_ids is not None:
-            types = self.config.type_vocab_size
-            check("token_type_ids", token_type_ids, integers, input_ids.shape, types)
-
-    def check_length(self, input_ids: Tensor, mask: Tensor | None):
-        """Raises ValueError where a row has more real tokens than there are positions.
-
-        Counting them makes a GPU wait and breaks a compiled graph, so nothing is counted where the
-        padded length is within max_position, or under torch.compile.
-        """
-        limit = self.config.max_position
-        length = input_ids.shape[1]
-        if length > limit and mask is not None:
-            length = 0 if torch.compiler.is_compiling() else int(mask.sum(dim=-1).max())
-        if length > limit:
-            advice = "see MaBERT.resize_positions"
-            raise ValueError(f"a row has {length} real tokens; max_position is {limit} ({advice})")
-
     @torch.no_grad()
     def resize_positions(self, max_position: int):
-        """Stretches the position table to max_position rows by linear interpolation.
+        """Stretches the table of positions to max_position of them by linear interpolation.
 
-        The first and the last row stay the same (from two rows on). The table is a new parameter:
-        make an optimizer afterwards. Raises ValueError if max_position is not a positive integer.
+        The first and the last keep their vectors (if there are at least two). The table is a new
+        parameter: make an optimizer afterwards. Raises ValueError if max_position is not a positive
+        integer.
         """
         config = dataclasses.replace(self.config, max_position=max_position)  # checks the value
         table = self.position_embeddings.weight  # (old, h)
@@ -482,7 +462,7 @@ IGNORED_LABEL = -100  # PyTorch's value for a place where there is nothing to pr
 
 
 class MaBERTForMaskedLM(PretrainedModel):
-    """The encoder with BERT's masked-language-model head, whose decoder is tied to the words.
+    """The encoder with BERT's masked-language-model head, tied to the word embeddings.
 
     forward(input_ids, attention_mask=None, token_type_ids=None, labels=None, reduction="mean")
     -> Output(loss, logits)
@@ -513,8 +493,8 @@ class MaBERTForMaskedLM(PretrainedModel):
             return Output(None, self.predict(x))
 
         # the labelled positions
-        vocabulary = self.config.vocab_size
-        check("labels", labels, "int64 or int32", x.shape[:2], vocabulary, also=IGNORED_LABEL)
+        allowed = dict(below=self.config.vocab_size, also=IGNORED_LABEL)
+        check("labels", labels, "int64 or int32", x.shape[:2], **allowed)
         labels = labels.flatten()
         places = (labels != IGNORED_LABEL).nonzero().squeeze(1)  # (labelled,)
         labels = labels[places].long().to(x.device, non_blocking=True)
@@ -558,7 +538,7 @@ class MaBERTForSequenceClassification(PretrainedModel):
         if labels is None:
             return Output(None, logits)
 
-        # regression
+        # the loss, in float32 at least: regression
         predicted = in_float32(logits)
         if self.config.num_labels == 1:
             check("labels", labels, "not complex", x.shape[:1])
@@ -566,8 +546,8 @@ class MaBERTForSequenceClassification(PretrainedModel):
             return Output(loss, logits)
 
         # classes; cross_entropy's own mean would be NaN where no row has a label
-        classes = self.config.num_labels
-        check("labels", labels, "int64 or int32", x.shape[:1], classes, also=IGNORED_LABEL)
+        allowed = dict(below=self.config.num_labels, also=IGNORED_LABEL)
+        check("labels", labels, "int64 or int32", x.shape[:1], **allowed)
         loss = F.cross_entropy(predicted, labels.long(), reduction="sum")
         labelled = (labels != IGNORED_LABEL).sum().clamp(min=1)
         return Output(loss / labelled, logits)
@@ -582,14 +562,14 @@ def in_float32(x: Tensor) -> Tensor:
 #
 # What to read: the formula and `reference_scan`. `selective_scan` and `short_convolution`, the two
 # functions that the model calls, come next. Everything after that, a loop and the kernels, computes
-# the same numbers faster, and is for those who want to change how.
+# the same numbers faster, and is for those who want to change the fast versions.
 #
 # The formula, for one row and one channel, whose state s_t is n numbers, as are A, B_t and C_t.
 # m_t is the mask, 1 at real tokens and 0 at pads:
 #
 #     Δ_t = m_t · softplus(delta_t + delta_bias)
 #     s_t = exp(Δ_t A) s_{t−1} + Δ_t u_t B_t           s_{−1} = 0
-#     v_t = C_t · s_t + D u_t                          C_t · s_t sums over the n states
+#     v_t = Σ_n C_t s_t + D u_t
 #     y_t = m_t · SiLU(z_t) · v_t
 #
 # At a pad Δ_t = 0, so that s_t = exp(0) s_{t−1} + 0: the state passes through. The softplus is
@@ -601,7 +581,7 @@ def reference_scan(
 ):
     """The formula, one step at a time, in plain PyTorch: on any device, with autograd, and slow.
 
-    Arguments, result and errors are those of `selective_scan`, below.
+    Arguments and result are those of `selective_scan`, below, without backend.
     """
     check_scan(u, delta, A, B, C, D, z, delta_bias)
     mask = as_mask("mask", mask, u.shape[:2])
@@ -692,7 +672,7 @@ def short_convolution(
         return _conv_triton(u, weight, bias, left)
     right = weight.shape[1] - 1 - left
     u = F.pad(u, (0, 0, left, right)).transpose(1, 2)  # (b, d, l + k - 1)
-    # as a two-dimensional convolution PyTorch computes it in this layout, without copies
+    # on a CPU PyTorch's two-dimensional convolution reads this layout as it is
     y = F.conv2d(u[:, :, None], weight[:, None, None], bias, groups=bias.shape[0])  # (b, d, 1, l)
     return F.silu(y)[:, :, 0].transpose(1, 2)
 
@@ -718,8 +698,8 @@ def use_triton(u: Tensor, backend: str | None) -> bool:
 
 # ---- The gradients ----
 #
-# dx is the gradient of the loss with respect to x, for any x. Time runs backwards, and q is to it
-# what the state is forward:
+# dx is the gradient of the loss with respect to x, for any x (but dt, below, is Δ). Time runs
+# backwards, and q plays the part that the state plays forward:
 #
 #     dv_t = m_t SiLU(z_t) dy_t                        dz_t = m_t SiLU'(z_t) v_t dy_t
 #     g_t  = C_t dv_t + q_{t+1}                        g is ds, with all later steps in it
@@ -732,16 +712,17 @@ def use_triton(u: Tensor, backend: str | None) -> bool:
 #     ddelta_t = m_t softplus'(delta_t + delta_bias) dΔ_t
 #     ddelta_bias = Σ_{b,t} ddelta_t
 #
-# In the code below `delta` is the argument, `raw` has the bias added, and `dt` is Δ, after softplus
-# and mask. exp is exp2 of log2(e) A, which is called A2: exp2 is faster, on a CPU and on a GPU.
+# Names in the fast versions, below: `delta` is the argument, `raw` has the bias added, `dt` is Δ,
+# after softplus and mask, and A2 is log2(e) A, as exp2 is faster than exp on a CPU and on a GPU.
 
 
 # ---- A loop, for the CPU ----
 #
-# Two ops, forward and backward, compute the whole formula for a few rows and a chunk of steps at a
-# time, so that all intermediate values stay in the caches of a core. Forward, the state before each
-# chunk is kept. Backward, chunks are taken from the right; each is replayed from the state before
-# it, and then traversed from its end.
+# Two custom ops, forward and backward, compute the whole formula for a few rows and a chunk of
+# steps at a time, so that all intermediate values stay in the caches of a core. Forward, the state
+# before each chunk is kept. Backward, chunks are taken from the right; each is replayed from the
+# state before it, and then traversed from its end. (What autograd and torch.compile need to know of
+# the ops comes after the kernels, for both scans.)
 
 LOOP_CHUNK = 16  # steps; with n = 16 the kept states are then as many numbers as u
 LOOP_BUFFER = 2**19  # numbers in a buffer, for each thread: 2 MB; the backward pass has three
@@ -787,7 +768,8 @@ def _chunk_states(buffers, u, delta, A2, B, bias, mask, state, softplus):
     if mask is not None:
         dt = dt * mask[..., None]
 
-    # views of the buffers; the state may be the last one in the first, so it is copied at once
+    # views of the buffers; the state may itself be a view of the first, the last state of the chunk
+    # before, so it is copied before anything is written
     steps = u.shape[0]
     states = buffers[0, : steps + 1]
     decays = buffers[1, :steps]
@@ -827,6 +809,7 @@ def _scan_loop(
             buffers = A2.new_empty(2, chunk + 1, rows.stop - rows.start, n, d)
             state = torch.zeros_like(buffers[0, 0])
             for i, views in enumerate(_chunks(rows, chunk, y, *inputs)):
+                # a trailing underscore: this chunk's view
                 y_, u_, delta_, B_, C_, z_, mask_ = views
 
                 # the states of the chunk
@@ -861,44 +844,47 @@ def _scan_loop_backward(
     dtype = torch.promote_types(u.dtype, torch.float32)
     A_T = A.T.to(dtype).contiguous()  # (n, d)
     A2 = A_T / math.log(2)
-    D_ = D.to(dtype)
-    bias_ = bias.to(dtype)
+    D32 = D.to(dtype)
+    bias32 = bias.to(dtype)
     inputs = [None if x is None else x.to(dtype) for x in (dy, u, delta, B, C, z, mask)]
 
     # the gradients, which the loop fills or adds up
     outputs = [None if x is None else _empty_like(x) for x in (u, delta, B, C, z)]
     dA = torch.zeros_like(A_T)
-    dD = torch.zeros_like(D_)
-    dbias = torch.zeros_like(bias_)
+    dD = torch.zeros_like(D32)
+    dbias = torch.zeros_like(bias32)
 
     with torch.autocast(u.device.type, enabled=False):
-        for rows in _row_groups(u, A, chunk):
+        for rows in _row_groups(u, A2, chunk):
             buffers = dA.new_empty(3, chunk + 1, rows.stop - rows.start, n, d)
             q = torch.zeros_like(buffers[0, 0])
             chunks = _chunks(rows, chunk, *inputs, *outputs)
             for i, views in reversed(list(enumerate(chunks))):
+                # a trailing underscore: this chunk's view
                 dy_, u_, delta_, B_, C_, z_, mask_, du_, ddelta_, dB_, dC_, dz_ = views
 
                 # replay the chunk
                 dt, decays, states = _chunk_states(
-                    buffers, u_, delta_, A2, B_, bias_, mask_, kept[rows, i], softplus
+                    buffers, u_, delta_, A2, B_, bias32, mask_, kept[rows, i], softplus
                 )
                 after = states[1:]
 
-                # dv, dz
-                dv = dy_ if mask_ is None else dy_ * mask_[..., None]
+                # dv and dz, through the mask and the gate
+                if mask_ is not None:
+                    dy_ = dy_ * mask_[..., None]
+                dv = dy_
                 if z_ is not None:
-                    v = (C_[:, :, None] @ after).squeeze(2).addcmul_(u_, D_)
-                    dz_.copy_(torch.ops.aten.silu_backward(v.mul_(dv), z_))
-                    dv = dv * F.silu(z_)
+                    v = (C_[:, :, None] @ after).squeeze(2).addcmul_(u_, D32)
+                    dz_.copy_(torch.ops.aten.silu_backward(v.mul_(dy_), z_))
+                    dv = dy_ * F.silu(z_)
 
                 # dC
                 dC_.copy_((dv[:, :, None] @ after.mT).squeeze(2))  # (…, 1, d) @ (…, d, n)
 
                 # g and q, step by step from the end; q_t takes the place of the decay
                 g = buffers[2, : dv.shape[0]]  # (steps, rows, n, d)
-                steps = zip(decays, g, C_[..., None], dv[:, :, None])
-                for decay, g_t, C_t, dv_t in reversed(list(steps)):
+                forward = list(zip(decays, g, C_[..., None], dv[:, :, None]))
+                for decay, g_t, C_t, dv_t in reversed(forward):
                     torch.addcmul(q, C_t, dv_t, out=g_t)
                     q = decay.mul_(g_t)
                 q = q.clone()  # since w is written over it
@@ -923,7 +909,7 @@ def _scan_loop_backward(
                 dbias += grad.sum(dim=(0, 1))
 
                 # du, dD; Δ d(Δu) takes the place of d(Δu)
-                torch.addcmul(d_dt_u.mul_(dt), dv, D_, out=du_)
+                torch.addcmul(d_dt_u.mul_(dt), dv, D32, out=du_)
                 dD += (dv * u_).sum(dim=(0, 1))
 
     du, ddelta, dB, dC, dz = outputs
@@ -943,15 +929,16 @@ def _ceil_div(a: int, b: int) -> int:
 
 # ---- The same in Triton, for the GPU ----
 #
-# Triton in six lines: a kernel runs once for each cell of a grid. Each run, a program, finds its
-# cell with tl.program_id. Vectors and tiles are values in registers; their sizes are constexpr,
+# Triton in brief: kernel[grid](arguments) starts one program for each cell of the grid, which finds
+# its cell with tl.program_id. Vectors and tiles are values in registers; their sizes are constexpr,
 # known when the kernel is compiled. A tensor arrives as a pointer; pointer + tl.arange(…) is a
-# vector of addresses for tl.load and tl.store, whose mask says which of them exist. tl.static_range
-# is unrolled; tl.range is a loop, with num_stages=1 so that Triton does not prefetch: we do.
+# vector of addresses for tl.load and tl.store, whose mask says which of them exist; it has nothing
+# to do with padding. tl.static_range is unrolled; tl.range is a loop, with num_stages=1 so that
+# Triton does not prefetch: we do. A program here is one warp: 32 threads, also called lanes.
 #
-# What the kernels do, without the tricks. A program is one warp of 32 threads, a channel each:
+# What the kernels do, without the tricks. Each lane has a channel:
 #
-#     for each row, 32 channels and segment, in parallel:          one program
+#     for each row, 32 channels and segment of time, in parallel:  one program
 #         states = what the segment starts from                    n vectors (32,)
 #         for each tile of 8 steps:
 #             load u, delta, z (8, 32); B, C (8, n), mask (8,), which all channels share
@@ -971,8 +958,8 @@ def _ceil_div(a: int, b: int) -> int:
 #     tile     0 ──── 1 ──── 2 ──── 3 ──── 4 ──── 5 ─── …                  (backward: 4 a chunk)
 #     step     · · · · · · · …
 #
-# - A tile (8 steps forward, 4 backward) is what a program holds in registers at once: enough steps
-#   that loading them is not waited for one by one.
+# - A tile (8 steps forward, 4 backward) is what a program holds in registers at once, so that it
+#   waits for memory once a tile, not once a step.
 # - A chunk (16 steps) is what the backward pass replays: forward keeps the state before it only,
 #   since all states together would be n times as large as u.
 # - A segment (whole chunks) is what a program does. Where rows × channels fill the GPU, a row is
@@ -981,8 +968,8 @@ def _ceil_div(a: int, b: int) -> int:
 #
 # A segment needs the state at its start, which is the state at the end of the segment before it. So
 # there are three phases, of which the first two run only where a row has several segments. In the
-# figure subscripts number segments: e is the end of a segment that starts from zero, a = exp(A Σ Δ)
-# the decay over it.
+# figure subscripts number segments: e is the state with which a segment ends (backward the q at its
+# left end) if it starts from zero, a = exp(A Σ Δ) the decay over it.
 #
 #     forward       segment 0             segment 1             segment 2
 #     1.         0 ───────────▶ e₀     0 ───────────▶ e₁                             _state_ends
@@ -1010,9 +997,9 @@ def _ceil_div(a: int, b: int) -> int:
 #     parts       (b, segments, n + 2, d)       _gradients        a segment's part of dA, dD, dbias
 #     dBC         (b, blocks, tiles, n, 2, 4)   _gradients        a block's part of dB and dC
 #
-# Read `_tile_forward` first, then `_outputs`, which is the pseudo-code, then `_gradients`; the
-# helpers can be taken on trust. What is said of machine code can be checked with
-# `python bench.py scan --static`.
+# Read `_tile_forward` first, then `_outputs`, which is the pseudo-code, then `_gradients`. The
+# helpers can be taken on trust, and the kernels of phases 1 and 2 are for small batches only. What
+# is said of machine code can be checked with `python bench.py scan --static`.
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on a CPU
 FORWARD_TILE = 8
@@ -1070,12 +1057,12 @@ def _place(l, segment_length, d: constexpr):
     """Where a program works.
 
     b: its row. row_segment: its segment, counted through the batch. channel: its 32 channels.
-    exists: which of them there are. begin, end: its steps, end not included.
+    exists: which of these channels exist. begin, end: its steps, end not included.
     """
     blocks = tl.cdiv(d, 32)
     b = (tl.program_id(0) // blocks).to(tl.int64)  # offsets in memory may exceed 2^31
     channel = tl.program_id(0) % blocks * 32 + tl.arange(0, 32)
-    exists = channel < d if d % 32 else tl.full((32,), True, tl.int1)  # known when compiled
+    exists = channel < d if d % 32 else tl.full((32,), True, tl.int1)  # masks cost nothing
 
     begin = tl.program_id(1) * segment_length
     end = tl.minimum(begin + segment_length, l)
@@ -1094,10 +1081,11 @@ def _in_range(exists, t, end, TILE: constexpr):
 
 @jit
 def _pointers(ptr, step, STRIDE: constexpr, TILE: constexpr):
-    """Pointers to a tile, (TILE, 32); ptr has one for each channel, step counts through the batch.
+    """Pointers to a tile, (TILE, 32).
 
-    They claim to be aligned to one element only. Triton then gives each thread a whole channel, all
-    steps of the tile, and the recurrence over time needs no exchange between threads.
+    ptr: a pointer for each channel, (32,). step: the tile's first step, counted through the batch.
+    The pointers claim to be aligned to one element only. Triton then gives each thread a whole
+    channel, all steps of the tile, and the recurrence needs no exchange between threads.
     """
     steps = tl.arange(0, TILE).to(tl.int64)[:, None]
     pointers = (ptr + step * STRIDE)[None, :] + steps * STRIDE
@@ -1136,7 +1124,7 @@ def _tile_forward(a, x, state, TILE: constexpr):
     Returns the states after and before each step, two tiles, and the last state (32,).
     """
     steps = tl.arange(0, TILE)
-    after = x
+    after = x  # any tiles of this shape: all of their steps are replaced
     before = x
     for i in tl.static_range(TILE):
         here = (steps == i)[:, None]
@@ -1153,7 +1141,7 @@ def _tile_backward(a, x, q, TILE: constexpr):
     Returns all g and all q, two tiles, and the q of the first step (32,).
     """
     steps = tl.arange(0, TILE)
-    all_g = x
+    all_g = x  # any tiles of this shape: all of their steps are replaced
     all_q = x
     for i in tl.static_range(TILE - 1, -1, -1):
         here = (steps == i)[:, None]
@@ -1270,7 +1258,7 @@ def _prefetch(packed_ptr, t, l, n: constexpr, TILE: constexpr):
     All of it is then in the L1 cache when it is needed. Without this, waiting for B and C was half
     of the kernel's time on an H100.
     """
-    i = tl.arange(0, 8 * TILE) * 8
+    i = tl.arange(0, 8 * TILE) * 8  # of up to 64 TILE numbers; a tile has (2 n + 1) TILE
     size = tl.where(t < l, (2 * n + 1) * TILE, 0)
     return tl.load(packed_ptr + t // TILE * ((2 * n + 1) * TILE) + i, mask=i < size, other=0.0)
 
@@ -1327,7 +1315,7 @@ def _state_ends(
         dt_sums += tl.sum(dt, 0)
         dt_u = dt * u
 
-        # -- the recurrence, one state after the other --
+        # -- the recurrence, one of the n states after another --
         new_states = ()
         for i in tl.static_range(n):
             if i % 8 == 0:
@@ -1381,7 +1369,7 @@ def _gradient_ends(
             z = _load(z_ptr + channel, b * l + t, in_range, z_stride, TILE).to(tl.float32)
             dv *= z * _sigmoid(z)
         packed = _packed_tile(packed_ptr, t, n, TILE)
-        t = tl.maximum(t - TILE, 0)
+        t = tl.maximum(t - TILE, 0)  # the last time it loads a tile that no one uses
         prefetched = _prefetch(packed_ptr, t, l, n, TILE)
         in_range = _in_range(exists, t, end, TILE)
         next_dy = _load(dy_ptr, b * l + t, in_range, dy_stride, TILE)
@@ -1393,7 +1381,7 @@ def _gradient_ends(
         dt_sums += tl.sum(dt, 0)
         dv *= mask
 
-        # -- the recurrence, one state after the other --
+        # -- the recurrence, one of the n states after another --
         new_q = ()
         for i in tl.static_range(n):
             if i % 8 == 0:
@@ -1424,8 +1412,8 @@ def _segment_starts(
     exists = j < n * d if n * d % 32 else tl.full((32,), True, tl.int1)
     A2 = tl.load(A2_ptr + j, mask=exists, other=0.0)[None, :]
 
-    # -- the segment that comes first, and the way to the next --
-    WAY: constexpr = -1 if BACKWARD else 1
+    # -- the segment that comes first, and the direction of the next --
+    DIRECTION: constexpr = -1 if BACKWARD else 1
     first = tl.program_id(0).to(tl.int64) // tl.cdiv(n * d, 32) * segments
     if BACKWARD:
         first += segments - 1
@@ -1435,10 +1423,10 @@ def _segment_starts(
     state = tl.zeros((32,), tl.float32)
     for t in tl.range(0, segments, TILE, num_stages=1):
         in_range = _in_range(exists, t, segments, TILE)
-        a = tl.exp2(A2 * _load(dt_sums_ptr, t, in_range, WAY * d, TILE))
-        ends = _load(ends_ptr, t, in_range, WAY * n * d, TILE)
+        a = tl.exp2(A2 * _load(dt_sums_ptr, t, in_range, DIRECTION * d, TILE))
+        ends = _load(ends_ptr, t, in_range, DIRECTION * n * d, TILE)
         _, starts, state = _tile_forward(a, ends, state, TILE)
-        _store(ends_ptr, starts, t, in_range, WAY * n * d, TILE)
+        _store(ends_ptr, starts, t, in_range, DIRECTION * n * d, TILE)
 
 
 # -- phase 3, forward --
@@ -1495,7 +1483,7 @@ def _outputs(
         dt = _dt(raw, mask, SOFTPLUS)
         dt_u = dt * u
 
-        # -- the recurrence, one state after the other; v = C s + D u --
+        # -- the recurrence, one of the n states after another; v = C s + D u --
         v = D * u
         new_states = ()
         for i in tl.static_range(n):
@@ -1590,7 +1578,7 @@ def _gradients(
                 sigmoid = _sigmoid(z)
                 dv = dy * z * sigmoid
 
-            # -- one state after the other: its states again, then g, q and all sums over states --
+            # -- one of the n states after another: its values again, then g, q, all sums over n --
             v = D * u
             A2_w = tl.zeros_like(u)
             d_dt_u = tl.zeros_like(u)
@@ -1646,8 +1634,8 @@ def _replay(
     """For `_gradients`: writes the states before each tile of a chunk to scratch.
 
     The chunk is the steps from begin to end, end not included; `row_begin` is the first step of the
-    row, counted through the batch. Triton may hand a channel to another thread when it loads than
-    when it stored, so all threads wait for each other before scratch is written and after.
+    row, counted through the batch. Triton may give a channel to one thread in a store and to
+    another in a load, so all threads wait for each other before scratch is written and after.
     """
     tl.debug_barrier()
     _store_states(scratch_ptr, states, None, 32, n)
@@ -1661,7 +1649,7 @@ def _replay(
         dt = _dt(raw, _line(packed, 2 * n, TILE), SOFTPLUS)
         dt_u = dt * u
 
-        # -- the recurrence, one state after the other --
+        # -- the recurrence, one of the n states after another --
         new_states = ()
         for i in tl.static_range(n):
             A2 = tl.load(A2_ptr + i * d, mask=exists, other=0.0)[None, :]
@@ -1698,20 +1686,20 @@ def _channel_sums(x, y):
 
     Lanes 4 i to 4 i + 3 get the sum of step i of x, and those from 16 on the sums of y. tl.sum
     would exchange each of the eight sums five times between lanes. Here each fold halves the sums
-    that a lane is concerned with, and nine exchanges do.
+    that a lane is concerned with, and nine exchanges are enough (4 + 2 + 1 + 1 + 1 folds).
     """
-    steps = ()
+    folded = ()
     for i in tl.static_range(4):
-        steps += (_fold(_step(x, i), _step(y, i), 16),)
-    sums = _fold(_fold(steps[0], steps[2], 8), _fold(steps[1], steps[3], 8), 4)
+        folded += (_fold(_step(x, i), _step(y, i), 16),)
+    sums = _fold(_fold(folded[0], folded[2], 8), _fold(folded[1], folded[3], 8), 4)
     sums = _fold(sums, sums, 2)
     return _fold(sums, sums, 1)
 
 
 @jit
 def _fold(x, y, bit: constexpr):
-    """(32,): a lane whose number lacks the bit gets its x plus the x of the lane across the bit,
-    one that has it the same of y."""
+    """Lanes i and i ^ bit are partners. The one without the bit gets the sum of both partners' x,
+    the one with it the sum of both partners' y: (32,)."""
     lane = tl.arange(0, 32)
     has_bit = (lane & bit) != 0
     mine = tl.where(has_bit, y, x)
@@ -1734,8 +1722,8 @@ def _chunk_length(n: int) -> int:
 def _segment_length(l: int, programs: int, enough: int, chunk: int, device: torch.device) -> int:
     """Steps in a segment; `programs` is rows × blocks of 32 channels.
 
-    All l where the programs are `enough` for each multiprocessor of the GPU, and on a CPU. Else
-    whole chunks, so that each multiprocessor gets 6 to 12 programs if the row has enough chunks.
+    The whole row on a CPU, and where each multiprocessor has `enough` programs. Else whole chunks,
+    so that each multiprocessor gets 6 to 12 programs if the row has enough chunks.
     """
     processors = 0
     if device.type == "cuda":
@@ -1826,7 +1814,7 @@ def _scan_triton_backward(
     """The gradients of u, delta, A, B, C, D, z and bias; z's is empty where there is no z."""
     b, l, d = u.shape
     n = A.shape[1]
-    A2, D_, bias_ = _kernel_parameters(A, D, bias)
+    A2, D32, bias32 = _kernel_parameters(A, D, bias)
 
     # backward, segments are a fifth more work, and pay below 6 programs for each multiprocessor
     blocks = _ceil_div(d, 32)
@@ -1845,13 +1833,13 @@ def _scan_triton_backward(
     parts = A2.new_empty(b, segments, n + 2, d)
     scratch = A2.new_empty(b * blocks * segments, chunk // BACKWARD_TILE, n, 32)
     outputs = dict(du_ptr=du, ddelta_ptr=ddelta, dz_ptr=dz, dBC_ptr=dBC, parts_ptr=parts)
+    outputs |= dict(scratch_ptr=scratch)
 
     with torch.cuda.device_of(u):
         packed = _pack_tiles(B, C, mask, BACKWARD_TILE)
-        inputs = _strided(dy=dy, delta=delta, z=z) | dict(packed_ptr=packed, bias_ptr=bias_)
+        inputs = _strided(dy=dy, delta=delta, z=z) | dict(packed_ptr=packed, bias_ptr=bias32)
         q = _segment_starts_of(_gradient_ends, inputs, A2, grid, sizes, options)
-        inputs |= _strided(u=u) | dict(A2_ptr=A2, D_ptr=D_, kept_ptr=kept, q_ptr=q)
-        inputs |= dict(scratch_ptr=scratch)
+        inputs |= _strided(u=u) | dict(A2_ptr=A2, D_ptr=D32, kept_ptr=kept, q_ptr=q)
         _gradients[grid](**inputs, **outputs, **sizes, CHUNK=chunk, **options)
 
     # sums over blocks of channels, and over segments
@@ -1909,7 +1897,7 @@ for _op, _op_backward in (
 
 # ---- The short convolution in Triton ----
 #
-# Two ordinary kernels of four warps, on tiles of 32 steps × 64 channels.
+# Two ordinary kernels of four warps, Triton's default, on tiles of 32 steps × 64 channels.
 
 CONV_TILE = 32  # steps
 
@@ -1934,12 +1922,12 @@ def _convolution(
 
 @jit
 def _convolution_gradients(
-    x_ptr, weight_ptr, bias_ptr, dy_ptr, dsum_ptr, parts_ptr, x_stride, dy_stride, l,
+    x_ptr, weight_ptr, bias_ptr, dy_ptr, dtotal_ptr, parts_ptr, x_stride, dy_stride, l,
     d: constexpr, k: constexpr, LEFT: constexpr, TILE: constexpr,
 ):  # fmt: skip
-    """The gradient of the sum inside SiLU, dsum (b, l, d), and parts (b × tiles, k + 1, d): this
-    tile's part of the gradients of the k taps and of the bias."""
-    # -- the sum again --
+    """dtotal (b, l, d), the gradient of the total inside SiLU; and parts (b × tiles, k + 1, d),
+    this tile's part of the gradients of the k taps and of the bias."""
+    # -- the total again --
     total, shifted, step, channel, exists, in_range = _sum_of_taps(
         x_ptr, weight_ptr, x_stride, l, d, k, LEFT, TILE
     )
@@ -1948,14 +1936,14 @@ def _convolution_gradients(
     # -- its gradient, through SiLU --
     sigmoid = _sigmoid(total)
     dy = tl.load(dy_ptr + step * dy_stride + channel, mask=in_range, other=0.0)
-    dsum = dy * sigmoid * (1.0 + total * (1.0 - sigmoid))
-    tl.store(dsum_ptr + step * d + channel, dsum.to(dsum_ptr.dtype.element_ty), mask=in_range)
+    dtotal = dy * sigmoid * (1.0 + total * (1.0 - sigmoid))
+    tl.store(dtotal_ptr + step * d + channel, dtotal.to(dtotal_ptr.dtype.element_ty), mask=in_range)
 
     # -- sums over the tile's steps --
     parts_ptr += tl.program_id(0).to(tl.int64) * (k + 1) * d + channel
     for j in tl.static_range(k):
-        tl.store(parts_ptr + j * d, tl.sum(shifted[j] * dsum, 0), mask=exists)
-    tl.store(parts_ptr + k * d, tl.sum(dsum, 0), mask=exists)
+        tl.store(parts_ptr + j * d, tl.sum(shifted[j] * dtotal, 0), mask=exists)
+    tl.store(parts_ptr + k * d, tl.sum(dtotal, 0), mask=exists)
 
 
 @jit
@@ -2001,7 +1989,7 @@ def _run_convolution(kernel, x: Tensor, weight: Tensor, left: int, **pointers):
 
 @torch.library.custom_op("mabert::convolution", mutates_args=())
 def _conv_triton(u: Tensor, weight: Tensor, bias: Tensor, left: int) -> Tensor:
-    """What `short_convolution` says."""
+    """`short_convolution` by its kernel."""
     y = u.new_empty(u.shape)
     bias = bias.float().contiguous()
     _run_convolution(_convolution, u, weight, left, bias_ptr=bias, y_ptr=y)
@@ -2016,20 +2004,20 @@ def _conv_triton_backward(
     b, l, d = u.shape
     k = weight.shape[1]
 
-    # the gradient of the sum inside SiLU, and sums over tiles
-    dsum = u.new_empty(u.shape)
+    # the gradient of the total inside SiLU, and sums over tiles
+    dtotal = u.new_empty(u.shape)
     parts = u.new_empty(b * _ceil_div(l, CONV_TILE), k + 1, d, dtype=torch.float32)
     pointers = _strided(dy=dy) | dict(bias_ptr=bias.float().contiguous())
-    outputs = dict(dsum_ptr=dsum, parts_ptr=parts)
+    outputs = dict(dtotal_ptr=dtotal, parts_ptr=parts)
     _run_convolution(_convolution_gradients, u, weight, left, **pointers, **outputs)
     dweight, dbias = parts.sum(0).split((k, 1))
     dweight = _empty_like(weight).copy_(dweight.T)
     dbias = _empty_like(bias).copy_(dbias[0])
 
-    # the gradient of u is dsum convolved with the flipped taps
+    # the gradient of u is dtotal convolved with the flipped taps
     du = u.new_empty(u.shape)
     flipped = weight.flip(1)
-    _run_convolution(_convolution, dsum, flipped, k - 1 - left, bias_ptr=None, y_ptr=du)
+    _run_convolution(_convolution, dtotal, flipped, k - 1 - left, bias_ptr=None, y_ptr=du)
     return du, dweight, dbias
 
 
@@ -2110,12 +2098,12 @@ KINDS = {  # of tensors
 }
 
 
-def check(name: str, x, kind: str, shape: tuple, size: int | None = None, also: int = 0):
+def check(name: str, x, kind: str, shape: tuple, *, below: int | None = None, also: int = 0):
     """Raises a ValueError of one line unless the argument called `name` fits.
 
     It must be a tensor of one of KINDS and of the shape, in which a word, such as "batch", stands
-    for any length. If size is given, its values must be whole numbers in [0, size), or `also` (0
-    adds nothing).
+    for any length. If `below` is given, its values must be whole numbers in [0, below), or equal to
+    `also` (0 allows no other).
     Values are looked at on a CPU and outside torch.compile only: elsewhere that would make a GPU
     wait, or break the graph.
     """
@@ -2124,16 +2112,16 @@ def check(name: str, x, kind: str, shape: tuple, size: int | None = None, also: 
         problem = f"is of type {type(x).__name__}"
     elif not (KINDS[kind](x) and has_shape(x, shape)):
         problem = f"is {x.dtype} of shape {tuple(x.shape)}"
-    elif size and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = x[(x != also) & ((x < 0) | (x >= size) | (x != x.long()))]
+    elif below and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = x[(x != also) & ((x < 0) | (x >= below) | (x != x.long()))]
         if len(wrong):
             problem = f"has the value {wrong[0].item()}"
     if not problem:
         return
 
     allowed = f"a tensor of shape {tuple(shape)}, {kind}".replace("'", "")  # words, not strings
-    if size:
-        allowed += f", of whole numbers from 0 to {size - 1}"
+    if below:
+        allowed += f", of whole numbers from 0 to {below - 1}"
     if also:
         allowed += f" or {also}"
     raise ValueError(f"{name} {problem}; it must be {allowed}")
@@ -2149,8 +2137,36 @@ def as_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> Tensor | 
     """The mask called `name`, (b, l), as bool; None stays None. Raises what `check` raises."""
     if mask is None:
         return None
-    check(name, mask, "not complex", shape, size=2)
+    check(name, mask, "not complex", shape, below=2)
     return mask.bool()
+
+
+def check_ids(config: MaBERTConfig, input_ids, token_type_ids):
+    """Raises ValueError for ids or token types, which may be None, that do not fit the config."""
+    integers = "int64 or int32"
+    check("input_ids", input_ids, integers, ("batch", "length"), below=config.vocab_size)
+    if input_ids.numel() == 0:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it is empty")
+    if token_type_ids is not None:
+        shape = input_ids.shape
+        check("token_type_ids", token_type_ids, integers, shape, below=config.type_vocab_size)
+
+
+def check_length(config: MaBERTConfig, input_ids: Tensor, mask: Tensor | None):
+    """Raises ValueError where a row has more real tokens than there are positions.
+
+    Counting them makes the CPU wait for a GPU and breaks a compiled graph. So nothing is counted
+    where the padded length is within max_position, or under torch.compile.
+    """
+    limit = config.max_position
+    count = input_ids.shape[1]
+    if count > limit and mask is not None:
+        if torch.compiler.is_compiling():
+            return
+        count = int(mask.sum(dim=-1).max())
+    if count > limit:
+        advice = "see MaBERT.resize_positions"
+        raise ValueError(f"a row has {count} real tokens; max_position is {limit} ({advice})")
 
 
 def check_scan(u, delta, A, B, C, D, z, delta_bias):
@@ -2194,8 +2210,8 @@ def load_model(model_class: type, folder: Path, overrides: dict) -> PretrainedMo
     """A model of the class, on the CPU and in eval mode, from a folder of `save_model`.
 
     The folder may hold another class: the encoder comes along, and a head that the file lacks, or
-    has in another shape, is new; a warning says what was not loaded. The class PretrainedModel
-    means the one whose weights these are. overrides replace fields of the config (num_labels,
+    has in another shape, is new; a warning says what was not loaded. Called on PretrainedModel
+    itself, it chooses the class by the weights. overrides replace fields of the config (num_labels,
     pooling, psm, dropout, …), which the encoder's weights must fit. Nothing in the files is
     executed. Raises FileNotFoundError, or ValueError where a file is damaged or does not fit.
     """
@@ -2253,7 +2269,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     for weight in weights.values():
         if not (isinstance(weight, Tensor) and weight.is_floating_point()):
             raise ValueError(
-                f"{file} is damaged or not written by save_pretrained: not all weights"
+                f"{file} is damaged or not written by save_pretrained: not all of it is weights"
             )
     return weights
 
@@ -2339,8 +2355,8 @@ def print_classes(logits: Tensor):
 
 
 def print_guesses(logits: Tensor, tokenizer):
-    for row in logits.softmax(dim=1):  # one for each [MASK]
-        best = row.topk(5)
+    for probabilities in logits.softmax(dim=1):  # one row for each [MASK]
+        best = probabilities.topk(5)
         guesses = []
         for probability, token in zip(best.values.tolist(), best.indices.tolist()):
             guesses.append(f"{tokenizer.id_to_token(token)} {probability:.4f}")
