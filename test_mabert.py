@@ -1558,7 +1558,7 @@ def test_documents_of_every_kind_of_file_whatever_its_name(
         if isinstance(contents, Path):
             file.symlink_to(contents)
     monkeypatch.setattr(train_mlm, "PIECE", piece)
-    monkeypatch.setattr(train_mlm, "BATCH", piece)
+    monkeypatch.setattr(train_mlm, "CHARACTERS_AT_ONCE", piece)
     data = "" if "--data" in flags else "--data texts"
     assert documents(f"{data} {flags} --cache cache") == expected
 
@@ -1741,7 +1741,7 @@ def killed_at(call: int):
 def test_tokens_are_made_once_and_go_on_after_a_kill(monkeypatch, capsys):
     text = Path("corpus.txt").read_text()
     expected = [[5 + WORDS.index(word) for word in line.split()] for line in text.split("\n")]
-    monkeypatch.setattr(train_mlm, "BATCH", 10_000)
+    monkeypatch.setattr(train_mlm, "CHARACTERS_AT_ONCE", 10_000)
     flags = "--tokenizer words.json --sample-by line --cache cache"
 
     # killed half-way, with some ids of a batch that is not finished
@@ -1774,7 +1774,7 @@ def test_tokens_are_made_once_and_go_on_after_a_kill(monkeypatch, capsys):
 
 def test_what_is_known_of_a_document_survives_a_kill(monkeypatch, capsys):
     put("a.txt", "one two zwei\n" * 100)
-    monkeypatch.setattr(train_mlm, "BATCH", 100)
+    monkeypatch.setattr(train_mlm, "CHARACTERS_AT_ONCE", 100)
     counting, _ = killed_at(call=5)
     with monkeypatch.context() as patch:
         patch.setattr(train_mlm, "encode", counting)
@@ -1897,9 +1897,9 @@ def test_a_run_is_overwritten_only_when_asked_and_then_wholly(monkeypatch):
 
     # nor a model, or a run that is alive
     refused(pretrain, "--out model", said="holds a run or a model already")
-    train_mlm.lock(Path("model"))
     flags = "--out model --overwrite"
-    assert forked(refused, pretrain, flags, said="another run is writing to") == 0
+    with train_mlm.locked(Path("model/.lock")):
+        assert forked(refused, pretrain, flags, said="another run is writing to model") == 0
 
     # of the run that is overwritten nothing is left
     monkeypatch.setattr(train_mlm, "train", raising(KeyboardInterrupt))
@@ -2041,24 +2041,41 @@ def test_two_processes_train_the_same_model_are_started_again_and_may_be_killed(
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
-def test_a_run_goes_on_with_the_tokenizer_that_it_trained(monkeypatch):
-    flags = f"--vocab-size 100 {SHORT} --resume"
-    with monkeypatch.context() as patch:
-        patch.setattr(train_mlm, "write_tokens", raising(KeyboardInterrupt))
-        refused(pretrain, f"{flags} --cache cache", said="interrupted")
-    made = Path("run/tokenizer.json").read_text()
-
-    # another one might differ in a few pieces
-    monkeypatch.setattr(train_mlm, "train_tokenizer", None)
+def test_runs_on_the_same_text_share_a_trained_tokenizer_and_its_tokens(monkeypatch, capsys):
+    flags = f"--vocab-size 100 --cache cache {SHORT}"
+    put("run/tokenizer.json", "left by another run")
     pretrain(flags)
-    assert Path("run/tokenizer.json").read_text() == made
-    assert Path("run/step-0000006/tokenizer.json").read_text() == made
+    trained_one = Path("run/tokenizer.json").read_text()
+    assert Path("run/step-0000006/tokenizer.json").read_text() == trained_one
+    assert "trained on this text before" not in capsys.readouterr().out
 
-    # a checkpoint's counts, whatever lies beside it
+    # another training might differ in a few pieces, and so in the tokens
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mlm, "train_tokenizer", None)
+        patch.setattr(train_mlm, "write_tokens", None)
+        pretrain(f"{flags} --out second")
+    assert Path("second/tokenizer.json").read_text() == trained_one
+    assert "trained on this text before" in capsys.readouterr().out
+
+    # of another size, or for another text, it is another one
+    put("other.txt", Path("corpus.txt").read_text() + "\na cat")
+    for change in ("--vocab-size 101", "--sample-by document", "--data other.txt"):
+        pretrain(f"{flags} --out second --overwrite {change}")
+        assert "trained on this text before" not in capsys.readouterr().out
+    assert len(list(Path("cache").glob("tokenizer-*.json"))) == 4
+
+
+def test_a_resumed_run_has_the_tokenizer_of_its_checkpoint(monkeypatch):
+    flags = f"--vocab-size 100 {SHORT}"
+    pretrain(flags)
+    trained_one = Path("run/tokenizer.json").read_text()
+
+    # whatever lies beside it, and without the cache
     shutil.rmtree("run/step-0000006")
     put("run/tokenizer.json", "damaged")
-    pretrain(flags)
-    assert Path("run/tokenizer.json").read_text() == made
+    monkeypatch.setattr(train_mlm, "train_tokenizer", None)
+    pretrain(f"{flags} --resume --cache another")
+    assert Path("run/tokenizer.json").read_text() == trained_one
 
 
 def reversed_in_a_tensor(whole: bytes) -> bytes:
@@ -2097,10 +2114,30 @@ def test_a_run_goes_on_after_the_newest_checkpoint_that_can_be_read(capsys):
     assert log_again == log
     assert checkpoints()[:3] == ["0000002", "0000004", "0000006"]
 
-    # none is left
+    # none can be read, none is left
     for folder in run.glob("step-*"):
         (folder / "training.pt").unlink(missing_ok=True)
     refused(pretrain, f"{SHORT} --resume", said="no checkpoint in .* can be read")
+    for folder in run.glob("step-*"):
+        shutil.rmtree(folder)
+    refused(pretrain, f"{SHORT} --resume", said="run holds a model but no checkpoint")
+    assert trained()[1] == log
+
+
+def test_a_young_run_that_was_stopped_starts_again(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mlm, "train_step", raising(KeyboardInterrupt))
+        refused(pretrain, SHORT, said="interrupted")
+    assert Path("run/log.csv").exists()
+    pretrain(f"{SHORT} --resume")
+    assert "from step 0 on" in capsys.readouterr().out
+
+
+def test_checkpoints_are_found_and_sorted_by_number():
+    for name in ("step-9999999", "step-0000002", "step-10000001", "step-10000000.partial"):
+        Path("run", name).mkdir(parents=True)
+    folders = train_mlm.step_folders(Path("run"))
+    assert list(map(train_mlm.step_of, folders)) == [2, 9_999_999, 10_000_001]
 
 
 OTHER_RUNS = """--lr 0.5|--steps 5|--seed 1|--batch-size 16|--micro-batch-size 8|--bucket
@@ -3449,7 +3486,7 @@ def test_an_unreachable_hub_is_explained(monkeypatch):
     for module in (datasets.config, huggingface_hub.constants):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "none")
-    advice = "without the hub, pass --data PATH, and --tokenizer a tokenizer.json or --vocab-size N"
+    advice = "without the hub, pass --data PATH with --vocab-size N .* or --tokenizer FILE"
     refused(train_mlm.main, [], said=f"cannot load wikimedia/wikipedia: .*\n{advice}")
     refused(
         train_mlm.main,

@@ -10,18 +10,23 @@ The way of the data, which is also the order of this file:
 
     text         files, the hub's corpora or the demo's texts, read a part at a time
     ids          all documents, tokenized once, one after the other in one file of --cache
-    rows         [CLS], a window of one document, [SEP]; a twentieth of the text is held out
+    rows         [CLS], a window of one document, [SEP]; up to a twentieth of the text is held
+                 out (at most 2^18 tokens)
     batches      --batch-size rows, padded and masked, in micro-batches
     steps        forward, backward and AdamW; now and then a line of log.csv and a held-out loss
     checkpoints  a folder each, and at the end the model itself
 
-Everything random comes from a generator that is seeded anew each time. So there is no random state
-to save, and a run that is stopped and resumed is the run that was not stopped:
+What is random in a step comes from a generator that is seeded for that step. So there is no random
+state to save, and a run that is stopped and resumed is the run that was not stopped:
 
     stream       its seed is                                      drawn in
     1 masking    --seed and the step                              Batches.masked_rows
     2 order      --seed, the first step of the phase, the epoch   Batches.row_indices
     3 dropout    --seed, the step, the micro-batch                train_step
+
+The weights are drawn once, from --seed. Held-out rows are masked with seed 0 in every run. Steps
+count from 0 where a batch, its seeds and its learning rate are looked up. In the log, in names of
+checkpoints and in messages they count from 1: there a step is the number of finished steps.
 
 A run writes to its folder (--out) config.json, model.pt and tokenizer.json, which
 `from_pretrained(out)` reads, beside log.csv, args.json and a folder for each of the last
@@ -87,18 +92,17 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
-# ---- Arguments: the defaults are the paper's protocol; what our copy of it lacks is BERT's ----
+# ---- Arguments: the defaults are the paper's protocol; where the paper is silent, BERT's ----
 
 # The text and the tokenizer of a run that names none
 HUB_CORPUS = (("wikimedia/wikipedia", "20231101.en"), ("lucadiliello/bookcorpusopen", "default"))
 HUB_TOKENIZER = "google-bert/bert-base-uncased"
 WITHOUT_HUB = (
-    "without the hub, pass --data PATH, and --tokenizer a tokenizer.json or --vocab-size N to "
-    "train one"
+    "without the hub, pass --data PATH with --vocab-size N (trains a tokenizer) or --tokenizer FILE"
 )
 MAX_VOCAB = 65_535  # token ids are stored as uint16
 
-# The fields of MaBERTConfig that are flags
+# Flags that are fields of MaBERTConfig, of the same name and type
 MODEL = ("pattern", "hidden_size", "num_heads", "intermediate_size", "d_state", "dropout")
 
 # The paper's model and protocol in small; the flags not named here keep their defaults
@@ -126,16 +130,16 @@ DEMO = dict(
 )
 
 
-def bounded(kind: type, low: float, high: float = math.inf):
+def bounded(number_type: type, low: float, high: float = math.inf):
     """A type for argparse: an int or a float, finite, in [low, high)."""
 
     def parse(text: str):
-        value = kind(text)
+        value = number_type(text)
         if not low <= value < high:
             raise argparse.ArgumentTypeError(f"{text} must be finite and in [{low}, {high})")
         return value
 
-    parse.__name__ = kind.__name__  # argparse's messages have it: invalid int value
+    parse.__name__ = number_type.__name__  # argparse's messages have it: invalid int value
     return parse
 
 
@@ -170,7 +174,8 @@ def add_flags_of_the_run(parser: argparse.ArgumentParser):
     either.add_argument("--resume", action="store_true",
         help="go on after the newest checkpoint in --out, if there is one")
     either.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
-    group.add_argument("--seed", type=bounded(int, 0), default=0, help="of all that is random")
+    group.add_argument("--seed", type=bounded(int, 0), default=0,
+        help="of weights, order, masks and dropout")
 
     # how often something is written
     group.add_argument("--save-every", type=positive, default=1_000,
@@ -190,8 +195,8 @@ def add_flags_of_the_text(parser: argparse.ArgumentParser):
     either.add_argument("--demo", action="store_true",
         help="a small model on text that every Python carries; replaces out/demo")
     either.add_argument("--data", nargs="+", metavar="PATH",
-        help=".txt, .json, .jsonl or .parquet files, or folders of them, with a column 'text', "
-        "instead of English Wikipedia and BookCorpus from the hub")
+        help=".txt files, or .json, .jsonl, .parquet with a column 'text', or folders of them; "
+        "without it English Wikipedia and BookCorpus from the hub")
     group.add_argument("--sample-by", choices=("document", "paragraph", "line"), default="document",
         help="what is one document in a .txt file: all of it, a block between blank lines, a line")
 
@@ -219,7 +224,7 @@ def add_flags_of_the_model(parser: argparse.ArgumentParser):
     group.add_argument("--psm", type=psm_stages, default="+".join(defaults.psm), metavar="STAGES",
         help="stages of padding-safe masking, joined by +, or none")
     group.add_argument("--causal-conv", action=argparse.BooleanOptionalAction,
-        default=defaults.causal_conv, help="or one that is centred")
+        default=defaults.causal_conv, help="causal convolution; --no-causal-conv centres it")
 
 
 def add_flags_of_training(parser: argparse.ArgumentParser):
@@ -233,8 +238,8 @@ def add_flags_of_training(parser: argparse.ArgumentParser):
         help="row lengths and the share of the steps each gets, in order")
     group.add_argument("--batch-size", type=positive, default=256, help="rows per optimizer step")
     group.add_argument("--micro-batch-size", type=positive, default=64,
-        help="rows of the longest length that go through the model at once; of shorter ones more, "
-        "at most as many tokens")
+        help="rows of the longest length per micro-batch; shorter rows: more of them, but no more "
+        "tokens")
 
     # the optimizer and the task
     group.add_argument("--lr", type=bounded(float, 1e-30), default=1e-4, help="peak learning rate")
@@ -304,9 +309,10 @@ def progress(*args, **options) -> tqdm:
     return tqdm(*args, disable=RANK > 0, **options)
 
 
-# ---- Text: read a part at a time, so that a file may be larger than the memory ----
+# ---- Text: read a part at a time. So a file may be larger than the memory, but not a .json, ----
+# ---- which is read whole ----
 
-KINDS = (".txt", ".json", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 PIECE = 20_000  # characters that are read and tokenized at once; a tokenizer takes 2 MB for them
 
 
@@ -321,7 +327,7 @@ class Part(NamedTuple):
 class Source(NamedTuple):
     """Something to read documents from: a file, a corpus of the hub, the texts of the demo."""
 
-    key: str  # another one for other content or another kind
+    key: str  # changes with the content and with how it is read
     size: int  # bytes
     read: Callable[[], Iterator[Part]]  # from the start, each time
 
@@ -407,7 +413,7 @@ def hub_sources() -> list[Source]:
 
 def find_files(paths: list[str]) -> list[Path]:
     """The files that --data names, each once; SystemExit where a path has none."""
-    files = {}  # by where they really are, since a file may be named twice, or linked
+    files = {}  # real path -> path as given: a file may be named twice, or linked
     unread = 0
     for path in map(Path, paths):
         # all that is there, and what of that we read
@@ -415,8 +421,8 @@ def find_files(paths: list[str]) -> list[Path]:
         readable = [file for file in candidates if is_readable(file)]
         unread += len(candidates) - len(readable)
         if not readable:
-            kinds = ", ".join(KINDS)
-            raise SystemExit(f"--data: {path} is or has no {kinds} file that is not empty")
+            suffixes = ", ".join(SUFFIXES)
+            raise SystemExit(f"--data: {path} is or has no {suffixes} file that is not empty")
 
         # each once
         for file in readable:
@@ -430,8 +436,8 @@ def find_files(paths: list[str]) -> list[Path]:
 
 
 def is_readable(file: Path) -> bool:
-    """A file, not empty, of a kind that we read; the links of a folder may lead nowhere."""
-    return file.suffix.lower() in KINDS and file.is_file() and file.stat().st_size > 0
+    """A file, not empty, that we can read; the links of a folder may lead nowhere."""
+    return file.suffix.lower() in SUFFIXES and file.is_file() and file.stat().st_size > 0
 
 
 def files_below(path: Path) -> Iterator[Path]:
@@ -456,14 +462,14 @@ def file_sources(files: list[Path], sample_by: str) -> list[Source]:
     bar = progress(total=sum(sizes), unit="B", unit_scale=True, desc="looking at text", delay=2)
     sources = []
     for file, size in zip(files, sizes):
-        # of the content, some of it at a time
+        # digest the content, a block at a time
         digest = hashlib.blake2b()
         with open(file, "rb") as opened:
             while block := opened.read(2**20):
                 digest.update(block)
                 bar.update(len(block))
 
-        # the kind of the file is part of the key: it says how the content is read
+        # the suffix says how the content is read
         key = f"{file.suffix.lower()} {digest.hexdigest()}"
         sources.append(Source(key, size, functools.partial(read_file, file, sample_by)))
     bar.close()
@@ -472,21 +478,21 @@ def file_sources(files: list[Path], sample_by: str) -> list[Source]:
 
 def read_file(file: Path, sample_by: str) -> Iterator[Part]:
     """The documents of a file; SystemExit says what is wrong with it, and where."""
-    kind = file.suffix.lower()
+    suffix = file.suffix.lower()
     try:
-        if kind == ".txt":
+        if suffix == ".txt":
             yield from read_txt(file, sample_by)
-        elif kind == ".parquet":
+        elif suffix == ".parquet":
             yield from read_parquet(file)
         else:
             yield from read_json(file)
     except UnicodeDecodeError as error:
-        where = "" if kind == ".parquet" else f", line {first_line_not_utf8(file)}"
+        where = "" if suffix == ".parquet" else f", line {first_line_not_utf8(file)}"
         raise SystemExit(f"{file}{where}: not UTF-8 ({error.reason}); convert it") from error
 
 
 def first_line_not_utf8(file: Path) -> int | None:
-    """Its number, counted from one."""
+    """The number of the first line that is not UTF-8, counted from one."""
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -515,7 +521,7 @@ def read_json(file: Path) -> Iterator[Part]:
     """An object a line, with a "text". A .json file may also be one object, or a list of them."""
     size = file.stat().st_size
     with open(file, encoding="utf-8-sig") as lines:
-        # a single value, which is read at once
+        # a single value: the whole file has to be in memory
         if file.suffix.lower() == ".json":
             with contextlib.suppress(json.JSONDecodeError):
                 value = json.load(lines)
@@ -556,9 +562,9 @@ def read_parquet(file: Path) -> Iterator[Part]:
     try:
         # is there text?
         table = ParquetFile(file, buffer_size=2**20, pre_buffer=False)  # read some MB at a time
-        kinds = {field.name: str(field.type) for field in table.schema_arrow}
-        if "string" not in kinds.get("text", ""):
-            raise SystemExit(f"--data: {file} has no column 'text' of strings, but {kinds}")
+        column_types = {field.name: str(field.type) for field in table.schema_arrow}
+        if column_types.get("text") not in ("string", "large_string", "string_view"):
+            raise SystemExit(f"--data: {file} has no column 'text' of strings, but {column_types}")
 
         # a few documents at a time
         batches = table.iter_batches(64, columns=["text"])
@@ -574,25 +580,36 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def choose_tokenizer(
-    args: argparse.Namespace, sources: list[Source], file: Path | None
+    args: argparse.Namespace, sources: list[Source], checkpoint: Path | None
 ) -> Tokenizer:
-    """The tokenizer that the flags ask for.
-
-    One that is trained on the text is written to `file`, where --resume finds it.
-    """
+    """The tokenizer that the flags ask for."""
     if not args.vocab_size:
         return load_tokenizer(args.tokenizer or HUB_TOKENIZER)
-    if args.resume and file and file.exists():
-        return load_tokenizer(str(file))
+    if checkpoint:
+        return load_tokenizer(str(checkpoint / "tokenizer.json"))
+    return load_tokenizer(str(trained_tokenizer(args, sources)))
 
-    # train it
-    size = args.vocab_size
-    print(f"training a tokenizer of {size} word pieces (words of megabytes take minutes)")
-    texts = (text for text, _ in pieces(sources, "text for the tokenizer"))
-    tokenizer = train_tokenizer(texts, size)
-    if file and not file.exists():
-        write_atomically(file, tokenizer.to_str(pretty=True))
-    return tokenizer
+
+def trained_tokenizer(args: argparse.Namespace, sources: list[Source]) -> Path:
+    """The file in --cache of a tokenizer for this text, which is trained if it is not there.
+
+    A second training would differ in a few pieces, and the text would have to be tokenized anew.
+    """
+    keys = [source.key for source in sources]
+    name = f"tokenizer-{digest_of(FORM, args.sample_by, args.vocab_size, keys)}"
+    file = Path(args.cache, f"{name}.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+
+    # one process trains; another that wants the same tokenizer waits, and finds it written
+    with locked(Path(args.cache, f"{name}.lock"), wait=True):
+        if file.exists():
+            print(f"tokenizer: {file}, trained on this text before")
+        else:
+            size = args.vocab_size
+            print(f"training a tokenizer of {size} word pieces (minutes on a large text)")
+            texts = (text for text, _ in pieces(sources, "text for the tokenizer"))
+            write_atomically(file, train_tokenizer(texts, size).to_str(pretty=True))
+    return file
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -665,10 +682,13 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 # ---- Tokens: all documents of the text, one after the other in one file of ids ----
 
-FORM = 1  # of the files; another number where the same text gives other files than before
-BATCH = 2**20  # characters of the pieces that the tokenizer shares between the cores
+# The version of the format of ids and documents: raise it when the same text would be written
+# differently
+FORM = 1
 
-# What is known at the end of a document: how much there has been from the first document on
+CHARACTERS_AT_ONCE = 2**20  # in the pieces that the tokenizer shares between the cores
+
+# One record per document: totals of the text up to its end
 DOCUMENT = np.dtype([("tokens", np.int64), ("characters", np.int64), ("unknown", np.int64)])
 
 
@@ -679,16 +699,20 @@ def token_folder(args: argparse.Namespace, sources: list[Source], tokenizer: Tok
     size or time, and text that was moved is not.
     """
     keys = [source.key for source in sources]
-    content = repr((FORM, args.sample_by, tokenizer.to_str(), keys)).encode("utf-8", "replace")
-    folder = Path(args.cache, hashlib.blake2b(content, digest_size=8).hexdigest())
+    folder = Path(args.cache, digest_of(FORM, args.sample_by, tokenizer.to_str(), keys))
     folder.mkdir(parents=True, exist_ok=True)
 
-    # one process writes; another that wants the same text meanwhile waits, and finds it written
-    if not (folder / "ids").exists():
-        with open(lock(folder, wait=True)):  # the lock ends when its file is closed
-            if not (folder / "ids").exists():
-                write_tokens(folder, sources, tokenizer)
+    # one process writes; another that wants the same text waits, and finds it written
+    with locked(folder / ".lock", wait=True):
+        if not (folder / "ids").exists():
+            write_tokens(folder, sources, tokenizer)
     return folder
+
+
+def digest_of(*values) -> str:
+    """A name for a file of --cache, made of all that the file depends on."""
+    content = repr(values).encode("utf-8", "replace")
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def write_tokens(folder: Path, sources: list[Source], tokenizer: Tokenizer):
@@ -705,11 +729,11 @@ def write_tokens(folder: Path, sources: list[Source], tokenizer: Tokenizer):
         ids_file.truncate(2 * tokens)
         documents_file.truncate(len(documents) * DOCUMENT.itemsize)
 
-        # the rest, a batch of pieces at a time
-        for batch in batches_of(pieces(sources, "tokens", skip=len(documents))):
+        # the rest, a group of pieces at a time
+        for group in groups_of_pieces(pieces(sources, "tokens", skip=len(documents))):
             records = []
-            encoded = encode([text for text, _ in batch], tokenizer)
-            for (text, document_ends), (ids, lost) in zip(batch, encoded):
+            encoded = encode([text for text, _ in group], tokenizer)
+            for (text, document_ends), (ids, lost) in zip(group, encoded):
                 ids_file.write(ids)
                 tokens += len(ids)
                 characters += count_characters(text)
@@ -759,18 +783,18 @@ def pieces(sources: list[Source], label: str, skip: int = 0) -> Iterator[tuple[s
     bar.close()
 
 
-def batches_of(all_pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """The pieces in lists of BATCH characters, or a few more."""
-    batch = []
+def groups_of_pieces(all_pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """The pieces in lists of CHARACTERS_AT_ONCE, or a few more."""
+    group = []
     size = 0
     for piece in all_pieces:
-        batch.append(piece)
+        group.append(piece)
         size += 1 + len(piece[0])  # empty documents count too
-        if size >= BATCH:
-            yield batch
-            batch = []
+        if size >= CHARACTERS_AT_ONCE:
+            yield group
+            group = []
             size = 0
-    yield batch
+    yield group
 
 
 def encode(texts: list[str], tokenizer: Tokenizer) -> list[tuple[np.ndarray, int]]:
@@ -799,7 +823,8 @@ class Tokens(NamedTuple):
     """The tokens of a text."""
 
     ids: np.ndarray  # (tokens,) uint16, without special tokens; a memory map
-    offsets: np.ndarray  # (documents + 1,): where documents begin, those that are not empty
+    # (documents + 1,): document i is ids[offsets[i]:offsets[i + 1]]; empty ones are left out
+    offsets: np.ndarray
     counts: np.ndarray  # (vocabulary,): how often each id occurs
     checksum: int  # of ids and offsets
 
@@ -840,17 +865,20 @@ def read_tokens(folder: Path, tokenizer: Tokenizer) -> Tokens:
     return Tokens(ids, offsets, counts[:size], zlib.crc32(offsets, checksum))
 
 
-def split_held_out(tokens: Tokens, stripes: int = 64) -> tuple[np.ndarray, np.ndarray]:
+STRIPES = 64
+
+
+def split_held_out(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
     """(training, held-out) segments, each (segments, 2): where they start and end in the tokens.
 
-    The text is divided into stripes of equal size, and the last 5 % of each are held out, at most
+    The text is divided into STRIPES of equal size, and the last 5 % of each are held out, at most
     2^18 tokens in all: so a text of one document is split like a text of many. Segments end where
     a document or a stripe does.
     """
     # sizes in tokens
     total = int(tokens.offsets[-1])
-    stripe = max(1, total // stripes)
-    held = min(stripe // 20, 2**18 // stripes)
+    stripe = max(1, total // STRIPES)
+    held = min(stripe // 20, 2**18 // STRIPES)
 
     # cut where a document, a stripe or the held-out end of a stripe begins
     ends = np.arange(stripe, total + 1, stripe)
@@ -866,7 +894,7 @@ def split_held_out(tokens: Tokens, stripes: int = 64) -> tuple[np.ndarray, np.nd
 # ---- Rows and masking: functions of the seed and the step ----
 
 IGNORED = -100  # the label of positions with nothing to predict
-MASKING, ORDER, DROPOUT = 1, 2, 3  # the random streams, as the table above has them
+MASKING, ORDER, DROPOUT = 1, 2, 3  # the random streams: the table at the top of this file
 
 
 class Vocabulary(NamedTuple):
@@ -878,11 +906,12 @@ class Vocabulary(NamedTuple):
     mask: int
     is_special: np.ndarray  # (vocabulary,), bool
 
-    @classmethod
-    def of(cls, tokenizer: Tokenizer):
-        ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
-        is_special = np.isin(np.arange(vocabulary_size(tokenizer)), list(ids.values()))
-        return cls(ids["[PAD]"], ids["[CLS]"], ids["[SEP]"], ids["[MASK]"], is_special)
+
+def special_ids(tokenizer: Tokenizer) -> Vocabulary:
+    """The special ids of a tokenizer."""
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    is_special = np.isin(np.arange(vocabulary_size(tokenizer)), list(ids.values()))
+    return Vocabulary(ids["[PAD]"], ids["[CLS]"], ids["[SEP]"], ids["[MASK]"], is_special)
 
 
 class Rows:
@@ -898,20 +927,21 @@ class Rows:
         self.length = length  # of the longest row, [CLS] and [SEP] included
         self.vocabulary = vocabulary
 
-        # how many windows each segment has, and how many it and those before it have
+        # how many windows, and so rows, each segment has; how many it and those before it have
         sizes = segments[:, 1] - segments[:, 0]
         self.windows = -(-sizes // (length - 2))
-        self.ends = np.cumsum(self.windows)
+        self.windows_so_far = np.cumsum(self.windows)
+        self.count = int(self.windows.sum())
 
     def __len__(self) -> int:
-        return int(self.windows.sum())
+        return self.count
 
     def spans(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the windows of these rows start and end in the tokens, each (rows,)."""
         # which segment, and which of its windows
-        segment = np.searchsorted(self.ends, indices, side="right")  # (rows,)
+        segment = np.searchsorted(self.windows_so_far, indices, side="right")  # (rows,)
         windows = self.windows[segment]
-        window = indices - (self.ends[segment] - windows)
+        window = indices - (self.windows_so_far[segment] - windows)
 
         # the windows of a segment differ by a token at most
         start, end = self.segments[segment].T
@@ -993,39 +1023,47 @@ class Batch(NamedTuple):
     padded: int  # tokens, pads included
 
 
+class Phase(NamedTuple):
+    """The steps with rows of one length."""
+
+    first_step: int
+    rows: Rows
+
+
 class Batches(torch.utils.data.Dataset):
     """The batch of every step, a function of the seed and the step alone."""
 
-    def __init__(self, phases: list[tuple[int, Rows]], args: argparse.Namespace):
+    def __init__(self, phases: list[Phase], args: argparse.Namespace):
         self.phases = phases
         self.args = args
         self.epoch = None  # whose order is in hand: (first step of the phase, epoch)
         self.order = []  # the batches of that epoch, as indices of rows
 
-    def phase(self, step: int) -> tuple[int, Rows]:
-        """The first step and the rows of the phase that this step is in."""
-        return [phase for phase in self.phases if phase[0] <= step][-1]
+    def phase(self, step: int) -> Phase:
+        """The phase that this step is in."""
+        begun = [Phase(first_step, rows) for first_step, rows in self.phases if first_step <= step]
+        return begun[-1]
 
     def row_indices(self, step: int) -> np.ndarray:
         """Which rows a step reads. Rows of an epoch that fill no batch are left out."""
         # where in which epoch the step is
-        first, rows = self.phase(step)
+        first_step, rows = self.phase(step)
         size = self.args.batch_size
-        epoch, place = divmod(step - first, len(rows) // size)
+        epoch, place = divmod(step - first_step, len(rows) // size)
 
         # the order of the epoch, if it is another one than that of the last step
-        if self.epoch != (first, epoch):
-            rng = np.random.default_rng((self.args.seed, ORDER, first, epoch))
+        if self.epoch != (first_step, epoch):
+            rng = np.random.default_rng((self.args.seed, ORDER, first_step, epoch))
             lengths = rows.lengths() if self.args.bucket else None
             batches = shuffled_batches(len(rows), size, rng, lengths)
             self.order = [indices for indices in batches if len(indices) == size]
-            self.epoch = (first, epoch)
+            self.epoch = (first_step, epoch)
         return self.order[place]
 
     def masked_rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The batch of all processes: (input ids, real, labels), each (batch, length)."""
         # the rows
-        _, rows = self.phase(step)
+        rows = self.phase(step).rows
         ids, real = rows.batch(self.row_indices(step))
 
         # their masks
@@ -1036,8 +1074,8 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step: int) -> Batch:
         """What this process trains on in a step."""
         inputs, real, labels = self.masked_rows(step)
-        _, rows = self.phase(step)
-        parts = micro_batches((inputs, real, labels), rows_at_once(self.args, rows.length))
+        length = self.phase(step).rows.length
+        parts = micro_batches((inputs, real, labels), rows_at_once(self.args, length))
         return Batch(
             micro_batches=parts[RANK::PROCESSES],  # every n-th for each of n processes
             labelled=max(1, int((labels != IGNORED).sum())),
@@ -1049,11 +1087,9 @@ class Batches(torch.utils.data.Dataset):
 def rows_at_once(args: argparse.Namespace, length: int) -> int:
     """How many rows of this length go through the model at once.
 
-    Of the longest rows, --micro-batch-size. Of shorter ones a multiple that has no more tokens,
-    since a GPU would wait for the launches of smaller micro-batches; but only a multiple that gives
-    every process the same number of micro-batches. So with another number of processes, shorter
-    rows may be in other micro-batches. Dropout is drawn per micro-batch, hence it is all of a run
-    that may depend on the number of processes.
+    Shorter rows come in multiples of --micro-batch-size, with no more tokens than the longest ones,
+    since small micro-batches leave a GPU idle. A multiple must divide the batch evenly among the
+    processes. So their number can change which rows share a micro-batch, and with it the dropout.
     """
     size = args.micro_batch_size
     longest = max(length for length, _ in args.length_schedule)
@@ -1065,12 +1101,16 @@ def rows_at_once(args: argparse.Namespace, length: int) -> int:
 
 
 def micro_batches(batch: tuple[np.ndarray, ...], size: int) -> list[tuple[torch.Tensor, ...]]:
-    """(inputs, real, labels) of `size` rows each, cut to the longest, rounded up to 32 tokens."""
+    """(inputs, real, labels) of `size` rows each, cut to the longest of them.
+
+    Its length is rounded up to a multiple of 32, unless the batch itself is narrower: the fewer
+    different lengths there are, the more often a GPU finds memory and compiled kernels that fit.
+    """
     parts = []
     for i in range(0, len(batch[0]), size):
         arrays = [array[i : i + size] for array in batch]
 
-        # cut them; few different lengths let compiled kernels and memory be reused
+        # cut them
         longest = int(arrays[1].sum(axis=1).max())
         longest = 32 * math.ceil(longest / 32)
         arrays = [np.ascontiguousarray(array[:, :longest]) for array in arrays]
@@ -1079,7 +1119,7 @@ def micro_batches(batch: tuple[np.ndarray, ...], size: int) -> list[tuple[torch.
 
 
 def batches_ahead(
-    args: argparse.Namespace, phases: list[tuple[int, Rows]], steps: range
+    args: argparse.Namespace, phases: list[Phase], steps: range
 ) -> torch.utils.data.DataLoader:
     """The batches of these steps; beside a GPU two processes prepare them, in pinned memory."""
 
@@ -1107,36 +1147,35 @@ class Data(NamedTuple):
 
     tokenizer: Tokenizer
     vocabulary: Vocabulary
-    phases: list[tuple[int, Rows]]  # the first step and the rows of each length
+    phases: list[Phase]  # one for each length of --length-schedule
     held_rows: Rows  # which training never sees
     held_out: tuple[np.ndarray, ...]  # some of them, masked once for all: (inputs, real, labels)
-    baselines: tuple[float, float]  # held-out losses of guessing by word frequency and by chance
+    baselines: tuple[float, float]  # see guessing_losses
     checksum: int  # of the tokens
 
 
-def prepare(args: argparse.Namespace, tokenizer_file: Path | None) -> Data:
-    """Everything that training reads.
+def prepare(args: argparse.Namespace, checkpoint: Path | None = None) -> Data:
+    """Everything that training reads; a resumed run needs the tokenizer of its checkpoint.
 
     The first process chooses or trains the tokenizer and writes the tokens; the others wait, and
-    then read the same. `tokenizer_file` is where a tokenizer that is trained on the text is
-    written, and with --resume read; None: nowhere.
+    then read the same.
     """
     # tokenizer and tokens
     prepared = None
     if RANK == 0:
         sources = text_sources(args)
-        tokenizer = choose_tokenizer(args, sources, tokenizer_file)
+        tokenizer = choose_tokenizer(args, sources, checkpoint)
         prepared = tokenizer.to_str(), token_folder(args, sources, tokenizer)
     tokenizer_json, folder = gathered(prepared)[0]  # the others wait here for the first
     tokenizer = in_our_form(Tokenizer.from_str(tokenizer_json))
     tokens = read_tokens(folder, tokenizer)
 
     # rows
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = special_ids(tokenizer)
     seen, held = split_held_out(tokens)
     phases = rows_of_phases(args, tokens, seen, vocabulary)
     held_rows = Rows(tokens, held, args.length_schedule[0][0], vocabulary)
-    fewest = min(len(rows) for _, rows in phases)
+    fewest = min(len(phase.rows) for phase in phases)
     if fewest < args.batch_size or not len(held_rows):
         raise SystemExit(
             f"the corpus is too short: {len(tokens.ids)} tokens give {fewest} training rows and "
@@ -1153,14 +1192,14 @@ def prepare(args: argparse.Namespace, tokenizer_file: Path | None) -> Data:
 
 def rows_of_phases(
     args: argparse.Namespace, tokens: Tokens, segments: np.ndarray, vocabulary: Vocabulary
-) -> list[tuple[int, Rows]]:
-    """The first step and the rows of each length in --length-schedule."""
+) -> list[Phase]:
+    """A phase for each length in --length-schedule."""
     phases = []
     begin = 0.0
     for length, share in args.length_schedule:
         # in a short run too, each length but the last gets a step at least
-        first = max(round(begin), phases[-1][0] + 1) if phases else 0
-        phases.append((first, Rows(tokens, segments, length, vocabulary)))
+        first_step = max(round(begin), phases[-1].first_step + 1) if phases else 0
+        phases.append(Phase(first_step, Rows(tokens, segments, length, vocabulary)))
         begin += share * args.steps
     return phases
 
@@ -1180,7 +1219,11 @@ def mask_held_out(rows: Rows, mask_rate: float) -> tuple[np.ndarray, np.ndarray,
 def guessing_losses(
     tokens: Tokens, held: np.ndarray, labels: np.ndarray, vocabulary: Vocabulary
 ) -> tuple[float, float]:
-    """Losses in nats to compare with: of guessing by the training text's frequencies, by chance."""
+    """(by frequency, by chance): losses to compare the held-out loss with, in nats.
+
+    They are those of predicting masked tokens by their frequency in the training text, and
+    uniformly.
+    """
     # how often each id is in the training text, plus one, so that no id is impossible
     held_ids = np.concatenate([tokens.ids[start:end] for start, end in held])
     counts = tokens.counts + 1 - np.bincount(held_ids, minlength=len(tokens.counts))
@@ -1220,18 +1263,18 @@ def held_out_loss(model: MaBERTForMaskedLM, data: Data, micro_batch_size: int) -
 
 
 @torch.no_grad()
-def show_guesses(model: MaBERTForMaskedLM, data: Data, count: int = 5):
-    """Prints held-out text with one word masked, and the model's five best guesses for it."""
+def show_guesses(model: MaBERTForMaskedLM, data: Data):
+    """Prints five held-out texts with a word masked, and the model's five best guesses for it."""
     name = data.tokenizer.id_to_token
     shown = 0
     model.eval()
-    for index in np.linspace(0, len(data.held_rows) - 1, 10 * count).astype(int):
+    for index in np.linspace(0, len(data.held_rows) - 1, 50).astype(int):
         # words that were not cut into pieces: tokens of letters that are followed by such a token
         ids, _ = data.held_rows.batch(np.array([index]))
         tokens = [name(i) for i in ids[0]]
         pairs = itertools.pairwise(tokens)
         words = [i for i, pair in enumerate(pairs) if pair[0].isalpha() and pair[1].isalpha()]
-        if len(words) <= 5 or shown == count:
+        if len(words) <= 5 or shown == 5:
             continue
         shown += 1
 
@@ -1251,13 +1294,29 @@ def show_guesses(model: MaBERTForMaskedLM, data: Data, count: int = 5):
 
 # ---- Files of a run ----
 
-STEP_FOLDER = "step-" + "[0-9]" * 7
-COLUMNS = ("step", "loss", "held_out_loss", "lr", "tokens_per_s", "padding", "skipped_steps")
+# The columns of log.csv
+COLUMNS = (
+    "step",  # how many are finished
+    "loss",  # nats per masked token, the mean over the steps since the last line
+    "held_out_loss",  # nats per masked token, after this step
+    "lr",  # of this step
+    "tokens_per_s",  # without pads, since the last line; without the time of evaluating and saving
+    "padding",  # share of the tokens that are pads, since the last line
+    "skipped_steps",  # without finite gradients, since the start of the run
+)
 
 # The flags that a run is a function of, beside those of the model
 IDENTITY = (
-    *("vocab_size", "steps", "length_schedule", "batch_size", "micro_batch_size", "bucket"),
-    *("lr", "warmup_steps", "weight_decay", "mask_rate", "seed"),
+    "steps",
+    "length_schedule",
+    "batch_size",
+    "micro_batch_size",
+    "bucket",
+    "lr",
+    "warmup_steps",
+    "weight_decay",
+    "mask_rate",
+    "seed",
 )
 
 
@@ -1278,9 +1337,9 @@ def identity_of(args: argparse.Namespace, data: Data) -> dict:
     identity = dataclasses.asdict(config)
     identity |= {name: getattr(args, name) for name in IDENTITY}
 
-    # the text
-    tokenizer = data.tokenizer.to_str().encode("utf-8", "replace")
-    identity["tokenizer"] = hashlib.sha256(tokenizer).hexdigest()[:16]
+    # the tokenizer and the text
+    identity["trained_vocab_size"] = args.vocab_size  # None with --tokenizer
+    identity["tokenizer"] = digest_of(data.tokenizer.to_str())
     identity["corpus"] = data.checksum
     return json.loads(json.dumps(identity))  # tuples become lists, as JSON has them
 
@@ -1290,7 +1349,8 @@ def save_checkpoint(
 ):
     """Writes out/step-…, which appears complete or not at all; removes all but the last `keep`."""
     # write it under another name, and rename it
-    folder = out / f"step-{training['step']:07d}"
+    step = training["step"]
+    folder = out / f"step-{step:07d}"
     partial = folder.with_suffix(".partial")
     try:
         model.save_pretrained(partial)
@@ -1303,28 +1363,40 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
     # later checkpoints are damaged, or the run would not be here: they do not count
-    written = [old for old in sorted(out.glob(STEP_FOLDER)) if old <= folder]
+    written = [old for old in step_folders(out) if step_of(old) <= step]
     for old in written[:-keep]:
         shutil.rmtree(old)
 
 
+def step_folders(out: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
+    folders = [path for path in out.glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The number of finished steps that a checkpoint's name tells."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def read_checkpoint(folder: Path) -> tuple[dict, dict]:
     """(weights, training); exceptions of many kinds where a file is damaged or no file of ours."""
-    # can all three be read, and are they of a model?
+    # can all three be read, and are they of a model? The weights are read twice: from_pretrained
+    # makes a new head where the file's does not fit, but load_state_dict refuses it
     Tokenizer.from_file(str(folder / "tokenizer.json"))
     weights = torch_load(folder / "model.pt")
     training = torch_load(folder / "training.pt")
     MaBERTForMaskedLM.from_pretrained(folder).load_state_dict(weights)
 
     # is it a checkpoint of training?
-    names = ("step", "identity", "log", "sums", "optimizer")
+    names = ("step", "identity", "log", "sums", "skipped_in_a_row", "optimizer")
     return weights, {name: training[name] for name in names}
 
 
 def newest_checkpoint(out: Path) -> tuple[Path | None, dict | None]:
     """The newest checkpoint that can be read and its run's identity; without any (None, None)."""
-    folders = sorted(out.glob(STEP_FOLDER), reverse=True)
-    for folder in folders:
+    folders = step_folders(out)
+    for folder in reversed(folders):
         try:
             _, training = read_checkpoint(folder)
             return folder, training["identity"]
@@ -1335,6 +1407,12 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, dict | None]:
     if folders:
         raise SystemExit(
             f"--resume: no checkpoint in {out} can be read; --overwrite starts the run anew"
+        )
+
+    # a young run that was stopped has no checkpoint yet and starts again; a finished one does not
+    if (out / "model.pt").exists():
+        raise SystemExit(
+            f"--resume: {out} holds a model but no checkpoint; --overwrite starts the run anew"
         )
     return None, None
 
@@ -1348,7 +1426,7 @@ def write_log(out: Path, log: list[dict]):
 
 
 def draw_curve(out: Path, log: list[dict]) -> Path:
-    """Draws the losses as loss.png, if matplotlib is there; returns the file to look at."""
+    """Draws the losses as loss.png, if matplotlib is there; returns that file, or else log.csv."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -1373,8 +1451,8 @@ def draw_curve(out: Path, log: list[dict]) -> Path:
 # ---- Training ----
 
 
-def warmup_steps(args: argparse.Namespace) -> int:
-    """A short run would never leave the warm-up of a long one."""
+def warmup_of(args: argparse.Namespace) -> int:
+    """The steps of warm-up: at most a tenth, or a short run would never leave it."""
     return min(args.warmup_steps, args.steps // 10)
 
 
@@ -1383,24 +1461,16 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
 
 
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, step: int, args: argparse.Namespace
-) -> float:
-    """Sets and returns the learning rate of a step."""
-    lr = learning_rate(step, args.steps, args.lr, warmup_steps(args))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
 def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with BERT's values. The learning rate is set before each step."""
     # weight decay on matrices alone
     decayed = []
     others = []
     for name, p in model.named_parameters():
-        is_matrix = p.dim() >= 2 and not name.endswith("A_log")
-        (decayed if is_matrix else others).append(p)
+        if p.dim() >= 2 and not name.endswith("A_log"):
+            decayed.append(p)
+        else:
+            others.append(p)
     groups = [
         dict(params=decayed, weight_decay=weight_decay),
         dict(params=others, weight_decay=0.0),
@@ -1411,7 +1481,11 @@ def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.A
 def make_model(
     args: argparse.Namespace, data: Data
 ) -> tuple[MaBERTForMaskedLM, torch.nn.Module, torch.optim.Optimizer]:
-    """(model, the same or its DistributedDataParallel, optimizer)."""
+    """(model, shared, optimizer).
+
+    `shared` is what training calls: with several processes the model's DistributedDataParallel,
+    by which they exchange their gradients; with one process the model itself.
+    """
     # a GPU for each process, if there are any
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -1436,8 +1510,8 @@ def make_model(
         model.encoder.compile()
 
     # say what will run
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
-    print(f"{args.pattern}, {size}, on {PROCESSES} × {device}")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{args.pattern}, {parameters / 1e6:.1f} M parameters, on {PROCESSES} × {device}")
     shared = DistributedDataParallel(model) if PROCESSES > 1 else model
     return model, shared, make_optimizer(model, args.weight_decay)
 
@@ -1467,8 +1541,10 @@ def train_step(
         torch.manual_seed(int(rng.integers(2**63)))
 
         # forward and backward; gradients are exchanged once, with the last micro-batch
-        is_last = i + 1 == len(batch.micro_batches)
-        with contextlib.nullcontext() if PROCESSES == 1 or is_last else shared.no_sync():
+        exchange = contextlib.nullcontext()
+        if PROCESSES > 1 and i + 1 < len(batch.micro_batches):
+            exchange = shared.no_sync()
+        with exchange:
             with autocast(device):
                 loss = shared(inputs, real, labels=labels, reduction="sum").loss / batch.labelled
             # DistributedDataParallel takes the mean over processes; the sum is meant
@@ -1477,7 +1553,7 @@ def train_step(
     if PROCESSES > 1:
         dist.all_reduce(total)
 
-    # clip
+    # clip the gradient's norm to 1, as BERT does
     norm = clip_grad_norm_(shared.parameters(), 1.0)
     skipped = (~norm.isfinite()).float()
 
@@ -1489,8 +1565,11 @@ def train_step(
 
 
 def rehearse(model: MaBERTForMaskedLM, args: argparse.Namespace):
-    """Forward and backward with the longest rows: shows now that memory is too small, not later."""
-    # rows that have only to be as large
+    """Forward and backward with the longest rows.
+
+    So most shortages of memory show before the first step. AdamW's state comes on top of it.
+    """
+    # rows of the same shape, without pads
     length = max(length for length, _ in args.length_schedule)
     size = (args.micro_batch_size, length)
     ids = torch.ones(size, dtype=torch.long, device=model.decoder_bias.device)
@@ -1498,46 +1577,48 @@ def rehearse(model: MaBERTForMaskedLM, args: argparse.Namespace):
 
     # forward and backward
     with autocast(ids.device):
-        loss = model(ids, labels=labels).loss
+        loss = model(ids, torch.ones_like(ids).bool(), labels=labels, reduction="sum").loss
     loss.backward()
     model.zero_grad()
 
 
-# Sums since the last line of the log; the last of them since the last step with finite gradients
-SUMS = (
-    "loss",  # of the steps with finite gradients
-    "skipped",  # steps without
-    "real",  # tokens that are not pads
-    "padded",  # tokens, pads included
-    "skipped_in_a_row",  # steps
-)
+def zero_sums(device: torch.device) -> dict:
+    """Sums since the last line of the log.
+
+    Those of a step's results stay on the device: reading one makes the CPU wait for a GPU.
+    """
+    return dict(
+        loss=torch.zeros((), dtype=torch.float64, device=device),  # of steps with finite gradients
+        skipped=torch.zeros((), device=device),  # steps without
+        real=0,  # tokens that are not pads
+        padded=0,  # tokens, pads included
+    )
 
 
 def restore(
-    folder: Path | None, model: MaBERTForMaskedLM, optimizer: torch.optim.Optimizer
-) -> tuple[int, list[dict], dict[str, torch.Tensor]]:
-    """Gives model and optimizer what a checkpoint holds; returns its step, its log and its sums.
+    checkpoint: Path | None, model: MaBERTForMaskedLM, optimizer: torch.optim.Optimizer
+) -> tuple[int, list[dict], dict, torch.Tensor]:
+    """Gives model and optimizer what a checkpoint holds.
 
-    Without a checkpoint: step 0, an empty log, sums of zero. The sums are on the model's device,
-    since reading one makes the CPU wait for a GPU.
+    Returns the number of finished steps, the log, the sums since its last line, and how many steps
+    without finite gradients there were in a row. Without a checkpoint all are zero or empty.
     """
     # from the start
     device = model.decoder_bias.device
-    if folder is None:
-        zeros = {name: torch.zeros((), dtype=torch.float64, device=device) for name in SUMS}
-        return 0, [], zeros
+    if checkpoint is None:
+        return 0, [], zero_sums(device), torch.zeros((), device=device)
 
     # from a checkpoint
-    weights, training = read_checkpoint(folder)
+    weights, training = read_checkpoint(checkpoint)
     model.load_state_dict(weights)
     optimizer.load_state_dict(training["optimizer"])
-    sums = {name: value.to(device) for name, value in training["sums"].items()}
-    return training["step"], training["log"], sums
+    sums = training["sums"]
+    for name in ("loss", "skipped"):
+        sums[name] = sums[name].to(device)
+    return training["step"], training["log"], sums, training["skipped_in_a_row"].to(device)
 
 
-def log_line(
-    step: int, sums: dict[str, torch.Tensor], last: dict, lr: float, tokens_per_s: float
-) -> dict:
+def log_line(step: int, sums: dict, last: dict, lr: float, tokens_per_s: float) -> dict:
     """A line of the log, from the sums since the last line."""
     skipped = int(sums["skipped"])
     finite = step - last["step"] - skipped
@@ -1546,21 +1627,19 @@ def log_line(
         loss=f"{sums['loss'].item() / max(1, finite):.4f}",
         lr=f"{lr:.2e}",
         tokens_per_s=f"{tokens_per_s:.0f}",
-        padding=f"{1 - sums['real'].item() / sums['padded'].item():.3f}",
+        padding=f"{1 - sums['real'] / sums['padded']:.3f}",
         skipped_steps=last["skipped_steps"] + skipped,
     )
 
 
-def evaluate(model: MaBERTForMaskedLM, data: Data, args: argparse.Namespace) -> str:
-    """The held-out loss, as the log has it."""
-    return f"{held_out_loss(model, data, args.micro_batch_size):.4f}"
+def refuse_divergence(skipped_in_a_row: torch.Tensor, lr: float, out: Path):
+    """Ends the run if at least the last ten steps had no finite gradient.
 
-
-def refuse_divergence(sums: dict[str, torch.Tensor], lr: float, out: Path):
-    """SystemExit after ten steps in a row without finite gradients."""
-    count = int(sums["skipped_in_a_row"])
+    Called when a line is logged and not in every step: reading the count waits for the GPU.
+    """
+    count = int(skipped_in_a_row)
     if count >= 10:
-        last = max(out.glob(STEP_FOLDER), default="none")
+        last = ["none", *step_folders(out)][-1]
         raise SystemExit(
             f"no gradient was finite in the last {count} steps, now at learning rate {lr:.2e}: "
             f"a lower --lr or more --warmup-steps helps; last checkpoint {last}"
@@ -1568,20 +1647,22 @@ def refuse_divergence(sums: dict[str, torch.Tensor], lr: float, out: Path):
 
 
 def steps_with_batches(
-    args: argparse.Namespace, phases: list[tuple[int, Rows]], first: int, log: list[dict]
+    args: argparse.Namespace, phases: list[Phase], finished: int, log: list[dict]
 ) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) of the steps after `first`, with a bar that shows the last line of the log."""
+    """(step, batch) of the steps that are not finished, with a bar that shows the log's last line.
+
+    Steps count from 1 here, so that a step's number is that of the steps finished with it.
+    """
     # the bar counts tokens, pads included: steps of longer rows take longer
     tokens = np.zeros(args.steps, dtype=np.int64)
-    for begin, rows in phases:
-        tokens[begin:] = args.batch_size * rows.length
+    for first_step, rows in phases:
+        tokens[first_step:] = args.batch_size * rows.length
     total = int(tokens.sum())
-    done = int(tokens[:first].sum())
+    done = int(tokens[:finished].sum())
 
-    # batches are numbered from 0, steps from 1
-    batches = batches_ahead(args, phases, range(first, args.steps))
+    batches = batches_ahead(args, phases, range(finished, args.steps))
     with progress(total=total, initial=done, unit="token", unit_scale=True) as bar:
-        for step, batch in enumerate(batches, first + 1):
+        for step, batch in enumerate(batches, finished + 1):
             yield step, batch
             bar.set_postfix(log[-1] if log else {}, refresh=False)
             bar.update(tokens[step - 1])
@@ -1612,30 +1693,35 @@ def signal_to_obey(received: list[int], step: int) -> int:
     return max(gathered(newest)) if step % 10 == 0 else 0
 
 
-def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folder: Path | None):
-    """Trains, from the checkpoint in `folder` if there is one; returns the model and the log."""
+def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, checkpoint: Path | None):
+    """Trains, from the checkpoint on if there is one; returns the model and the log."""
     model, shared, optimizer = make_model(args, data)
+    device = model.decoder_bias.device
 
     # restore
-    first, log, sums = restore(folder, model, optimizer)
-    steps = f"{args.steps} steps of {args.batch_size} rows, {warmup_steps(args)} of them warm-up"
-    print(f"from step {first} on, of {steps}")
+    finished, log, sums, skipped_in_a_row = restore(checkpoint, model, optimizer)
+    warmup = warmup_of(args)
+    steps = f"{args.steps} steps of {args.batch_size} rows, {warmup} of them warm-up"
+    print(f"from step {finished} on, of {steps}")
 
     # rehearse
     if torch.cuda.is_available():
         rehearse(model, args)
 
     # the log begins with the loss before the first step
-    if RANK == 0 and first == 0:
-        log.append(dict(step=0, held_out_loss=evaluate(model, data, args), skipped_steps=0))
+    if RANK == 0 and finished == 0:
+        held_out = held_out_loss(model, data, args.micro_batch_size)
+        log.append(dict(step=0, held_out_loss=f"{held_out:.4f}", skipped_steps=0))
         write_log(out, log)
 
     received = catch_signals()
     start = perf_counter()  # of what tokens_per_s counts
     trained = 0  # tokens since then
-    for step, batch in steps_with_batches(args, data.phases, first, log):
-        # step
-        lr = set_learning_rate(optimizer, step - 1, args)
+    for step, batch in steps_with_batches(args, data.phases, finished, log):
+        # step; in the schedule and the seeds, steps count from 0
+        lr = learning_rate(step - 1, args.steps, args.lr, warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         loss, skipped = train_step(shared, optimizer, batch, step - 1, args)
 
         # sum up
@@ -1643,30 +1729,39 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, folde
         sums["skipped"] += skipped
         sums["real"] += batch.real
         sums["padded"] += batch.padded
-        sums["skipped_in_a_row"] = (sums["skipped_in_a_row"] + 1) * skipped
+        skipped_in_a_row = (skipped_in_a_row + 1) * skipped
         trained += batch.real
 
         # log and evaluate
         evaluates = step % args.eval_every == 0 or step == args.steps
         if evaluates or step % args.log_every == 0:
-            refuse_divergence(sums, lr, out)
+            refuse_divergence(skipped_in_a_row, lr, out)  # waits for a GPU to finish the steps
             if RANK == 0:
                 line = log_line(step, sums, log[-1], lr, trained / (perf_counter() - start))
                 if evaluates:
-                    line["held_out_loss"] = evaluate(model, data, args)
+                    held_out = held_out_loss(model, data, args.micro_batch_size)
+                    line["held_out_loss"] = f"{held_out:.4f}"
                 log.append(line)
                 write_log(out, log)
-            for name in SUMS[:-1]:
-                sums[name].zero_()
+            sums = zero_sums(device)
             start = perf_counter()
             trained = 0
 
-        # save
+        # save, outside of the time that tokens_per_s counts
         signum = signal_to_obey(received, step)
         if RANK == 0 and (step % args.save_every == 0 or step == args.steps or signum):
-            state = optimizer.state_dict()
-            training = dict(step=step, identity=identity, log=log, sums=sums, optimizer=state)
+            skipped_in_a_row.item()  # waits for a GPU to finish the step
+            before = perf_counter()
+            training = dict(
+                step=step,
+                identity=identity,
+                log=log,
+                sums=sums,
+                skipped_in_a_row=skipped_in_a_row,
+                optimizer=optimizer.state_dict(),
+            )
             save_checkpoint(out, args.keep, model, data.tokenizer, training)
+            start += perf_counter() - before
         if signum:
             stop(signum, step)
     return model, log
@@ -1692,14 +1787,15 @@ def finish(
     side = "below" if loss < by_frequency else "above"
     print(
         f"\nheld-out loss {loss:.3f} nats per masked token ({masked} of them); the training text's "
-        f"word frequencies give {by_frequency:.3f}, chance {by_chance:.3f}"
+        f"word frequencies give {by_frequency:.3f}, chance {by_chance:.3f}\n"
+        f"{abs(by_frequency - loss):.2f} nats {side} the word frequencies."
     )
-    print(f"{abs(by_frequency - loss):.2f} nats {side} the word frequencies.")
 
     # what the model can do, and where it is
     print("Held-out text, a word masked:")
     show_guesses(model, data)
-    print(f"\nThe model is in {out}, its curve in {draw_curve(out, log)}. Try it:")
+    curve = draw_curve(out, log)
+    print(f"\nThe model is in {out}, its curve in {curve}. Try it:")
     print(f'  python mabert.py {out} "text with a [MASK]"')
 
 
@@ -1707,14 +1803,15 @@ def finish(
 
 
 def join_processes():
-    """Connects the processes of torchrun: over gloo, GPUs over NCCL.
+    """Connects the processes of torchrun: CPU tensors over gloo, GPU tensors over NCCL.
 
     They wait up to a day for each other, since the first prepares the text alone.
     """
     # torchrun's own store has the addresses from before a restart (pytorch issue 135712)
     store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        address = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False)
         store = dist.PrefixStore(f"restart {RESTARTS}", store)
 
@@ -1724,46 +1821,49 @@ def join_processes():
 
 
 def gathered(value) -> list:
-    """The values of all processes, in order. None goes on before all have come this far."""
+    """The values of all processes, in order.
+
+    Also a barrier: no process returns before all have called it.
+    """
     values = [value] * PROCESSES
     if PROCESSES > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def lock(folder: Path, wait: bool = False) -> int:
-    """Locks a folder against other processes; returns a file (its descriptor).
+@contextlib.contextmanager
+def locked(file: Path, wait: bool = False):
+    """Inside of `with locked(file)`, this process alone has the lock of that (empty) file.
 
-    The lock ends when that file is closed or this process ends, however it ends. A folder that
-    another process has locked is waited for, or SystemExit.
+    The lock ends with the process too, however it ends. If another process has it: waits, or
+    SystemExit.
     """
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
-    with contextlib.suppress(ImportError):  # Windows has no such locks
-        import fcntl
+    with open(file, "a") as opened:
+        with contextlib.suppress(ImportError):  # Windows has no such locks
+            import fcntl
 
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            if not wait:
-                message = f"another run is writing to {folder}; choose another --out"
-                raise SystemExit(message) from None
-            print("waiting for another process that prepares the same text", flush=True)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-    return file
+            try:
+                fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                if not wait:
+                    message = f"another run is writing to {file.parent}; choose another --out"
+                    raise SystemExit(message) from None
+                print("waiting for another process that prepares the same text", flush=True)
+                fcntl.lockf(opened, fcntl.LOCK_EX)
+        yield
 
 
 def run(args: argparse.Namespace):
-    """Prepares the text and trains; SystemExit where --out or its checkpoints do not allow that."""
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
-    if RESTARTS:  # by torchrun: what there is by now is worth more than what the command said first
+    """Checks and locks --out, and runs there; SystemExit where it holds another run."""
+    # after a restart by torchrun the checkpoints of this very run are there: go on from them
+    if RESTARTS:
         args.resume = True
         args.overwrite = False
 
-    # what --out holds already, of all that a run writes
+    # all that a run writes, and --out holds already
     out = Path(args.out)
-    names = ("log.csv", "loss.png", "args.json", "config.json", "model.pt", STEP_FOLDER)
-    old = [path for name in names for path in out.glob(name)]
+    names = ("log.csv", "loss.png", "args.json", "config.json", "model.pt")
+    old = [out / name for name in names if (out / name).exists()] + step_folders(out)
     is_demo = args.demo and args.out == DEMO["out"]
     if old and not (args.overwrite or args.resume or is_demo):
         raise SystemExit(
@@ -1771,31 +1871,38 @@ def run(args: argparse.Namespace):
             "--resume it"
         )
 
-    # lock it, and look for the checkpoint to go on from
-    checkpoint = (None, None)
+    # of several processes only the first writes
+    lock = contextlib.nullcontext()
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
-        lock(out)
-        if args.resume:
-            checkpoint = newest_checkpoint(out)
-    folder, old_identity = gathered(checkpoint)[0]
+        lock = locked(out / ".lock")
+    with lock:
+        run_in(out, args, replaced=[] if args.resume else old)
+
+
+def run_in(out: Path, args: argparse.Namespace, replaced: list[Path]):
+    """Prepares the text and trains; the files to be replaced are removed just before training."""
+    # the checkpoint to go on from
+    found = (None, None)
+    if RANK == 0 and args.resume:
+        found = newest_checkpoint(out)
+    checkpoint, old_identity = gathered(found)[0]
 
     # prepare; is it the same run?
-    data = prepare(args, (folder or out) / "tokenizer.json")
+    data = prepare(args, checkpoint)
     identity = identity_of(args, data)
-    if folder:
-        refuse_another_run(folder, old_identity, identity)
+    if checkpoint:
+        refuse_another_run(checkpoint, old_identity, identity)
 
     # everything is there: what an old run has left can go
     if RANK == 0:
-        replaced = [] if args.resume else old
-        for path in [*replaced, *out.glob(STEP_FOLDER + ".partial")]:
+        for path in [*replaced, *out.glob("step-[0-9]*.partial")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_atomically(out / "tokenizer.json", data.tokenizer.to_str(pretty=True))
         write_atomically(out / "args.json", json.dumps(vars(args), indent=2) + "\n")
 
     # train
-    model, log = train(args, data, out, identity, folder)
+    model, log = train(args, data, out, identity, checkpoint)
     if RANK == 0:
         finish(args, data, out, model, log)
 
@@ -1832,9 +1939,12 @@ def explain(error: Exception, args: argparse.Namespace) -> str | None:
 def main(argv: list[str]):
     """The command; SystemExit with a message where a user can help."""
     args = parse_args(argv)
+    stdout = sys.stdout
     try:
         if PROCESSES > 1:
             join_processes()
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")  # the first process speaks for all
         run(args)
     except KeyboardInterrupt:
         raise SystemExit(
@@ -1848,6 +1958,7 @@ def main(argv: list[str]):
 
     # leave no trace: a test or a notebook may call this function again
     finally:
+        sys.stdout = stdout
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():
