@@ -309,8 +309,7 @@ def progress(*args, **options) -> tqdm:
     return tqdm(*args, disable=RANK > 0, **options)
 
 
-# ---- Text: read a part at a time. So a file may be larger than the memory, but not a .json, ----
-# ---- which is read whole ----
+# ---- Text: read a part at a time, so files may be larger than the memory, all but .json ----
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 PIECE = 20_000  # characters that are read and tokenized at once; a tokenizer takes 2 MB for them
@@ -1393,13 +1392,13 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict]:
     return weights, {name: training[name] for name in names}
 
 
-def newest_checkpoint(out: Path) -> tuple[Path | None, dict | None]:
-    """The newest checkpoint that can be read and its run's identity; without any (None, None)."""
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint that can be read; None where a young run has not saved any."""
     folders = step_folders(out)
     for folder in reversed(folders):
         try:
-            _, training = read_checkpoint(folder)
-            return folder, training["identity"]
+            read_checkpoint(folder)
+            return folder
         except MemoryError:
             raise
         except Exception as error:
@@ -1409,12 +1408,12 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, dict | None]:
             f"--resume: no checkpoint in {out} can be read; --overwrite starts the run anew"
         )
 
-    # a young run that was stopped has no checkpoint yet and starts again; a finished one does not
+    # the checkpoints of a finished run were removed: it does not start again
     if (out / "model.pt").exists():
         raise SystemExit(
             f"--resume: {out} holds a model but no checkpoint; --overwrite starts the run anew"
         )
-    return None, None
+    return None
 
 
 def write_log(out: Path, log: list[dict]):
@@ -1646,28 +1645,6 @@ def refuse_divergence(skipped_in_a_row: torch.Tensor, lr: float, out: Path):
         )
 
 
-def steps_with_batches(
-    args: argparse.Namespace, phases: list[Phase], finished: int, log: list[dict]
-) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) of the steps that are not finished, with a bar that shows the log's last line.
-
-    Steps count from 1 here, so that a step's number is that of the steps finished with it.
-    """
-    # the bar counts tokens, pads included: steps of longer rows take longer
-    tokens = np.zeros(args.steps, dtype=np.int64)
-    for first_step, rows in phases:
-        tokens[first_step:] = args.batch_size * rows.length
-    total = int(tokens.sum())
-    done = int(tokens[:finished].sum())
-
-    batches = batches_ahead(args, phases, range(finished, args.steps))
-    with progress(total=total, initial=done, unit="token", unit_scale=True) as bar:
-        for step, batch in enumerate(batches, finished + 1):
-            yield step, batch
-            bar.set_postfix(log[-1] if log else {}, refresh=False)
-            bar.update(tokens[step - 1])
-
-
 def catch_signals() -> list[int]:
     """Makes SIGTERM and Ctrl-C wait for the end of a step; returns the list that they go to."""
     received = []
@@ -1715,9 +1692,11 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
         write_log(out, log)
 
     received = catch_signals()
+    batches = batches_ahead(args, data.phases, range(finished, args.steps))
+    bar = progress(batches, initial=finished, total=args.steps, unit="step")
     start = perf_counter()  # of what tokens_per_s counts
     trained = 0  # tokens since then
-    for step, batch in steps_with_batches(args, data.phases, finished, log):
+    for step, batch in enumerate(bar, finished + 1):
         # step; in the schedule and the seeds, steps count from 0
         lr = learning_rate(step - 1, args.steps, args.lr, warmup)
         for group in optimizer.param_groups:
@@ -1743,6 +1722,7 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
                     line["held_out_loss"] = f"{held_out:.4f}"
                 log.append(line)
                 write_log(out, log)
+                bar.set_postfix(line, refresh=False)
             sums = zero_sums(device)
             start = perf_counter()
             trained = 0
@@ -1883,16 +1863,16 @@ def run(args: argparse.Namespace):
 def run_in(out: Path, args: argparse.Namespace, replaced: list[Path]):
     """Prepares the text and trains; the files to be replaced are removed just before training."""
     # the checkpoint to go on from
-    found = (None, None)
+    checkpoint = None
     if RANK == 0 and args.resume:
-        found = newest_checkpoint(out)
-    checkpoint, old_identity = gathered(found)[0]
+        checkpoint = newest_checkpoint(out)
+    checkpoint = gathered(checkpoint)[0]
 
     # prepare; is it the same run?
     data = prepare(args, checkpoint)
     identity = identity_of(args, data)
     if checkpoint:
-        refuse_another_run(checkpoint, old_identity, identity)
+        refuse_another_run(checkpoint, identity)
 
     # everything is there: what an old run has left can go
     if RANK == 0:
@@ -1907,12 +1887,14 @@ def run_in(out: Path, args: argparse.Namespace, replaced: list[Path]):
         finish(args, data, out, model, log)
 
 
-def refuse_another_run(folder: Path, old: dict, new: dict):
+def refuse_another_run(checkpoint: Path, new: dict):
     """SystemExit with all that differs between a checkpoint's run and this one."""
+    _, training = read_checkpoint(checkpoint)
+    old = training["identity"]
     differ = [name for name in new if new[name] != old.get(name)]
     if differ:
         changes = (f"{name} was {old.get(name)} and is now {new[name]}" for name in differ)
-        raise SystemExit(f"--resume: {folder} belongs to another run: {'; '.join(changes)}")
+        raise SystemExit(f"--resume: {checkpoint} belongs to another run: {'; '.join(changes)}")
 
 
 def explain(error: Exception, args: argparse.Namespace) -> str | None:
