@@ -1220,7 +1220,7 @@ def test_a_short_run_learns_and_can_be_used(capsys):
 
     # what it says and draws
     assert "of 150 steps of 16 rows, 15 of them warm-up" in printed
-    assert printed.count("it was") == 5
+    assert printed.count("it was") == 5  # the masked words of five texts, beside the guesses
     assert json.loads(Path("run/args.json").read_text())["seed"] == 0
     assert Path("run/loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -1456,7 +1456,7 @@ def test_rows_have_every_training_token_once_and_no_held_out_one():
     assert data.baselines == pytest.approx((by_frequency, math.log(len(WORDS))))
 
 
-def test_masking_statistics():
+def test_15_percent_of_the_words_are_chosen_and_of_them_80_masked_10_random_10_as_they_were():
     is_special = np.arange(1000) < 5
     vocabulary = train_mlm.Vocabulary(pad=0, cls=2, sep=3, mask=4, is_special=is_special)
     ids = np.random.default_rng(0).integers(0, 1000, (400, 500))
@@ -1504,19 +1504,7 @@ def documents(flags: str) -> list[str]:
 
 LINES = "one two\n\nthree\n         \nfour\nfive"  # a blank line that is longer than a piece
 OBJECT = '{"text": "one two"}'
-NAMES = (
-    "a::b",
-    "[ab]",
-    "hamlet [1603]",
-    "*",
-    "q?",
-    "%41",
-    "x#y",
-    "'quo\"te",
-    "ünï",
-    "-dash",
-    "{x,y}",
-)
+NAMES = ("[ab]", "*", "'quo\"te", "ünï", "-dash")
 TEXTS = [  # files below texts/, flags, the documents
     ({"a.txt": LINES}, "--sample-by document", ["one two three four five"]),
     # a line of spaces is blank
@@ -1575,6 +1563,14 @@ def test_a_file_of_one_long_line_is_read_in_parts(sample_by, monkeypatch):
     shares = [part.share for part in parts]
     assert shares == sorted(shares)
     assert shares[-1] == 1
+
+
+@pytest.mark.parametrize("name", ["string", "large_string", "string_view"])
+def test_all_types_of_strings_in_a_table_are_read(name):
+    import pyarrow
+
+    put("a.parquet", parquet(text=pyarrow.array(["one", None], getattr(pyarrow, name)())))
+    assert [part.text for part in train_mlm.read_parquet(Path("a.parquet"))] == ["one", ""]
 
 
 def test_a_large_table_of_parquet_is_read_in_parts():
@@ -1640,11 +1636,11 @@ def test_a_trained_tokenizer_encodes_pairs_and_long_texts():
     # a file that says less of the form gets ours
     bare = json.loads(tokenizer.to_str()) | dict(post_processor=None, truncation=None)
     put("bare.json", json.dumps(bare))
-    for each in (tokenizer, train_mlm.load_tokenizer("bare.json")):
-        encoding = each.encode("The function", "a list")
+    for either in (tokenizer, train_mlm.load_tokenizer("bare.json")):
+        encoding = either.encode("The function", "a list")
         assert encoding.tokens == ["[CLS]", "the", "function", "[SEP]", "a", "list", "[SEP]"]
         assert encoding.type_ids == [0, 0, 0, 0, 1, 1, 1]
-        assert each.decode(encoding.ids) == "the function a list"
+        assert either.decode(encoding.ids) == "the function a list"
 
     # a long text is cut where no token is
     texts = ["a list", "", "the function returns a list " * 20_000, "list " * 5]
@@ -1836,7 +1832,7 @@ def test_of_two_preparations_at_once_the_second_waits_and_reads(monkeypatch):
     assert said[0] == said[1]
 
 
-def test_defaults_are_the_papers_and_flags_override_the_demo(monkeypatch):
+def test_defaults_are_the_papers_and_flags_override_the_demo():
     # the paper's protocol, and its model
     protocol = dict(batch_size=256, lr=1e-4, warmup_steps=10_000, weight_decay=0.01)
     protocol |= dict(mask_rate=0.15, dropout=0.1, length_schedule=[(128, 0.9), (512, 0.1)])
@@ -1861,14 +1857,16 @@ def test_defaults_are_the_papers_and_flags_override_the_demo(monkeypatch):
     protocol |= dict(psm=None)
     assert protocol.items() <= vars(finetune_glue.parse_args(["--checkpoint", "x"])).items()
 
-    # where tokens are kept
+
+def test_tokens_are_kept_in_the_users_cache_folder(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     assert train_mlm.parse_args([]).cache == "/caches/mabert"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
     assert train_mlm.parse_args([]).cache == "/home/someone/.cache/mabert"
 
-    # a batch that two processes cannot share
+
+def test_a_batch_that_two_processes_cannot_share_is_refused(monkeypatch):
     monkeypatch.setattr(train_mlm, "PROCESSES", 2)
     said = "no multiple of --micro-batch-size 32 × 2 process"
     refused(pretrain, "--micro-batch-size 32", said=said)
@@ -1881,27 +1879,31 @@ LONGER = """--steps 40 --save-every 10 --log-every 7 --eval-every 20 --micro-bat
     --dropout 0.1 --bucket --resume"""
 
 
-def test_a_run_is_overwritten_only_when_asked_and_then_wholly(monkeypatch):
-    # lengths may be more than steps
+def test_a_run_of_one_step_may_have_more_lengths_than_steps():
     pretrain("--steps 1 --save-every 5 --length-schedule 16:0.3 24:0.3 32:0.4")
     assert trained()[1][-1]["step"] == "1"
     assert Path("run/step-0000001").exists()
 
-    # nothing is lost to a run that was not to take its place, or cannot
+
+def test_a_run_is_not_lost_to_one_that_must_not_or_cannot_take_its_place():
+    pretrain("--steps 1")
     log = Path("run/log.csv").read_text()
-    Path("run/step-by-step-notes").mkdir()
     refused(pretrain, SHORT, said="holds a run or a model already")
     refused(pretrain, f"{SHORT} --overwrite --batch-size 2048", said="too short")
     assert Path("run/log.csv").read_text() == log
     assert MaBERTForMaskedLM.from_pretrained("run")
 
-    # nor a model, or a run that is alive
+
+def test_a_model_or_a_run_that_is_alive_is_not_overwritten():
     refused(pretrain, "--out model", said="holds a run or a model already")
     flags = "--out model --overwrite"
     with train_mlm.locked(Path("model/.lock")):
         assert forked(refused, pretrain, flags, said="another run is writing to model") == 0
 
-    # of the run that is overwritten nothing is left
+
+def test_of_a_run_that_is_overwritten_nothing_is_left(monkeypatch):
+    pretrain("--steps 1")
+    Path("run/step-by-step-notes").mkdir()  # the user's, though it looks like a checkpoint
     monkeypatch.setattr(train_mlm, "train", raising(KeyboardInterrupt))
     refused(pretrain, f"{SHORT} --overwrite", said="interrupted")
     left = {"step-by-step-notes", "tokenizer.json", "args.json", ".lock"}
@@ -1976,41 +1978,51 @@ def test_a_stopped_run_goes_on_bit_by_bit(longer, monkeypatch, capsys):
 
 
 TWO = """
-import os, sys, train_mlm
+import os, signal, sys
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+import train_mlm
 
-calls, asked = [], []
-parallel, step, gathered, replace = (
-    train_mlm.DistributedDataParallel, train_mlm.train_step, train_mlm.gathered, os.replace
-)
+counts = dict(exchanges=0, messages=0)
 
-def counting(model):
-    shared = parallel(model)
-    hook = lambda _, bucket: calls.append(1) or allreduce_hook(None, bucket)
-    shared.register_comm_hook(None, hook)
-    return shared
+class Counting(train_mlm.DistributedDataParallel):
+    def __init__(self, model):
+        super().__init__(model)
+        self.register_comm_hook(None, self.exchange)
 
-def signalled(*inputs):
+    @staticmethod
+    def exchange(_, bucket):
+        counts["exchanges"] += 1
+        return allreduce_hook(None, bucket)
+
+def gathered(value, call=train_mlm.gathered):
+    counts["messages"] += 1
+    return call(value)
+
+# SIGTERM for the second process
+def train_step(*inputs, call=train_mlm.train_step):
     if train_mlm.RANK == 1 and train_mlm.RESTARTS == 0 and inputs[3] == 12:
-        os.kill(os.getpid(), 15)
-    return step(*inputs)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return call(*inputs)
 
-def asking(value):
-    asked.append(1)
-    return gathered(value)
+# kill -9 for the first, when all of a checkpoint is written but its name
+def replace(old, new, call=os.replace):
+    if str(old).endswith("step-0000030.partial"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    call(old, new)
 
-def killed(old, new):
-    os.kill(os.getpid(), 9) if str(old).endswith("step-0000030.partial") else replace(old, new)
+train_mlm.DistributedDataParallel = Counting
+train_mlm.gathered = gathered
+train_mlm.train_step = train_step
+os.replace = replace
 
-train_mlm.DistributedDataParallel, train_mlm.train_step = counting, signalled
-train_mlm.gathered, os.replace = asking, killed
-if train_mlm.RANK == 1:  # only the first process reads text and writes
+# only the first process may read text and write
+if train_mlm.RANK == 1:
     train_mlm.text_sources = train_mlm.save_checkpoint = train_mlm.write_atomically = None
 try:
     train_mlm.main(sys.argv[1:])
 finally:
     if train_mlm.RANK == 0:
-        print(f"gradients exchanged {len(calls)} times, messages {len(asked)}", flush=True)
+        print(counts, flush=True)
 """
 
 
@@ -2029,8 +2041,8 @@ def test_two_processes_train_the_same_model_are_started_again_and_may_be_killed(
     assert "from step 20 on" in said, said
     assert said.count("on 2 × cpu") == 2, said
 
-    # gradients are exchanged once a step; messages: checkpoint and text, and every 10 steps
-    assert "gradients exchanged 20 times, messages 4" in said, said
+    # gradients are exchanged once a step; messages about the checkpoint, the text, and two signals
+    assert "{'exchanges': 20, 'messages': 4}" in said, said
     assert checkpoints("two") == ["0000015", "0000020", "0000030.partial"]
 
     # one process goes on and ends where a run of one process does
@@ -3342,15 +3354,12 @@ REFUSALS = [
     ("train --length-schedule 128:0.9 512:0.2", "sum to 1"),
     ("train --length-schedule 4:1", "4 must be finite and in"),
     ("train --length-schedule 128", "invalid length_share value: '128'"),
-    ("train --steps 0", "--steps: 0 must be"),
     ("train --mask-rate 1.5", "--mask-rate: 1.5 must be"),
-    ("train --weight-decay inf", "--weight-decay: inf must be"),
     ("train --lr nan", "--lr: nan must be"),
     ("train --vocab-size 65536", r"65536 must be finite and in \[100, 65536"),
     ("train --batch-size 10 --micro-batch-size 4",
      "--batch-size 10 is no multiple of --micro-batch-size 4"),
     ("train --vocab-size 500 --tokenizer x", "not allowed with"),
-    ("train --demo --data x.txt", "not allowed with"),
     ("train --resume --overwrite", "not allowed with"),
     ("train --pattern MXT", "MaBERTConfig.pattern"),
     ("train --dropout inf", "MaBERTConfig.dropout"),
@@ -3365,7 +3374,6 @@ REFUSALS = [
     ("train --data a.txt", r"too short: 100 tokens give \d+ training rows",
      {"a.txt": "the cat sees a dog\n" * 20}),
     ("train --data a.txt", "the corpus is empty", {"a.txt": "\n \n"}),
-    ("train --data a.jsonl", "the corpus is empty", {"a.jsonl": '{"text": null}\n'}),
     ("train --data a.json", "the corpus is empty", {"a.json": "[]"}),
     ("train --data a.txt", r"a.txt, line 2: not UTF-8 \(invalid start byte\)",
      {"a.txt": b"good\nthe \xff cat"}),
@@ -3382,8 +3390,8 @@ REFUSALS = [
      {"a.json": '[{"text": ""}, {"text": []}]'}),
     ("train --data a.parquet", "cannot read a.parquet: Parquet magic bytes",
      {"a.parquet": b"PAR1 and so on"}),
-    ("train --data a.parquet", "a.parquet has no column 'text' of strings, but {'text': 'int64'}",
-     {"a.parquet": parquet(text=[1])}),
+    ("train --data a.parquet", "a.parquet has no column 'text' of strings, but {'text': 'list<",
+     {"a.parquet": parquet(text=[["a string in a list"]])}),
     ("train --data a.parquet", "a.parquet has no column 'text' of strings, but {'title'",
      {"a.parquet": parquet(title=["a"])}),
     ("train --data a.parquet", "a.parquet: not UTF-8",
