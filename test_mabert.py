@@ -1336,6 +1336,16 @@ def test_a_step_clips_decays_and_drops_out_by_seed_and_step():
     assert rates == pytest.approx([1e-4, 1e-3, 1e-3, 5e-4, 1e-3 / 90])
 
 
+def test_the_rehearsal_has_the_longest_rows_and_leaves_no_gradients():
+    args, data = prepared()
+    model, _, _ = train_mlm.make_model(args, data)
+    shapes = []
+    model.register_forward_pre_hook(lambda _, inputs: shapes.append([x.shape for x in inputs]))
+    train_mlm.rehearse(model, args)
+    assert shapes == [[(16, 32), (16, 32)]]  # ids and mask
+    assert all(p.grad is None for p in model.parameters())
+
+
 # Rows
 
 

@@ -1636,8 +1636,9 @@ def refuse_divergence(skipped_in_a_row: torch.Tensor, lr: float, out: Path):
 
     Called when a line is logged and not in every step: reading the count waits for the GPU.
     """
-    count = int(skipped_in_a_row)
+    count = int(skipped_in_a_row)  # waits for a GPU to finish the steps
     if count >= 10:
+        # the newest checkpoint, or the word none
         last = ["none", *step_folders(out)][-1]
         raise SystemExit(
             f"no gradient was finite in the last {count} steps, now at learning rate {lr:.2e}: "
@@ -1691,11 +1692,14 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
         log.append(dict(step=0, held_out_loss=f"{held_out:.4f}", skipped_steps=0))
         write_log(out, log)
 
+    # the steps that are not finished
     received = catch_signals()
     batches = batches_ahead(args, data.phases, range(finished, args.steps))
     bar = progress(batches, initial=finished, total=args.steps, unit="step")
-    start = perf_counter()  # of what tokens_per_s counts
-    trained = 0  # tokens since then
+
+    # tokens_per_s: since when, and how many tokens
+    start = perf_counter()
+    trained = 0
     for step, batch in enumerate(bar, finished + 1):
         # step; in the schedule and the seeds, steps count from 0
         lr = learning_rate(step - 1, args.steps, args.lr, warmup)
@@ -1714,7 +1718,8 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
         # log and evaluate
         evaluates = step % args.eval_every == 0 or step == args.steps
         if evaluates or step % args.log_every == 0:
-            refuse_divergence(skipped_in_a_row, lr, out)  # waits for a GPU to finish the steps
+            # this waits for a GPU, so the time is that of finished steps
+            refuse_divergence(skipped_in_a_row, lr, out)
             if RANK == 0:
                 line = log_line(step, sums, log[-1], lr, trained / (perf_counter() - start))
                 if evaluates:
@@ -1891,6 +1896,8 @@ def refuse_another_run(checkpoint: Path, new: dict):
     """SystemExit with all that differs between a checkpoint's run and this one."""
     _, training = read_checkpoint(checkpoint)
     old = training["identity"]
+
+    # name all that differs
     differ = [name for name in new if new[name] != old.get(name)]
     if differ:
         changes = (f"{name} was {old.get(name)} and is now {new[name]}" for name in differ)
