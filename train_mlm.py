@@ -451,16 +451,17 @@ def files_below(path: Path) -> Iterator[Path]:
         visited.add(place)
 
         # os.walk descends into what is left of the sub-folders
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 def file_sources(files: list[Path], sample_by: str) -> list[Source]:
     """The files as sources. Their keys are digests of their content, so each is read once here."""
-    sizes = [file.stat().st_size for file in files]
-    bar = progress(total=sum(sizes), unit="B", unit_scale=True, desc="looking at text", delay=2)
+    stamps = [stamp_of(file) for file in files]
+    total = sum(size for size, _ in stamps)
+    bar = progress(total=total, unit="B", unit_scale=True, desc="looking at text", delay=2)
     sources = []
-    for file, size in zip(files, sizes):
+    for file, stamp in zip(files, stamps):
         # digest the content, a block at a time
         digest = hashlib.blake2b()
         with open(file, "rb") as opened:
@@ -470,13 +471,22 @@ def file_sources(files: list[Path], sample_by: str) -> list[Source]:
 
         # the suffix says how the content is read
         key = f"{file.suffix.lower()} {digest.hexdigest()}"
-        sources.append(Source(key, size, functools.partial(read_file, file, sample_by)))
+        sources.append(Source(key, stamp[0], functools.partial(read_file, file, sample_by, stamp)))
     bar.close()
     return sources
 
 
-def read_file(file: Path, sample_by: str) -> Iterator[Part]:
-    """The documents of a file; SystemExit says what is wrong with it, and where."""
+def stamp_of(file: Path) -> tuple[int, int]:
+    """(size in bytes, time of the last change): another one for a file that is written to."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def read_file(file: Path, sample_by: str, stamp: tuple[int, int]) -> Iterator[Part]:
+    """The documents of a file; SystemExit says what is wrong with it, and where.
+
+    The stamp is from before the file was digested: what is read must be what was digested.
+    """
     suffix = file.suffix.lower()
     try:
         if suffix == ".txt":
@@ -488,6 +498,8 @@ def read_file(file: Path, sample_by: str) -> Iterator[Part]:
     except UnicodeDecodeError as error:
         where = "" if suffix == ".parquet" else f", line {first_line_not_utf8(file)}"
         raise SystemExit(f"{file}{where}: not UTF-8 ({error.reason}); convert it") from error
+    if stamp_of(file) != stamp:
+        raise SystemExit(f"--data: {file} was changed while it was read")
 
 
 def first_line_not_utf8(file: Path) -> int | None:
@@ -597,13 +609,14 @@ def trained_tokenizer(args: argparse.Namespace, sources: list[Source]) -> Path:
     keys = [source.key for source in sources]
     name = f"tokenizer-{digest_of(FORM, args.sample_by, args.vocab_size, keys)}"
     file = Path(args.cache, f"{name}.json")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        print(f"tokenizer: {file}, trained on this text before")
+        return file
 
     # one process trains; another that wants the same tokenizer waits, and finds it written
-    with locked(Path(args.cache, f"{name}.lock"), wait=True):
-        if file.exists():
-            print(f"tokenizer: {file}, trained on this text before")
-        else:
+    make_cache_folder(file.parent)
+    with locked(file.with_suffix(".lock"), wait=True):
+        if not file.exists():
             size = args.vocab_size
             print(f"training a tokenizer of {size} word pieces (minutes on a large text)")
             texts = (text for text, _ in pieces(sources, "text for the tokenizer"))
@@ -699,13 +712,22 @@ def token_folder(args: argparse.Namespace, sources: list[Source], tokenizer: Tok
     """
     keys = [source.key for source in sources]
     folder = Path(args.cache, digest_of(FORM, args.sample_by, tokenizer.to_str(), keys))
-    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "ids").exists():
+        return folder
 
     # one process writes; another that wants the same text waits, and finds it written
+    make_cache_folder(folder)
     with locked(folder / ".lock", wait=True):
         if not (folder / "ids").exists():
             write_tokens(folder, sources, tokenizer)
     return folder
+
+
+def make_cache_folder(folder: Path):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--cache: cannot make {folder}: {error.strerror}") from error
 
 
 def digest_of(*values) -> str:
@@ -831,9 +853,13 @@ class Tokens(NamedTuple):
 def read_tokens(folder: Path, tokenizer: Tokenizer) -> Tokens:
     """The tokens in a folder of --cache; SystemExit where there are none to learn from."""
     # how many there are
-    documents = np.fromfile(folder / "documents", DOCUMENT)
+    if not (folder / "ids").exists():
+        raise SystemExit(f"process {RANK} does not see {folder}: all must share one --cache")
+    documents = np.zeros(0, DOCUMENT)
+    with contextlib.suppress(FileNotFoundError):  # which is damage, below
+        documents = np.fromfile(folder / "documents", DOCUMENT)
     total, characters, unknown = documents[-1].tolist() if len(documents) else (0, 0, 0)
-    if total == 0:
+    if total == 0 and (folder / "ids").stat().st_size == 0:
         raise SystemExit("the corpus is empty: no text, or nothing that the tokenizer keeps")
 
     # count the ids, some at a time
@@ -1646,29 +1672,44 @@ def refuse_divergence(skipped_in_a_row: torch.Tensor, lr: float, out: Path):
         )
 
 
-def catch_signals() -> list[int]:
-    """Makes SIGTERM and Ctrl-C wait for the end of a step; returns the list that they go to."""
-    received = []
-
-    def append(signum: int, _):
-        received.append(signum)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, append)
-    return received
-
-
-def signal_to_obey(received: list[int], step: int) -> int:
-    """The signal that ends the run after this step, or 0.
+class Stop:
+    """Makes SIGTERM and Ctrl-C wait for the end of a step.
 
     Several processes must end after the same step, so they have to ask each other. That takes time:
-    they do so every 10 steps.
+    they do so every 10 steps, or as often as once a second where steps are slow, since torchrun
+    kills its processes 30 seconds after a SIGTERM.
     """
-    newest = received[-1] if received else 0
-    if PROCESSES == 1:
-        return newest
-    return max(gathered(newest)) if step % 10 == 0 else 0
+
+    def __init__(self):
+        self.received = 0  # the newest signal
+        self.asked = None  # the step after which the processes have asked each other, and when
+        self.ask_next = 0
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self.receive)
+
+    def receive(self, signum: int, _):
+        self.received = signum
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+    def signal_after(self, step: int) -> int:
+        """The signal that ends the run after this step, or 0."""
+        if PROCESSES == 1:
+            return self.received
+        if step < self.ask_next:
+            return 0
+
+        # how long a step takes, on the whole since they have asked last
+        now = perf_counter()
+        seconds = 1.0
+        if self.asked:
+            last_step, last_time = self.asked
+            seconds = (now - last_time) / (step - last_step)
+
+        # all get the same answers, and so ask next after the same step
+        signals, times = zip(*gathered((self.received, seconds)))
+        self.asked = (step, now)
+        self.ask_next = step + min(10, max(1, int(1 / max(times))))
+        return max(signals)
 
 
 def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, checkpoint: Path | None):
@@ -1686,6 +1727,10 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
     if torch.cuda.is_available():
         rehearse(model, args)
 
+    # what the run leaves begins here: what cannot be built leaves nothing
+    if RANK == 0:
+        write_atomically(out / "args.json", json.dumps(vars(args), indent=2) + "\n")
+
     # the log begins with the loss before the first step
     if RANK == 0 and finished == 0:
         held_out = held_out_loss(model, data, args.micro_batch_size)
@@ -1693,7 +1738,7 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
         write_log(out, log)
 
     # the steps that are not finished
-    received = catch_signals()
+    stop = Stop()
     batches = batches_ahead(args, data.phases, range(finished, args.steps))
     bar = progress(batches, initial=finished, total=args.steps, unit="step")
 
@@ -1733,7 +1778,7 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
             trained = 0
 
         # save, outside of the time that tokens_per_s counts
-        signum = signal_to_obey(received, step)
+        signum = stop.signal_after(step)
         if RANK == 0 and (step % args.save_every == 0 or step == args.steps or signum):
             skipped_in_a_row.item()  # waits for a GPU to finish the step
             before = perf_counter()
@@ -1748,15 +1793,10 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
             save_checkpoint(out, args.keep, model, data.tokenizer, training)
             start += perf_counter() - before
         if signum:
-            stop(signum, step)
+            name = signal.Signals(signum).name
+            print(f"\nstopped by {name} after step {step}, which is saved; --resume goes on")
+            raise SystemExit(128 + signum)  # as a shell expects it
     return model, log
-
-
-def stop(signum: int, step: int):
-    """Ends the process as a shell expects it after a signal."""
-    name = signal.Signals(signum).name
-    print(f"\nstopped by {name} after step {step}, which is saved; --resume goes on")
-    raise SystemExit(128 + signum)
 
 
 def finish(
@@ -1884,7 +1924,6 @@ def run_in(out: Path, args: argparse.Namespace, replaced: list[Path]):
         for path in [*replaced, *out.glob("step-[0-9]*.partial")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_atomically(out / "tokenizer.json", data.tokenizer.to_str(pretty=True))
-        write_atomically(out / "args.json", json.dumps(vars(args), indent=2) + "\n")
 
     # train
     model, log = train(args, data, out, identity, checkpoint)
@@ -1915,8 +1954,11 @@ def explain(error: Exception, args: argparse.Namespace) -> str | None:
             f"\n{message}"
         )
 
-    # the disk; torch.save has its own words
-    if isinstance(error, OSError) or re.search("iostream|StreamWriter|inline_container", message):
+    # the disk; where it is full, torch.save does not say so
+    is_saving = re.search("iostream|StreamWriter|inline_container", message)
+    if is_saving:
+        message += "\nIs the disk full?"
+    if is_saving or isinstance(error, OSError):
         return f"{message}\nFinished checkpoints and prepared text are kept; --resume goes on"
 
     # the connection between processes
