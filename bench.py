@@ -58,7 +58,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of scan and step; eff
 # ---- Tables and figures ----
 
 STRONG = "#c1121f"  # the colour of MaBERT, or of the form that MaBERT has
-MUTED = "#7088a0 #b08d57 #76976f #9678a3 #a8705f #5f9494 #8f8f4f #8c8c8c #7d83bd #b07a99".split()
+MUTED = """#7088a0 #b08d57 #76976f #9678a3 #a8705f #5f9494 #8f8f4f #8c8c8c #7d83bd #b07a99
+    #3d4f60 #c9a9a6""".split()  # of up to twelve others
 
 
 def header(device: str = "cpu") -> str:
@@ -78,10 +79,11 @@ def check_out(name: str | None):
         return
     import matplotlib  # noqa: F401  # if it is missing, `clear_errors` says so
 
-    # NAME is the beginning of two files in a folder that can be written
+    # NAME is the beginning of two files in a folder that can be made or written
     if name.endswith("/"):
         raise SystemExit(f"--out: {name} is a folder; it must be the beginning of file names")
     try:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=Path(name).parent).close()
     except OSError as error:
         raise SystemExit(f"--out: cannot write {name}.md: {error.strerror}") from error
@@ -512,7 +514,9 @@ def layer_flops(letter: str, length: int) -> int:
     """Floating-point operations of a layer of the base model: a forward pass of one row.
 
     To what PyTorch counts, the scan adds 7 for each update of a state: Δ A, its exponential, Δ u
-    times B, and two fused multiply-adds, one for the state and one with C.
+    times B, and two fused multiply-adds, one for the state and one with C. They count here, where
+    M and T layers are compared; `flops_per_token` leaves them out, since TFLOP/s are compared with
+    what a GPU reaches in matrix products.
     """
     config = MaBERTConfig()
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -611,6 +615,8 @@ def efficiency_text(cells: dict, lengths: list[int], parameters: dict[str, int],
     text = f"""{header(args.device)}
 {precision}; {setting}.
 Medians of {counted} runs in turns, or at least 3, if those took over {args.seconds:g} s.
+In turns also means that all models are in memory together: with more of them, batches may have to
+be split into more parts.
 In brackets the paper's figures, from an A100, 32 rows in an optimizer step; its MaBERT has 205.3 M
 parameters. T12, M12, MW6 and H12 are MaBERT with other patterns (T12 is pre-LN, so not BERT).
 """
@@ -774,11 +780,14 @@ def scan_inputs(name: str, size: tuple, device: str) -> tuple[list, torch.Tensor
     return [x.requires_grad_() for x in (u, delta, A, B, C, D, z, bias)], dy
 
 
+ERROR_SIZE = (2, 300, 1536, 16)  # b, l, d, n
+
+
 def scan_error(name: str, device: str) -> str:
     """The largest relative error of y and the gradients, beside the formula in float64."""
 
     # the same inputs for both
-    inputs, dy = scan_inputs(name, (2, 300, 1536, 16), device)
+    inputs, dy = scan_inputs(name, ERROR_SIZE, device)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     pairs = zip(run_scan(name, inputs, dy), run_scan("reference", exact, dy.double()))
     errors = [(result - expected).norm() / expected.norm() for result, expected in pairs]
@@ -851,10 +860,11 @@ def bench_scan(args):
         shapes = [(32, 128), (32, 512), (32, 4096), (8, 512), (1, 512), (1, 4096), (1, 16384)]
     sizes = args.sizes or [(b, l, 1536, 16) for b, l in shapes]
     print(f"""{header(DEVICE)}
-Error: the largest of y and the gradients, relative to the formula in float64. Times: medians, in
-turns, of float32 on a CPU and bf16 on a GPU, there of a CUDA graph's replays, without the gaps
-between launches; in brackets the ratio to `{names[0]}`. Forward: without gradients. Peak memory: of
-forward and backward, beyond the inputs.""")
+Error: the largest of y and the gradients, relative to the formula in float64, at the size
+{ERROR_SIZE} whatever the table's. Times: medians, in turns, of float32 on a CPU and bf16 on a GPU,
+there of a CUDA graph's replays, without the gaps between launches; in brackets the ratio to
+`{names[0]}`. Forward: without gradients. Peak memory: of forward and backward, beyond the
+inputs.""")
 
     # a table for each size
     errors = {name: value_or_reason(scan_error, name, DEVICE) for name in names}
@@ -1191,7 +1201,10 @@ WAITING = "waiting for data"
 
 
 def flops_per_token(config: MaBERTConfig, length: int, mask_rate: float) -> float:
-    """Operations of matrix products and convolutions for a token, forward and backward."""
+    """Operations of matrix products and convolutions for a token, forward and backward.
+
+    The scan is left out; `layer_flops` counts it.
+    """
     # the encoder, and the head at the tokens that are predicted
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         MaBERT(config)(torch.zeros(1, length, dtype=torch.long))
@@ -1296,7 +1309,7 @@ def measure_steps(args, steps: int):
         # in one line
         words = f"rows of {rows.length} tokens: {seconds / steps:.3f} s a step, "
         words += f"{real / seconds:.0f} tokens/s, {1 - real / padded:.1%} padding, "
-        words += f"{tflops:.3g} TFLOP/s a device"
+        words += f"{tflops:.3g} TFLOP/s a device without the scan"
         if DEVICE == "cuda":
             words += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
 
@@ -1394,7 +1407,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     title = "where the time of a training step goes"
     step = commands.add_parser("step", help=title, allow_abbrev=False,
         usage="python bench.py step [--measure STEPS] [any flags of train_mlm.py]",
-        description=f"Prints {title}, for each row length. Writes nothing.")
+        description=f"Prints {title}, for each row length. Nothing is written but, as in training, "
+        "the ids of the text's tokens in --cache.")
     step.set_defaults(bench=bench_step)
     step.add_argument("--measure", type=positive, default=20, metavar="STEPS",
         help="steps of each row length, after two that do not count (%(default)s)")

@@ -64,7 +64,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         usage="python finetune_glue.py --checkpoint FOLDER [--tasks NAME ...] [--seeds N] ...: "
         "--help lists all flags",
         description="Fine-tune a pretrained MaBERT on GLUE. Defaults are BERT's protocol.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
 
@@ -79,19 +78,23 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         f"{HUB_DATA} with its README.md; if not given, {HUB_DATA} from the hub")
     add("--tasks", nargs="+", default=["all"], type=str.lower, choices=(*TASKS, "all"),
         metavar="NAME", help=f"all, or any of {', '.join(TASKS)}")
-    add("--seeds", type=positive, default=5, help="runs per task, with the seeds 0, 1, ...")
+    add("--seeds", type=positive, default=5,
+        help="runs per task, with the seeds 0, 1, ... (%(default)s)")
     add("--budget", choices=("10", "25", "50", "100"), default="10",
-        help="per cent of the paper's pretraining: the row of its tables to compare with")
-    add("--out", default="out/glue", help="the folder of results")
+        help="per cent of the paper's pretraining: the row of its tables to compare with "
+        "(%(default)s); --ablation and --poolings compare with those at 100")
+    add("--out", default="out/glue", help="the folder of results (%(default)s)")
     add("--save", action="store_true", help="keep the fine-tuned models")
     add("--predict", action="store_true",
-        help="write the benchmark's submission files, with the models of the first seed")
+        help="write the benchmark's submission files, with the models of the first seed and, of "
+        "several variants, the first")
 
     # variants of the model
     variants = parser.add_argument_group("variants")
     variants.add_argument("--psm", type=psm_stages, metavar="STAGES",
         help="stages of padding-safe masking, joined by +, or none; if not given, the checkpoint's")
-    variants.add_argument("--padding-side", choices=("right", "left"), default="right")
+    variants.add_argument("--padding-side", choices=("right", "left"), default="right",
+        help="where pads stand in a row (%(default)s)")
     poolings = variants.add_mutually_exclusive_group()
     poolings.add_argument("--pooling", choices=POOLINGS, help="map, if not given")
     poolings.add_argument("--ablation", action="store_true",
@@ -101,11 +104,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     # the training
     training = parser.add_argument_group("training")
     training.add_argument("--lr", type=bounded(float, 1e-30), default=2e-5,
-        help="peak learning rate: linear warm-up, linear decay to 0")
-    training.add_argument("--batch-size", type=positive, default=32, help="rows")
-    training.add_argument("--epochs", type=positive, default=3)
+        help="peak learning rate: linear warm-up, linear decay to 0 (%(default)s)")
+    training.add_argument("--batch-size", type=positive, default=32,
+        help="rows of a step (%(default)s)")
+    training.add_argument("--epochs", type=positive, default=3,
+        help="passes over the training set (%(default)s)")
     training.add_argument("--max-length", type=bounded(int, 8), default=128,
-        help="tokens of a row; of a pair the longer sentence is cut first")
+        help="tokens of a row; of a pair the longer sentence is cut first (%(default)s)")
     # fmt: on
 
     # what the parser cannot check
@@ -747,13 +752,15 @@ def digest_files(folder: str, names: tuple[str, ...]) -> str:
 
 def read_result(file: Path) -> dict | None:
     """A run's result; None where there is none. A damaged file is named, and counts as none."""
-    needed = ("task", "scores", "rows", "seconds", "config", "settings", "machine")
+    needed = ("task", "seed", "scores", "rows", "seconds", "config", "settings", "machine")
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        return {key: result[key] for key in needed}
+        if missing := [key for key in needed if key not in result]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        return result
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         tqdm.write(f"{file} is damaged ({error!r}): that run is made again")
         return None
 

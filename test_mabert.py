@@ -20,7 +20,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -2492,6 +2491,10 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(runs_of):
     assert runs_of() == [1] and first.read_bytes() == before
     assert runs_of() == []
 
+    # what is read from files is all that was measured
+    runs = json.loads(Path("out/results.json").read_text())["runs"]
+    assert [run["seed"] for run in runs] == [0, 1] and runs[0] == json.loads(before)
+
 
 def test_a_damaged_result_is_named_and_its_run_made_again(runs_of, capsys):
     assert runs_of("--seeds 1") == [0]
@@ -2861,9 +2864,9 @@ def test_drift_vanishes_with_all_stages_alone():
 def test_drift_writes_its_page_and_its_figure(monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(bench, "SENTENCES", 8)
-    bench.main("drift --pads 0 5 --out drift".split())
-    page = Path("drift.md").read_text()
-    assert page.strip() in capsys.readouterr().out and is_png("drift.png")
+    bench.main("drift --pads 0 5 --out new/drift".split())
+    page = Path("new/drift.md").read_text()
+    assert page.strip() in capsys.readouterr().out and is_png("new/drift.png")
 
     table = numbers_of_the_table(page, bench.DRIFTS["tokens_l2"])
     assert list(table) == list(bench.PSM_FORMS)
@@ -3116,11 +3119,10 @@ def scripts(monkeypatch):
 def small_pretrainings(scripts, monkeypatch):
     """Those of results/patterns.py in small, in this process, one at a time."""
     mains = {"train_mlm.py": train_mlm.main, "bench.py": bench.main}
-    one_at_a_time = threading.Lock()
 
     def run_here(command, **options):
         _, script, *flags = command
-        with one_at_a_time, contextlib.redirect_stdout(io.StringIO()) as printed:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
             mains[Path(script).name](flags)
         return subprocess.CompletedProcess(command, 0, printed.getvalue(), "")
 
@@ -3131,7 +3133,10 @@ def small_pretrainings(scripts, monkeypatch):
     for name, value in changes.items():
         monkeypatch.setattr(scripts.patterns, name, value)
     monkeypatch.setattr(scripts.study, "STEPS", 40)
-    monkeypatch.setattr(subprocess, "run", run_here)
+    # of this script alone: matplotlib runs programs of its own
+    run_alone = types.SimpleNamespace(run=run_here)
+    monkeypatch.setattr(scripts.patterns, "subprocess", run_alone)
+    monkeypatch.setattr(scripts.patterns, "ThreadPoolExecutor", lambda jobs: ThreadPoolExecutor(1))
     monkeypatch.setattr(train_mlm.signal, "signal", lambda *_: None)  # not of a thread's concern
 
 
@@ -3175,6 +3180,8 @@ def test_patterns_say_what_their_runs_complain_of(scripts):
         refused(getattr(scripts, script).main, ["--patterns", "MT", "mt"], said=said)
     said = "^train_mlm.py --out runs/tokenizer: .*--data: "
     refused(scripts.patterns.main, "--data nowhere.txt --out runs".split(), said=said)
+    said = "--length 60 does not divide 2048"
+    refused(scripts.patterns.main, ["--length", "60"], said=said)
 
 
 def test_studies_have_flags_that_train_mlm_takes(scripts):
@@ -3392,7 +3399,7 @@ REFUSALS = [
     (f"bench drift --checkpoint model {SENTENCES}",
      "cannot load the tokenizer model/tokenizer.json",
      {"text.txt": "a few words", MODEL: None}),
-    ("bench drift --out nowhere/drift", "--out: cannot write nowhere/drift.md: No such file"),
+    ("bench drift --out model/model.pt/drift", "--out: cannot write model/model.pt/drift.md: "),
     ("bench scan --sizes 1,2,3", "1,2,3 is not B,L,D,N"), ("bench scan --sizes 1,2,3,x", "invalid"),
     ("bench scan --pads 3", "unrecognized arguments: --pads 3"),
     ("bench step --measure 0", "--measure: 0 must be"),

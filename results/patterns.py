@@ -1,4 +1,5 @@
-"""Does interleaving help? A short pretraining of each pattern of the paper's Table 1, and others.
+"""Does interleaving help? A short pretraining of each pattern of the paper's Table 1, and of
+MMMTMM, W, H, MWT and MW, each repeated to twelve layers.
 
     python results/patterns.py --data texts/ --jobs 2
     python results/patterns.py --data texts/ --length 256 --seeds 1 --out out/patterns256
@@ -29,10 +30,17 @@ import bench
 import train_mlm
 from mabert import MaBERTConfig, MaBERTForMaskedLM
 
-TABLE_1 = "M T MTT TM MT TMM TTM MMMTMM".split()  # the paper's, repeated to 12 layers
-OTHERS = "W H MMT MWT MW".split()
-PATTERNS = [unit * (12 // len(unit)) for unit in TABLE_1 + OTHERS]
-CAUSAL_TOO = PATTERNS[-3:]  # also with a causal convolution; the others with a centred one only
+
+def twelve_layers(unit: str) -> str:
+    """A unit such as MMT, repeated to twelve letters."""
+    return unit * (12 // len(unit))
+
+
+TABLE_1 = "M T MTT TM MT TMM TTM MMT".split()  # the paper's units
+OTHERS = "MMMTMM W H MWT MW".split()
+PATTERNS = [twelve_layers(unit) for unit in TABLE_1 + OTHERS]
+# also with a causal convolution; the others with a centred one only
+CAUSAL_TOO = [twelve_layers(unit) for unit in ("MMT", "MWT", "MW")]
 
 STEPS = 1200
 TOKENS = 2048  # of a step, in rows of --length
@@ -225,11 +233,13 @@ def main(argv: list[str]):
         help="default: the paper's eight and others, of 12 layers; "
         f"{', '.join(CAUSAL_TOO)} also with a causal convolution")
     parser.add_argument("--length", type=bench.bounded(int, 8, TOKENS + 1), default=64,
-        help="tokens of a row (%(default)s)")
+        help=f"tokens of a row, which divide the {TOKENS} of a step (%(default)s)")
     parser.add_argument("--steps", type=bench.positive, default=STEPS,
         help="of each run (%(default)s)")
     # fmt: on
     args = parser.parse_args(argv)
+    if TOKENS % args.length:
+        parser.error(f"--length {args.length} does not divide {TOKENS}, the tokens of a step")
 
     # with a centred convolution, then with a causal one
     variants = {}

@@ -67,7 +67,8 @@ PADDINGS = {  # of held-out rows: how many at once, pads beside those of trainin
 def repad(batch: tuple, times: int, side: str, pad_token_id: int) -> list[torch.Tensor]:
     """(ids, real, labels) of rows padded on the right, with `times` as many pads, on this side."""
 
-    # so many more pads on the right, without labels
+    # So many more pads on the right, without labels. With times 0 the width is negative, and F.pad
+    # cuts: that leaves the tokens of a single row, but would cut into the longest of several.
     lengths = batch[1].sum(1)
     padded_length = batch[1].shape[1]
     more = round((times - 1) * (padded_length - lengths.double().mean().item()))
