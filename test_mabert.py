@@ -2777,8 +2777,8 @@ def test_a_failure_becomes_the_text_of_a_cell(error, reason):
 
 def test_names_at_the_ends_of_lines_do_not_overlap():
     pytest.importorskip("matplotlib")
-    figure, (axes,) = bench.new_figure(["a panel"], "x", "y")
-    ends = {"MaBERT": 1.0, "BERT": 1.01, "ALBERT": 1.02, "far away": 9.0}
+    figure, (axes,) = bench.new_figure(["a panel"], ["x"], "y")
+    ends = {"MaBERT": 1.0, "BERT": 1.01, "ALBERT": 1.5, "far away": 9.0}
     bench.draw_lines(axes, {name: {1: 1.0, 2: y} for name, y in ends.items()}, strong="MaBERT")
     bench.save_figure(figure, "figure.png")
 
@@ -2793,9 +2793,14 @@ def test_names_at_the_ends_of_lines_do_not_overlap():
     bold = [text.get_text() for text in axes.texts if text.get_weight() == "bold"]
     assert strong == bold == ["MaBERT"] and is_png("figure.png")
 
+    # a line that would hide another is dashed
+    dashed = [line.get_label() for line in axes.get_lines() if line.get_linestyle() == "--"]
+    assert dashed == ["BERT"]
+
 
 def test_scan_measures_what_it_can_and_says_why_it_cannot(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "in_own_process", bench.value_or_reason)
+    here = lambda device, *call: bench.value_or_reason(*call)  # noqa: E731
+    monkeypatch.setattr(bench, "measured_alone", here)
     monkeypatch.setitem(sys.modules, "mambapy.pscan", None)
     bench.main(["scan", "--sizes", "1,30,8,4", "1,2147483647,1536,16"])
     small, large = capsys.readouterr().out.split("| (b, l, d, n) = ")[1:]
@@ -2968,13 +2973,16 @@ def small_peers(monkeypatch):
     maberts = {name: vars(tiny(pattern)) for name, pattern in patterns.items()}
 
     # memory is measured in this process, where it may be none
-    here = lambda function, *args: bench.value_or_reason(lambda: 1.0 + function(*args))  # noqa: E731
-    monkeypatch.setattr(bench, "in_own_process", here)
+    def measured_here(device, function, *args):
+        return bench.value_or_reason(lambda: 1.0 + function(*args))
+
+    monkeypatch.setattr(bench, "measured_alone", measured_here)
     monkeypatch.setattr(bench, "free_memory", lambda: None)
     monkeypatch.setattr(bench, "TRANSFORMERS", peers)
     monkeypatch.setattr(bench, "MABERTS", maberts)
     monkeypatch.setattr(bench, "MODELS", [*peers, *maberts])
-    monkeypatch.setitem(bench.PROTOCOL, "cpu", ([], 8, 7, 0.1))
+    protocol = bench.Protocol(lengths=[], batch_size=8, rounds=7, seconds=0.1)
+    monkeypatch.setitem(bench.PROTOCOLS, "cpu", protocol)
 
 
 def efficiency(flags, models):
@@ -2993,14 +3001,12 @@ def test_efficiency_measures_all_models_beside_the_papers(device, small_peers, c
     text = capsys.readouterr().out
     assert Path("efficiency.md").read_text().strip() == text.strip() and is_png("efficiency.png")
     assert all(f"Table {name}" in text for name in ("B5", "B6", "B7")) and "–" not in text
-    file, _, cells = drawn[-1]
-    assert file == "efficiency.png" and list(cells) == list(bench.MEASURES)
-    for models in cells.values():
-        assert list(models) == bench.MODELS
-        assert all(list(by_length) == [16, 128] for by_length in models.values())
+    file, _, measured = drawn[-1]
+    expected = [list(bench.MEASURES), bench.MODELS, [16, 128]]
+    assert file == "efficiency.png" and set(measured) == set(itertools.product(*expected))
 
     # values and ratios, the paper's in brackets
-    bert, mabert = (cells["latency"][name][128].value for name in ("BERT", "MaBERT"))
+    bert, mabert = (measured["latency", name, 128].value for name in ("BERT", "MaBERT"))
     assert f"| {bench.cell_text(bert, '5.22')} |" in text
     assert "Ratios at 128 tokens" in text
     assert f"| {bench.cell_text(bert / mabert, 5.220 / 9.160)} |" in text
@@ -3014,10 +3020,10 @@ def test_efficiency_measures_all_models_beside_the_papers(device, small_peers, c
 def test_efficiency_accumulates_what_does_not_fit_and_goes_on(small_peers, monkeypatch, capsys):
     forward, most = bench.Contender.forward, {"MMT": 4, "TT": 8, "MM": 0}  # rows
 
-    def scarce(self, setting, rows, **labels):
+    def scarce(self, setting, rows, labels=None):
         if len(rows) > most[self.model.config.pattern]:
             raise torch.OutOfMemoryError
-        return forward(self, setting, rows, **labels)
+        return forward(self, setting, rows, labels)
 
     monkeypatch.setattr(bench.Contender, "forward", scarce)
     efficiency("--device cpu --lengths 8 2147483647", ["MaBERT", "T12", "M12"])
@@ -3032,7 +3038,7 @@ def test_efficiency_accumulates_what_does_not_fit_and_goes_on(small_peers, monke
     step = lambda: gradients.append([p.grad for p in contender.model.parameters()])  # noqa: E731
     monkeypatch.setattr(contender.optimizer, "step", step)
     for most["MMT"] in (8, 2):
-        contender.training("plain")
+        contender.optimizer_step("plain")
     assert contender.rows_at_once["plain"] == 2
     torch.testing.assert_close(*gradients)
 
@@ -3066,11 +3072,9 @@ def test_efficiency_compiles_every_model_and_never_falls_back(small_peers, monke
     monkeypatch.setattr(torch, "compile", compiled)
     args = argparse.Namespace(models=patterns, settings=["compiled", "CUDA graphs"], fastest=True)
     vars(args).update(device="cpu", batch_size=2, rounds=5, seconds=0)
-    cells = bench.measure_length(8, args)
-    assert list(cells) == ["latency", "training"]
-    assert all(
-        isinstance(cell.value, float) for models in cells.values() for cell in models.values()
-    )
+    measured = bench.measure_length(8, args)
+    assert set(measured) == set(itertools.product(("latency", "training"), patterns, [8]))
+    assert all(isinstance(value, float) for value, _ in measured.values())
     assert len(graphs) == 5 * 2 * 2  # models of one class, settings, measures
 
 

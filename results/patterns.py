@@ -185,7 +185,7 @@ def compare_variants(args, variants: dict[str, list[str]], varying: str) -> tupl
     head += [f"ms a step, best of {args.seeds}", "TFLOP of the run"]
 
     step = f"a step of {TOKENS // args.length} rows of {args.length} tokens"
-    page = f"""{bench.header(bench.DEVICE)}
+    page = f"""{bench.title_line(bench.DEVICE)}
 Masked language modelling, {step}; {varying}.
 Seeds: {args.seeds}. TFLOP: PyTorch's count, without the scan.
 
@@ -249,7 +249,7 @@ def main(argv: list[str]):
         if pattern in CAUSAL_TOO:
             variants[f"{pattern}, causal"] = ["--pattern", pattern, "--causal-conv"]
     varying = f"{args.steps} steps, hidden size 64, a centred convolution if not called causal"
-    with bench.clear_errors():
+    with bench.errors_in_one_line():
         print(compare_variants(args, variants, varying)[0])
 
 

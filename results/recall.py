@@ -178,7 +178,7 @@ def run_all(args) -> dict[tuple[str, int], dict]:
 def recall_page(args, results: dict[tuple[str, int], dict]) -> tuple[str, dict]:
     """(a page with a table for each length, {title: {pattern: {pairs: mean accuracy}}})."""
     trained = f"{args.steps} steps of 64 rows of {LENGTHS[0]} tokens with 1 to {MOST_PAIRS} pairs"
-    page = f"""{bench.header()}
+    page = f"""{bench.title_line()}
 Accuracy of the value of a key, of {len(VALUES)} values, after {trained}.
 Hidden size 64; weights begin with deviation 1/√inputs, positions as sinusoids. Seeds: {args.seeds}.
 Longer rows have more fillers and stretched positions.
@@ -217,7 +217,7 @@ def main(argv: list[str]):
     # fmt: on
     args = parser.parse_args(argv)
 
-    with bench.clear_errors():
+    with bench.errors_in_one_line():
         Path(args.out).mkdir(parents=True, exist_ok=True)
         name = str(Path(args.out, "recall"))
         bench.check_out(name)

@@ -177,7 +177,7 @@ def main(argv: list[str]):
     args = parser.parse_args(argv)
     args.length = LENGTH
     args.steps = STEPS
-    with bench.clear_errors():
+    with bench.errors_in_one_line():
         run_study(args)
 
 
