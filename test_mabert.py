@@ -3108,7 +3108,6 @@ def small_pretrainings(scripts, monkeypatch):
     changes = dict(SMALL=small, VOCAB_SIZE="100", STEPS=40, TOKENS=512, CAUSAL_TOO=["MT"])
     for name, value in changes.items():
         monkeypatch.setattr(scripts.patterns, name, value)
-    monkeypatch.setattr(scripts.study, "STEPS", 40)
     # of this script alone: matplotlib runs programs of its own
     run_alone = types.SimpleNamespace(run=run_here)
     monkeypatch.setattr(scripts.patterns, "subprocess", run_alone)
@@ -3160,23 +3159,32 @@ def test_patterns_say_what_their_runs_complain_of(scripts):
     refused(scripts.patterns.main, ["--length", "60"], said=said)
 
 
-def test_studies_have_flags_that_train_mlm_takes(scripts):
+VARYING = {  # the arguments in which the runs of a study differ
+    "psm": {"pattern", "psm"},
+    "budgets": {"pattern", "steps"},
+    "sizes": {"pattern", "hidden_size", "intermediate_size"},
+}
+
+
+@pytest.mark.parametrize("study", VARYING)
+def test_the_runs_of_a_study_differ_in_what_it_says(study, scripts):
+    variants = scripts.study.STUDIES[study]().variants
     small = scripts.patterns.SMALL
-    for name, variants in scripts.study.STUDIES.items():
-        settings = [train_mlm.parse_args([*small, *flags]) for flags in variants.values()]
-        assert len({run.pattern for run in settings}) > 1
-        folders = {re.sub("[, ]+", "-", variant) for variant in variants}
-        assert len(folders) == len(variants) and scripts.study.VARYING[name]
+    runs = [vars(train_mlm.parse_args([*small, *flags])) for flags in variants.values()]
+    differ = {name for name in runs[0] if len({repr(run[name]) for run in runs}) > 1}
+    assert differ == VARYING[study]
 
 
-def test_study_psm_measures_the_loss_under_other_paddings(
+def test_study_psm_measures_the_loss_with_other_pads(
     scripts, small_pretrainings, capsys, monkeypatch
 ):
     pytest.importorskip("matplotlib")
-    psm = {}
+    variants = {}
     for form in ("none", "pre+scan+post"):
-        psm[f"WM, {form}"] = f"--pattern WM --psm {form} --sample-by paragraph".split()
-    monkeypatch.setattr(scripts.study, "STUDIES", dict(psm=psm))
+        flags = f"--pattern WM --psm {form} --sample-by paragraph"
+        variants["WM", form] = flags.split()
+    study = scripts.study.Study(variants, varying="the form of PSM varies")
+    monkeypatch.setitem(scripts.study.STUDIES, "psm", lambda: study)
     scripts.study.main("psm --data text.txt --seeds 2 --out runs".split())
     page = Path("runs/psm.md").read_text()
     assert page == capsys.readouterr().out and is_png("runs/psm.png")
@@ -3185,7 +3193,7 @@ def test_study_psm_measures_the_loss_under_other_paddings(
     held_out = train_mlm.prepare(settings, None).held_out
     for form in ("none", "pre+scan+post"):
         folders = [Path(f"runs/WM-{form}-seed{seed}") for seed in (0, 1)]
-        logged = [scripts.patterns.held_out_loss(folder) for folder in folders]
+        logged = [scripts.patterns.last_held_out_loss(folder) for folder in folders]
         losses = [scripts.study.losses_by_padding(folder, held_out) for folder in folders]
 
         # under the padding of training as it was logged
@@ -3197,33 +3205,33 @@ def test_study_psm_measures_the_loss_under_other_paddings(
         assert same or len(set(losses[0])) == 4
 
         # in both tables the mean over the seeds
-        cells = map(scripts.patterns.spread, zip(*losses))
-        assert f"| WM, {form} | {scripts.patterns.spread(logged)} |" in page
+        cells = map(scripts.patterns.mean_and_deviation, zip(*losses))
+        assert f"| WM, {form} | {scripts.patterns.mean_and_deviation(logged)} |" in page
         assert f"| WM, {form} | {' | '.join(cells)} |" in page
 
 
-def test_other_paddings_have_more_pads_on_their_side(scripts):
-    real = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
-    batch = (torch.where(real, 7, 0), real, torch.where(real, 8, train_mlm.IGNORED))
-    ids, real, labels = scripts.study.repad(batch, 4, "left", pad_token_id=0)
-    assert real.tolist() == [[False] * 7 + [True] * 3, [False] * 9 + [True]]
-    assert torch.equal(ids, torch.where(real, 7, 0))
-    assert torch.equal(labels, torch.where(real, 8, train_mlm.IGNORED))
-    same = scripts.study.repad(batch, 1, "right", pad_token_id=0)
-    assert all(torch.equal(x, y) for x, y in zip(same, batch))
-
-
 def test_study_sizes_draws_the_loss_by_what_a_run_costs(scripts, small_pretrainings, monkeypatch):
-    sizes = {
-        f"M, hidden {h}": f"--pattern M --hidden-size {h} --steps {h}".split() for h in (8, 16)
-    }
+    pytest.importorskip("matplotlib")
+    variants = {}
+    for hidden in (8, 16):
+        flags = f"--pattern M --hidden-size {hidden} --steps {hidden}"
+        variants["M", f"hidden {hidden}"] = flags.split()
+    study = scripts.study.Study(variants, varying="the size varies", costs=("TFLOP", "steps"))
+    monkeypatch.setitem(scripts.study.STUDIES, "sizes", lambda: study)
     drawn = []
-    monkeypatch.setattr(scripts.study, "STUDIES", dict(sizes=sizes))
-    monkeypatch.setattr(scripts.study, "draw_study", lambda *args, **options: drawn.append(args))
+    monkeypatch.setattr(bench, "draw_panels", lambda *args: drawn.append(args))
     scripts.study.main("sizes --data text.txt --out runs".split())
-    panels = drawn[0][1]
-    assert list(panels) == ["by TFLOP", "by seconds"]
-    assert all(len(lines["M"]) == 2 for lines in panels.values())
+
+    # a point of each panel for each run
+    ((file, panels, x_labels, _, strong),) = drawn
+    folders = [Path(f"runs/M-hidden-{hidden}-seed0") for hidden in (8, 16)]
+    losses = [scripts.patterns.last_held_out_loss(folder) for folder in folders]
+    assert file == "runs/sizes.png" and strong == "MMT"
+    assert panels["by steps"] == {"M": dict(zip((8, 16), losses))}
+    assert list(panels["by TFLOP"]["M"].values()) == losses
+    small, large = panels["by TFLOP"]["M"]
+    assert 2 < large / small < 8  # twice the steps, of a larger model
+    assert x_labels == ["TFLOP of the run, without the scan", "steps of the run"]
 
 
 @pytest.mark.parametrize("pairs", [1, 12, 16])
@@ -3246,7 +3254,34 @@ def test_rows_of_recall_ask_for_each_value_once(pairs, scripts):
         assert len(known) == pairs and dict(known) == dict(asked)
 
 
-def test_recall_trains_each_pattern_and_finished_runs_are_only_read(scripts, capsys, monkeypatch):
+def test_recall_measures_how_often_a_value_is_found(scripts):
+    recall = scripts.recall
+
+    class Model:
+        """Looks a key up among the pairs of its row; or always says the first of the values."""
+
+        encoder = types.SimpleNamespace(position_embeddings=None, resize_positions=lambda _: None)
+
+        def __init__(self, looks_up):
+            self.looks_up = looks_up
+
+        def __call__(self, ids, labels):
+            guesses = []
+            for row, asked in zip(ids.tolist(), (labels != train_mlm.IGNORED).tolist()):
+                pairs = {key: x for key, x in zip(row[::2], row[1::2]) if x in recall.VALUES}
+                keys = [row[i - 1] for i, is_asked in enumerate(asked) if is_asked]
+                guesses += [pairs[key] if self.looks_up else recall.VALUES.start for key in keys]
+            logits = F.one_hot(torch.tensor(guesses), recall.FILLERS.stop)
+            return types.SimpleNamespace(logits=logits)
+
+    for looks_up, low, high in ((True, 1, 1), (False, 0.01, 0.06)):
+        found = recall.accuracies(Model(looks_up))
+        assert list(found) == ["64", "128", "256"]
+        shares = [share for by_pairs in found.values() for share in by_pairs.values()]
+        assert low <= min(shares) and max(shares) <= high
+
+
+def test_recall_reads_finished_runs_and_draws_their_means(scripts, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     changes = dict(PAIRS=(1, 3), MOST_PAIRS=3, LENGTHS=(16, 32))
     changes["ProcessPoolExecutor"] = lambda jobs, context: ThreadPoolExecutor(jobs)
@@ -3257,11 +3292,13 @@ def test_recall_trains_each_pattern_and_finished_runs_are_only_read(scripts, cap
     page = capsys.readouterr().out
     assert Path("runs/recall.md").read_text() + "\n" == page and is_png("runs/recall.png")
 
-    # a table for each length, with accuracies
-    for length in (16, 32):
+    # a table for each length, with what the files of the runs say
+    for length, pattern in itertools.product(("16", "32"), ("T", "MT")):
+        files = [Path(f"runs/{pattern}-4-steps-seed{seed}.json") for seed in (0, 1)]
+        runs = [json.loads(file.read_text())[length] for file in files]
+        cells = [scripts.patterns.mean_and_deviation([run[n] for run in runs]) for n in ("1", "3")]
         section = page.split(f"\n{length} tokens:\n")[1]
-        means = re.findall(r"^\| M?T \| (\d\.\d{3}) ± \d\.\d{3} \|", section, re.MULTILINE)
-        assert all(0 <= float(mean) <= 1 for mean in means[:2]) and len(means) >= 2
+        assert f"| {pattern} | {' | '.join(cells)} |" in section
 
     # again, without training
     monkeypatch.setattr(scripts.recall, "train_recall", None)

@@ -54,7 +54,7 @@ SMALL = """--hidden-size 64 --num-heads 4 --intermediate-size 256 --d-state 8 --
 # ---- The runs ----
 
 
-def call(script: str, flags: list[str], threads: int | None = None) -> str:
+def run_script(script: str, flags: list[str], threads: int | None = None) -> str:
     """What a script of the project prints; SystemExit with its last words if it fails."""
     # in a process of its own, on its share of the cores
     environment = dict(os.environ)
@@ -70,21 +70,24 @@ def call(script: str, flags: list[str], threads: int | None = None) -> str:
     return process.stdout
 
 
-def pretrain(args, variants: dict[str, list[str]]) -> dict[str, list[Path]]:
-    """{name: its runs' folders, one for each seed} of {name: its flags of train_mlm.py}."""
+def pretrain(args, variants: dict[str, list[str]], length: int, steps: int):
+    """{name: its runs' folders, one for each seed} of {name: its flags of train_mlm.py}.
+
+    length: tokens of a row; steps: of a run whose flags do not say otherwise.
+    """
 
     # text, sizes and batch of all runs
     text = ["--data", *args.data] if args.data else ["--demo"]
-    rows = str(TOKENS // args.length)
-    shared = [*SMALL, *text, "--length-schedule", f"{args.length}:1"]
+    rows = str(TOKENS // length)
+    shared = [*SMALL, *text, "--length-schedule", f"{length}:1"]
     shared += ["--batch-size", rows, "--micro-batch-size", rows]
 
     # their tokenizer, of a run of one step, since two trainings of a tokenizer differ
     tokenizer = Path(args.out, "tokenizer")
     flags = [*shared, "--vocab-size", VOCAB_SIZE, "--pattern", "T", "--steps", "1"]
-    call("train_mlm.py", [*flags, "--resume", "--out", str(tokenizer)])
+    run_script("train_mlm.py", [*flags, "--resume", "--out", str(tokenizer)])
     shared += ["--tokenizer", str(tokenizer / "tokenizer.json")]
-    shared += ["--steps", str(args.steps), "--eval-every", str(args.steps)]
+    shared += ["--steps", str(steps), "--eval-every", str(steps)]
 
     # a folder and flags for each run
     folders = {name: [] for name in variants}
@@ -97,7 +100,7 @@ def pretrain(args, variants: dict[str, list[str]]) -> dict[str, list[Path]]:
     # the times of steps: one run after the other, variants in turns, as a machine's clock drifts
     for folder, flags in tqdm(runs, desc="step time", unit="run"):
         if not (folder / "step.md").exists():
-            printed = call("bench.py", ["step", "--measure", "10", *flags])
+            printed = run_script("bench.py", ["step", "--measure", "10", *flags])
             folder.mkdir(parents=True, exist_ok=True)
             train_mlm.write_atomically(folder / "step.md", printed)
 
@@ -105,7 +108,7 @@ def pretrain(args, variants: dict[str, list[str]]) -> dict[str, list[Path]]:
     threads = max(1, os.cpu_count() // args.jobs) if args.jobs > 1 else None
 
     def train(folder: Path, flags: list[str]):
-        call("train_mlm.py", [*flags, "--resume", "--out", str(folder)], threads)
+        run_script("train_mlm.py", [*flags, "--resume", "--out", str(folder)], threads)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         trained = pool.map(train, *zip(*runs))
@@ -132,7 +135,7 @@ def read_settings(folder: Path) -> argparse.Namespace:
     return argparse.Namespace(**json.loads((folder / "args.json").read_text(encoding="utf-8")))
 
 
-def held_out_loss(folder: Path) -> float:
+def last_held_out_loss(folder: Path) -> float:
     """In nats, at the end of a run."""
     with open(folder / "log.csv", newline="") as file:
         return float(list(csv.DictReader(file))[-1]["held_out_loss"])
@@ -150,7 +153,7 @@ def read_result(folders: list[Path], length: int) -> Result:
     flops = bench.flops_per_token(model.config, length, settings.mask_rate)
     return Result(
         folders=folders,
-        losses=[held_out_loss(folder) for folder in folders],
+        losses=[last_held_out_loss(folder) for folder in folders],
         steps=settings.steps,
         seconds=min(seconds),
         parameters=sum(weight.numel() for weight in model.parameters()),
@@ -158,33 +161,35 @@ def read_result(folders: list[Path], length: int) -> Result:
     )
 
 
-def spread(values: list[float]) -> str:
+def mean_and_deviation(values: list[float]) -> str:
     """The mean, and of several values the standard deviation."""
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
-def compare_variants(args, variants: dict[str, list[str]], varying: str) -> tuple[str, dict]:
-    """Trains all variants: (a page with their table, {name: result}).
+def compare_variants(
+    args, variants: dict[str, list[str]], length: int, steps: int, varying: str
+) -> tuple[str, dict[str, Result]]:
+    """Trains all variants, as `pretrain` takes them: (a page with their table, {name: result}).
 
     varying says what the variants have in common, and in what they differ.
     """
-
     # all runs
-    folders = pretrain(args, variants)
-    results = {name: read_result(runs, args.length) for name, runs in folders.items()}
+    folders = pretrain(args, variants, length, steps)
+    results = {name: read_result(runs, length) for name, runs in folders.items()}
 
     # a line for each variant
     body = []
     for name, result in results.items():
+        loss = mean_and_deviation(result.losses)
         size = f"{result.parameters / 1e6:.2f}"
         milliseconds = f"{1000 * result.seconds:.0f}"
-        body.append([name, spread(result.losses), size, milliseconds, f"{result.tflop:.3g}"])
+        body.append([name, loss, size, milliseconds, f"{result.tflop:.3g}"])
     head = ["", "held-out loss, nats", "parameters, M"]
     head += [f"ms a step, best of {args.seeds}", "TFLOP of the run"]
 
-    step = f"a step of {TOKENS // args.length} rows of {args.length} tokens"
+    step = f"a step of {TOKENS // length} rows of {length} tokens"
     page = f"""{bench.title_line(bench.DEVICE)}
 Masked language modelling, {step}; {varying}.
 Seeds: {args.seeds}. TFLOP: PyTorch's count, without the scan.
@@ -205,7 +210,7 @@ def valid_pattern(text: str) -> str:
 
 
 def new_parser(description: str, seeds: int, out: str) -> argparse.ArgumentParser:
-    """A parser with the flags that every script here has, and these defaults of two of them."""
+    """A parser with the flags that every script here has. seeds, out: defaults of two of them."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -221,6 +226,7 @@ def new_parser(description: str, seeds: int, out: str) -> argparse.ArgumentParse
 
 
 def add_data(parser: argparse.ArgumentParser):
+    """The flag of the scripts that pretrain on text."""
     text = "text, as train_mlm.py takes it; without, the text of its demo"
     parser.add_argument("--data", nargs="+", metavar="PATH", help=text)
 
@@ -250,7 +256,8 @@ def main(argv: list[str]):
             variants[f"{pattern}, causal"] = ["--pattern", pattern, "--causal-conv"]
     varying = f"{args.steps} steps, hidden size 64, a centred convolution if not called causal"
     with bench.errors_in_one_line():
-        print(compare_variants(args, variants, varying)[0])
+        page, _ = compare_variants(args, variants, args.length, args.steps, varying)
+        print(page)
 
 
 if __name__ == "__main__":
