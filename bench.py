@@ -151,7 +151,7 @@ def dash_covering_lines(axes):
         points = axes.transData.transform(line.get_xydata())
         covers = [x for x in below if x.shape == points.shape and abs(x - points).max() < 4]
         if covers:
-            line.set_linestyle((3 * len(covers), (3, 3)))  # the dashes of one fill another's gaps
+            line.set_linestyle((5 * len(covers), (5, 5)))  # the dashes of one fill another's gaps
         below.append(points)
 
 
@@ -166,11 +166,13 @@ def name_lines(axes, gap: float = 0.068):
             ends.append((points[-1], line))
     ends.sort(key=lambda end: end[0][1])
 
-    # places, as shares of the panel's sides; neighbours that are too close push each other apart
+    # Places, as shares of the panel's sides. Neighbours that are too close push each other apart,
+    # the lowest not below the panel.
     to_panel = axes.transData + axes.transAxes.inverted()
     places = [to_panel.transform(point) for point, _ in ends]
     heights = [height for _, height in places]
     for _ in range(100):
+        heights[:1] = [max(0, height) for height in heights[:1]]
         for i in range(1, len(heights)):
             overlap = max(0, heights[i - 1] + gap - heights[i])
             heights[i - 1] -= overlap / 2

@@ -3231,7 +3231,7 @@ def test_study_sizes_draws_the_loss_by_what_a_run_costs(scripts, small_pretraini
     assert list(panels["by TFLOP"]["M"].values()) == losses
     small, large = panels["by TFLOP"]["M"]
     assert 2 < large / small < 8  # twice the steps, of a larger model
-    assert x_labels == ["TFLOP of the run, without the scan", "steps of the run"]
+    assert x_labels == ["TFLOP without the scan (hidden sizes 32, 64, 128)", "steps of the run"]
 
 
 @pytest.mark.parametrize("pairs", [1, 12, 16])
