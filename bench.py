@@ -180,20 +180,12 @@ def name_lines(axes, gap: float = 0.068):
 
     # the name beside the panel, or beside a line that ends early, and dots that lead to it
     for (across, _), height, (point, line) in zip(places, heights, ends):
-        place = (across + 0.05 if across < 0.8 else 1.04, height)
+        start = across + 0.05 if across < 0.8 else 1.04
+        place = dict(xytext=(start, height), textcoords="axes fraction")
         dots = dict(arrowstyle="-", color="0.6", linewidth=0.8, linestyle=":", relpos=(0, 0.5))
-        strong = line.get_color() == STRONG
-        axes.annotate(
-            line.get_label(),
-            xy=point,
-            xytext=place,
-            textcoords="axes fraction",
-            va="center",
-            arrowprops=dots,
-            color=line.get_color(),
-            fontsize=9,
-            weight="bold" if strong else "normal",
-        )
+        font = dict(color=line.get_color(), fontsize=9, verticalalignment="center")
+        font["weight"] = "bold" if line.get_color() == STRONG else "normal"
+        axes.annotate(line.get_label(), point, arrowprops=dots, **place, **font)
 
 
 def save_figure(figure, file: str):

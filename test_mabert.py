@@ -2276,20 +2276,10 @@ def test_a_clone_of_the_hubs_data_set_is_read_without_a_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     folder = "text"  # also the name of one of the loaders of `datasets`
-    put_glue_clone(
-        folder,
-        {
-            "cola/train": dict(sentence=["It rained.", "We go."], label=[1, 0], idx=[0, 1]),
-            "cola/test": dict(sentence=["They go.", "Go."], label=[-1, -1], idx=[7, 3]),
-            "ax/test": HUB_MNLI | dict(label=[-1]),
-        },
-    )
-
-    # sentences, labels, and the numbers of a test set's rows
+    train = dict(sentence=["It rained.", "We go."], label=[1, 0], idx=[0, 1])
+    put_glue_clone(folder, {"cola/train": train, "ax/test": HUB_MNLI | dict(label=[-1])})
     train = finetune_glue.read_examples("cola", "train", folder)
     assert train.sentences == [("It rained.",), ("We go.",)] and train.labels.tolist() == [1, 0]
-    test = finetune_glue.read_examples("cola", "test", folder)
-    assert test.sentences == [("They go.",), ("Go.",)] and test.index == [7, 3]
     assert finetune_glue.read_examples("mnli", "test_ax", folder).index == [5]
 
     # another clone of the same name is not taken for it
@@ -3223,15 +3213,13 @@ def test_study_sizes_draws_the_loss_by_what_a_run_costs(scripts, small_pretraini
     scripts.study.main("sizes --data text.txt --out runs".split())
 
     # a point of each panel for each run
-    ((file, panels, x_labels, _, strong),) = drawn
+    ((_, panels, x_labels, _, strong),) = drawn
     folders = [Path(f"runs/M-hidden-{hidden}-seed0") for hidden in (8, 16)]
     losses = [scripts.patterns.last_held_out_loss(folder) for folder in folders]
-    assert file == "runs/sizes.png" and strong == "MMT"
     assert panels["by steps"] == {"M": dict(zip((8, 16), losses))}
-    assert list(panels["by TFLOP"]["M"].values()) == losses
     small, large = panels["by TFLOP"]["M"]
     assert 2 < large / small < 8  # twice the steps, of a larger model
-    assert x_labels == ["TFLOP without the scan (hidden sizes 32, 64, 128)", "steps of the run"]
+    assert len(x_labels) == 2 and strong == "MMT"
 
 
 @pytest.mark.parametrize("pairs", [1, 12, 16])
@@ -3256,29 +3244,23 @@ def test_rows_of_recall_ask_for_each_value_once(pairs, scripts):
 
 def test_recall_measures_how_often_a_value_is_found(scripts):
     recall = scripts.recall
+    encoder = types.SimpleNamespace(position_embeddings=None, resize_positions=lambda length: None)
 
-    class Model:
-        """Looks a key up among the pairs of its row; or always says the first of the values."""
+    def look_up(ids, labels):
+        """Finds the keys that are asked for among the pairs of their row, but no key above 9."""
+        values = []
+        for row, answers in zip(ids.tolist(), labels.tolist()):
+            pairs = {key: x for key, x in zip(row[::2], row[1::2]) if x in recall.VALUES}
+            keys = [row[i - 1] for i, x in enumerate(answers) if x != train_mlm.IGNORED]
+            values += [pairs[key] if key < 10 else 0 for key in keys]
+        return types.SimpleNamespace(logits=F.one_hot(torch.tensor(values), recall.FILLERS.stop))
 
-        encoder = types.SimpleNamespace(position_embeddings=None, resize_positions=lambda _: None)
-
-        def __init__(self, looks_up):
-            self.looks_up = looks_up
-
-        def __call__(self, ids, labels):
-            guesses = []
-            for row, asked in zip(ids.tolist(), (labels != train_mlm.IGNORED).tolist()):
-                pairs = {key: x for key, x in zip(row[::2], row[1::2]) if x in recall.VALUES}
-                keys = [row[i - 1] for i, is_asked in enumerate(asked) if is_asked]
-                guesses += [pairs[key] if self.looks_up else recall.VALUES.start for key in keys]
-            logits = F.one_hot(torch.tensor(guesses), recall.FILLERS.stop)
-            return types.SimpleNamespace(logits=logits)
-
-    for looks_up, low, high in ((True, 1, 1), (False, 0.01, 0.06)):
-        found = recall.accuracies(Model(looks_up))
-        assert list(found) == ["64", "128", "256"]
-        shares = [share for by_pairs in found.values() for share in by_pairs.values()]
-        assert low <= min(shares) and max(shares) <= high
+    # of 32 keys the eight from 2 to 9 are found
+    look_up.encoder = encoder
+    found = recall.accuracies(look_up)
+    assert list(found) == ["64", "128", "256"]
+    for shares in found.values():
+        assert list(shares.values()) == pytest.approx([0.25] * len(recall.PAIRS), abs=0.08)
 
 
 def test_recall_reads_finished_runs_and_draws_their_means(scripts, capsys, monkeypatch):

@@ -33,7 +33,7 @@ from mabert import MaBERTConfig, MaBERTForMaskedLM
 
 def twelve_layers(unit: str) -> str:
     """A unit such as MMT, repeated to twelve letters."""
-    return unit * (12 // len(unit))
+    return unit * (12 // len(unit))  # a unit has one, two, three or six
 
 
 TABLE_1 = "M T MTT TM MT TMM TTM MMT".split()  # the paper's units
@@ -45,7 +45,7 @@ CAUSAL_TOO = [twelve_layers(unit) for unit in ("MMT", "MWT", "MW")]
 STEPS = 1200
 TOKENS = 2048  # of a step, in rows of --length
 
-# of all models
+# flags of all models
 VOCAB_SIZE = "4096"
 SMALL = """--hidden-size 64 --num-heads 4 --intermediate-size 256 --d-state 8 --dropout 0 --lr 2e-3
     --warmup-steps 100""".split()
@@ -107,12 +107,13 @@ def pretrain(args, variants: dict[str, list[str]], length: int, steps: int):
     # the training; of several runs at a time each has its share of the cores
     threads = max(1, os.cpu_count() // args.jobs) if args.jobs > 1 else None
 
-    def train(folder: Path, flags: list[str]):
+    def train(run: tuple[Path, list[str]]):
+        folder, flags = run
         run_script("train_mlm.py", [*flags, "--resume", "--out", str(folder)], threads)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        trained = pool.map(train, *zip(*runs))
-        list(tqdm(trained, desc="pretraining", unit="run", total=len(runs)))
+        trained = pool.map(train, runs)
+        list(tqdm(trained, desc="pretraining", unit="run", total=len(runs)))  # raises what failed
     return folders
 
 
@@ -138,7 +139,8 @@ def read_settings(folder: Path) -> argparse.Namespace:
 def last_held_out_loss(folder: Path) -> float:
     """In nats, at the end of a run."""
     with open(folder / "log.csv", newline="") as file:
-        return float(list(csv.DictReader(file))[-1]["held_out_loss"])
+        *_, last = csv.DictReader(file)
+    return float(last["held_out_loss"])
 
 
 def read_result(folders: list[Path], length: int) -> Result:
@@ -189,6 +191,7 @@ def compare_variants(
     head = ["", "held-out loss, nats", "parameters, M"]
     head += [f"ms a step, best of {args.seeds}", "TFLOP of the run"]
 
+    # below what was done
     step = f"a step of {TOKENS // length} rows of {length} tokens"
     page = f"""{bench.title_line(bench.DEVICE)}
 Masked language modelling, {step}; {varying}.
@@ -255,6 +258,8 @@ def main(argv: list[str]):
         if pattern in CAUSAL_TOO:
             variants[f"{pattern}, causal"] = ["--pattern", pattern, "--causal-conv"]
     varying = f"{args.steps} steps, hidden size 64, a centred convolution if not called causal"
+
+    # the runs and their table
     with bench.errors_in_one_line():
         page, _ = compare_variants(args, variants, args.length, args.steps, varying)
         print(page)

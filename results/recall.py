@@ -66,7 +66,7 @@ def recall_rows(count: int, length: int, pairs: int, rng: torch.Generator):
 
     # the items of a row, two tokens each: pairs of different keys, and fillers
     fillers = length // 2 - 2 * pairs
-    keys = KEYS.start + permutations(len(KEYS))[:, :pairs]
+    keys = KEYS.start + permutations(len(KEYS))[:, :pairs]  # (count, pairs)
     pair_items = torch.stack([keys, any_of(VALUES, pairs)], 2)  # (count, pairs, 2)
     filler_items = any_of(FILLERS, fillers, 1).expand(-1, -1, 2)  # (count, fillers, 2)
     items = torch.cat([pair_items, filler_items], 1)
@@ -82,12 +82,13 @@ def recall_rows(count: int, length: int, pairs: int, rng: torch.Generator):
 
     # all in random order; then the keys in another, with their values hidden behind [MASK]
     order = permutations(items.shape[1])
-    asked = reorder(pair_items, permutations(pairs))
+    asked = reorder(pair_items, permutations(pairs))  # (count, pairs, 2)
     asked_hidden = torch.tensor([False, True]).expand_as(asked)
     items = torch.cat([reorder(items, order), asked], 1)
     hidden = torch.cat([reorder(hidden, order), asked_hidden], 1)
     shown_instead = torch.cat([reorder(shown_instead, order), torch.full_like(asked, MASK)], 1)
 
+    # (count, items, 2) becomes (count, length)
     ids = torch.where(hidden, shown_instead, items).flatten(1)
     labels = torch.where(hidden, items, train_mlm.IGNORED).flatten(1)
     return ids, labels
@@ -149,7 +150,7 @@ def accuracies(model: MaBERTForMaskedLM) -> dict[str, dict[str, float]]:
     trained_positions = model.encoder.position_embeddings
     for length, pairs in itertools.product(LENGTHS, PAIRS):
         model.encoder.position_embeddings = trained_positions
-        model.encoder.resize_positions(length)
+        model.encoder.resize_positions(length)  # always from those that were trained
 
         # the keys at the end alone, not the fillers
         ids, labels = recall_rows(512, length, pairs, torch.Generator().manual_seed(2**31))
@@ -175,6 +176,8 @@ def run_all(args) -> dict[tuple[str, int], dict]:
     """{(pattern, seed): accuracies}; of several runs at a time each has its share of the cores."""
     runs = list(itertools.product(args.patterns, range(args.seeds)))
     threads = max(1, os.cpu_count() // args.jobs) if args.jobs > 1 else None
+
+    # each in a process, whose results are taken in the order of the runs
     with ProcessPoolExecutor(args.jobs, torch.multiprocessing.get_context("spawn")) as pool:
         futures = {}
         for pattern, seed in runs:
@@ -189,16 +192,21 @@ def run_all(args) -> dict[tuple[str, int], dict]:
 def recall_page(args, results: dict[tuple[str, int], dict]) -> tuple[str, dict]:
     """(a page with a table for each length, {title: {pattern: {pairs: mean accuracy}}})."""
     trained = f"{args.steps} steps of 64 rows of {LENGTHS[0]} tokens with 1 to {MOST_PAIRS} pairs"
+
+    # what was done
     page = f"""{bench.title_line()}
 Accuracy of the value of a key, of {len(VALUES)} values, after {trained}.
 Hidden size 64; weights begin with deviation 1/√inputs, positions as sinusoids. Seeds: {args.seeds}.
 Longer rows have more fillers and stretched positions.
 """
+
+    # a table and a panel for each length
     panels = {}
     for length in LENGTHS:
         body = []
         panels[f"{length} tokens"] = lines = {}
         for pattern in args.patterns:
+            # the mean over the seeds for each number of pairs
             runs = [results[pattern, seed][str(length)] for seed in range(args.seeds)]
             texts = []
             lines[pattern] = {}
@@ -221,6 +229,7 @@ def main(argv: list[str]):
     # fmt: on
     args = parser.parse_args(argv)
 
+    # the runs, the page and the figure
     with bench.errors_in_one_line():
         name = str(Path(args.out, "recall"))
         bench.check_out(name)

@@ -72,6 +72,7 @@ def sizes_study() -> Study:
     return Study(variants, varying, costs=("TFLOP", "seconds"))
 
 
+# each is made when it is asked for
 STUDIES = {"psm": psm_study, "budgets": budgets_study, "sizes": sizes_study}
 
 
@@ -106,7 +107,7 @@ def repad(batch: tuple, times: int, side: str, pad_token_id: int) -> list[torch.
 @torch.no_grad()
 def losses_by_padding(folder: Path, held_out: tuple) -> list[float]:
     """The loss of a run's model on held-out rows, in nats, for each of PADDINGS."""
-    model = MaBERTForMaskedLM.from_pretrained(folder)
+    model = MaBERTForMaskedLM.from_pretrained(folder)  # for use, so without dropout
     labelled = (held_out[2] != train_mlm.IGNORED).sum()
 
     # the sum over micro-batches, by labelled token
