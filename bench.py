@@ -172,7 +172,8 @@ def name_lines(axes, gap: float = 0.068):
     places = [to_panel.transform(point) for point, _ in ends]
     heights = [height for _, height in places]
     for _ in range(100):
-        heights[:1] = [max(0, height) for height in heights[:1]]
+        if heights:
+            heights[0] = max(0, heights[0])
         for i in range(1, len(heights)):
             overlap = max(0, heights[i - 1] + gap - heights[i])
             heights[i - 1] -= overlap / 2
@@ -519,11 +520,12 @@ def measure_length(length: int, args) -> Measurements:
 
     # memory: each model alone on the device; one that does not fit is not timed
     if not args.fastest:
-        memory = {}
+        fitting = []
         for name in args.models:
-            memory[name] = measured_alone(args.device, forward_memory, name, length, args.device)
-            measured["memory", name, length] = Measurement(memory[name])
-        fitting = [name for name in args.models if memory[name] != OUT_OF_MEMORY]
+            value = measured_alone(args.device, forward_memory, name, length, args.device)
+            measured["memory", name, length] = Measurement(value)
+            if value != OUT_OF_MEMORY:
+                fitting.append(name)
 
     # a compiled model never falls back to one that is not; models of one class share the limit
     torch._dynamo.config.recompile_limit = 1000
@@ -561,9 +563,10 @@ def measure_length(length: int, args) -> Measurements:
     return measured
 
 
-def measured_keys(measured: Measurements) -> list[list]:
-    """[the measures, the models, the lengths] that were measured, each in their order."""
-    return [list(dict.fromkeys(part)) for part in zip(*measured)]
+def measured_keys(measured: Measurements) -> tuple[list[str], list[str], list[int]]:
+    """(measures, models, lengths) that were measured: measures in the paper's order."""
+    measures, models, lengths = (list(dict.fromkeys(part)) for part in zip(*measured))
+    return [measure for measure in MEASURES if measure in measures], models, lengths
 
 
 def layer_flops(letter: str, length: int) -> int:
@@ -674,7 +677,7 @@ def efficiency_text(measured: Measurements, parameters: dict[str, int], args) ->
     text = f"""{title_line(args.device)}
 {precision}; {setting}.
 Medians of {counted} runs in turns, or at least 3, if those took over {args.seconds:g} s.
-In turns also means that all models are in memory together: with more of them, batches may have to
+For the times all models of a length are in memory together; with more of them, a batch may have to
 be split into more parts.
 In brackets the paper's figures, from an A100, 32 rows in an optimizer step; its MaBERT has 205.3 M
 parameters. T12, M12, MW6 and H12 are MaBERT with other patterns (T12 is pre-LN, so not BERT).
