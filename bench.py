@@ -39,6 +39,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import train_mlm  # before torch, which reads OpenMP's settings when it loads
+from finetune_glue import is_out_of_memory
 from train_mlm import bounded, describe_machine, load_tokenizer, write_atomically
 
 # isort: split
@@ -58,10 +59,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of scan and step; eff
 # ---- Tables and figures ----
 
 STRONG = "#c1121f"  # the colour of MaBERT, or of the form that MaBERT has
-MUTED = "#7088a0 #b08d57 #76976f #9678a3 #a8705f #5f9494 #8f8f4f #8c8c8c #7d83bd #b07a99".split()
+MUTED = """#7088a0 #b08d57 #76976f #9678a3 #a8705f #5f9494 #8f8f4f #8c8c8c #7d83bd #b07a99
+    #3d4f60 #c9a9a6""".split()  # of up to twelve others
 
 
-def header(device: str = "cpu") -> str:
+def title_line(device: str = "cpu") -> str:
     """The first line of every result: the command as it was typed, and the machine."""
     return f"`{shlex.join(['python', *sys.argv])}` on {describe_machine(device)}\n"
 
@@ -76,18 +78,19 @@ def check_out(name: str | None):
     """SystemExit, before any work is done, if NAME.md and NAME.png cannot be written."""
     if not name:
         return
-    import matplotlib  # noqa: F401  # if it is missing, `clear_errors` says so
+    import matplotlib  # noqa: F401  # if it is missing, `errors_in_one_line` says so
 
-    # NAME is the beginning of two files in a folder that can be written
+    # NAME is the beginning of two files in a folder that can be made or written
     if name.endswith("/"):
         raise SystemExit(f"--out: {name} is a folder; it must be the beginning of file names")
     try:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=Path(name).parent).close()
     except OSError as error:
         raise SystemExit(f"--out: cannot write {name}.md: {error.strerror}") from error
 
 
-def new_figure(titles: list[str], x_label: str, y_label: str):
+def new_figure(titles: list[str], x_labels: list[str], y_label: str):
     """(a figure, its panels side by side, one for each title, with one y axis)."""
     from matplotlib.figure import Figure
 
@@ -95,12 +98,13 @@ def new_figure(titles: list[str], x_label: str, y_label: str):
     panels = figure.subplots(1, len(titles), squeeze=False, sharey=True)[0]
 
     # small letters, no box, faint lines to read y by
-    for axes, title in zip(panels, titles):
+    for axes, title, x_label in zip(panels, titles, x_labels):
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x_label, fontsize=9)
         axes.tick_params(labelsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.92")
+        axes.margins(x=0.08)
     panels[0].set_ylabel(y_label, fontsize=9)
     return figure, panels
 
@@ -110,17 +114,45 @@ def draw_lines(axes, lines: dict[str, dict], strong: str):
 
     Where x is text, the texts stand side by side; numbers lie on a logarithmic axis.
     """
-    # thin lines in muted colours, a thick one above them
+    # thin lines in muted colours, below them a thick one
     for (name, points), colour in zip(lines.items(), itertools.cycle(MUTED)):
-        style = dict(color=colour, linewidth=1.3, markersize=3.5)
+        style = dict(color=colour, linewidth=1.3, markersize=3.5, zorder=3)
         if name == strong:
-            style = dict(color=STRONG, linewidth=3, markersize=6, zorder=3)
+            style = dict(color=STRONG, linewidth=3, markersize=6, zorder=2)
         axes.plot(list(points), list(points.values()), marker="o", label=name, **style)
 
     # all lines have the same kind of x
-    if not isinstance(next(iter(points)), str):
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
+    if isinstance(next(iter(points)), str):
+        return
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+
+    # where all lines have the same x, their ticks
+    places = {tuple(points) for points in lines.values()}
+    if len(places) == 1:
+        axes.set_xticks(*places)
+        axes.minorticks_off()
+
+
+def draw_panels(file: str, panels: dict[str, dict], x_labels: list[str], y_label: str, strong: str):
+    """A figure with a panel for each {title: {name of a line: {x: y}}}."""
+    figure, all_axes = new_figure(list(panels), x_labels, y_label)
+    for axes, lines in zip(all_axes, panels.values()):
+        draw_lines(axes, lines, strong)
+    save_figure(figure, file)
+
+
+def dash_covering_lines(axes):
+    """Dashes each thin line that lies upon another, so that both are seen."""
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    lines.sort(key=lambda line: line.get_zorder())  # those below first
+    below = []  # the points of lines, in pixels
+    for line in lines:
+        points = axes.transData.transform(line.get_xydata())
+        covers = [x for x in below if x.shape == points.shape and abs(x - points).max() < 4]
+        if covers:
+            line.set_linestyle((5 * len(covers), (5, 5)))  # the dashes of one fill another's gaps
+        below.append(points)
 
 
 def name_lines(axes, gap: float = 0.068):
@@ -134,28 +166,34 @@ def name_lines(axes, gap: float = 0.068):
             ends.append((points[-1], line))
     ends.sort(key=lambda end: end[0][1])
 
-    # heights, as shares of the panel's; neighbours that are too close push each other apart
-    axes.autoscale_view()  # the limits are stale until they are asked for
+    # Places, as shares of the panel's sides. Neighbours that are too close push each other apart,
+    # the lowest not below the panel.
     to_panel = axes.transData + axes.transAxes.inverted()
-    heights = [to_panel.transform(point)[1] for point, _ in ends]
+    places = [to_panel.transform(point) for point, _ in ends]
+    heights = [height for _, height in places]
     for _ in range(100):
+        if heights:
+            heights[0] = max(0, heights[0])
         for i in range(1, len(heights)):
             overlap = max(0, heights[i - 1] + gap - heights[i])
             heights[i - 1] -= overlap / 2
             heights[i] += overlap / 2
 
-    # the name, and a thin line that leads to it
-    for height, (point, line) in zip(heights, ends):
-        colour = line.get_color()
-        place = dict(xy=point, xytext=(1.06, height), textcoords="axes fraction", va="center")
-        thin = dict(arrowstyle="-", color=colour, linewidth=0.6, relpos=(0, 0.5))
-        font = dict(color=colour, fontsize=9, weight="bold" if colour == STRONG else "normal")
-        axes.annotate(line.get_label(), arrowprops=thin, **place, **font)
+    # the name beside the panel, or beside a line that ends early, and dots that lead to it
+    for (across, _), height, (point, line) in zip(places, heights, ends):
+        start = across + 0.05 if across < 0.8 else 1.04
+        place = dict(xytext=(start, height), textcoords="axes fraction")
+        dots = dict(arrowstyle="-", color="0.6", linewidth=0.8, linestyle=":", relpos=(0, 0.5))
+        font = dict(color=line.get_color(), fontsize=9, verticalalignment="center")
+        font["weight"] = "bold" if line.get_color() == STRONG else "normal"
+        axes.annotate(line.get_label(), point, arrowprops=dots, **place, **font)
 
 
 def save_figure(figure, file: str):
     """Writes a figure, once its lines have their names."""
     for axes in figure.axes:
+        axes.autoscale_view()  # the limits are stale until they are asked for
+        dash_covering_lines(axes)
         name_lines(axes)
     figure.savefig(file, dpi=120)
 
@@ -163,12 +201,6 @@ def save_figure(figure, file: str):
 # ---- Measuring: a number, or as text the reason why there is none ----
 
 OUT_OF_MEMORY = "out of memory"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice. A process that takes too much is killed by Linux."""
-    reasons = "MemoryError|BrokenProcessPool|out of memory|allocate memory"
-    return re.search(reasons, f"{type(error).__name__} {error}") is not None
 
 
 def value_or_reason(function, *args):
@@ -183,9 +215,9 @@ def value_or_reason(function, *args):
         return message.split("\n")[0]
 
 
-def in_own_process(function, *args):
-    """value_or_reason(function, *args); on a CPU, which is the last argument, in a new process."""
-    if args[-1] == "cuda":
+def measured_alone(device: str, function, *args):
+    """value_or_reason(function, *args); on a CPU in a process that has done nothing before."""
+    if device == "cuda":
         return value_or_reason(function, *args)
     # a spawned process begins without the memory of this one
     with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
@@ -199,12 +231,16 @@ def wall_ms(call, *args) -> float:
     return (timer() - start) * 1e3
 
 
+def rounds_that_do_not_count(rounds: int) -> int:
+    """How many of the rounds, the first, compile and find how many rows fit: a sixth."""
+    return max(2, rounds // 6)
+
+
 def interleaved_medians(calls: dict, rounds: int, seconds: float) -> dict:
     """For each call, which returns milliseconds, their median or the reason why it failed.
 
-    In a round each call has its turn, so that a clock that drifts hits all alike. The first rounds
-    compile and find how many rows fit; a sixth of the rounds, at least two, does not count. Once
-    the seconds are over, five rounds are enough.
+    In a round each call has its turn, so that a clock that drifts hits all alike. Once the seconds
+    are over, five rounds are enough.
     """
     times = {key: [] for key in calls}
     reasons = {}  # why a call failed
@@ -224,7 +260,7 @@ def interleaved_medians(calls: dict, rounds: int, seconds: float) -> dict:
             break
 
     # of the rounds that count
-    first = max(2, completed // 6)
+    first = rounds_that_do_not_count(completed)
     timed = [key for key in calls if key not in reasons]
     return reasons | {key: statistics.median(times[key][first:]) for key in timed}
 
@@ -290,8 +326,8 @@ PAPER_EFFICIENCY = {  # at these lengths, on an A100
     ("MaBERT", "latency"): (9.160, 9.193, 9.263, 13.914, 34.703),
 }
 
-# The peers: the name with which their classes begin, what their published configs say beside the
-# defaults of `transformers`
+# The peers: (prefix of their classes in transformers, fields of their published config that differ
+# from its defaults)
 BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
 LONGFORMER = dict(vocab_size=50265, max_position_embeddings=4098, type_vocab_size=1)
 DEBERTA = dict(
@@ -318,12 +354,14 @@ TRANSFORMERS = {
     "DeBERTa-v3": ("DebertaV2", BASE | DEBERTA),
     "ModernBERT": ("ModernBert", dict(reference_compile=False, attn_implementation="sdpa")),
 }
-BASELINES = list(TRANSFORMERS)[:5]  # the paper's
+BASELINES = ("BERT", "ALBERT", "Longformer", "BigBird", "DeBERTa-v3")  # the paper's
 
 # MaBERT and others of its kind: fields of MaBERTConfig
 MABERTS = {
     "MaBERT": {},
-    "MaBERT-211M": dict(expand=8),  # the paper's has 205.3 M parameters, the more in its SSM
+    # close to the paper's 205.3 M; the paper, too, has its further parameters in the state-space
+    # cores
+    "MaBERT-211M": dict(expand=8),
     "T12": dict(pattern="T" * 12),  # with pre-LN, so not BERT
     "M12": dict(pattern="M" * 12),
     "MW6": dict(pattern="MW" * 6),
@@ -337,9 +375,18 @@ SETTINGS = {  # the mode of torch.compile
     "CUDA graphs": "reduce-overhead",
 }
 PAPER_ATTENTION = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]  # not FlashAttention
-PROTOCOL = {  # row lengths, rows of an optimizer step, rounds, seconds for the rounds of a measure
-    "cuda": ([*PAPER_LENGTHS, 8192, 16384], 32, 120, 600),  # rounds as in the paper: 20 and 100
-    "cpu": ([128, 512, 1024], 1, 7, 60),
+
+
+class Protocol(NamedTuple):
+    lengths: list[int]  # tokens of a row
+    batch_size: int  # rows of an optimizer step
+    rounds: int  # the paper has 20 that do not count, and 100
+    seconds: float  # for the rounds of a measure at a length
+
+
+PROTOCOLS = {
+    "cuda": Protocol([*PAPER_LENGTHS, 8192, 16384], batch_size=32, rounds=120, seconds=600),
+    "cpu": Protocol([128, 512, 1024], batch_size=1, rounds=7, seconds=60),
 }
 
 
@@ -380,7 +427,8 @@ class Contender:
         vocab_size = self.model.config.vocab_size
         self.rows = torch.randint(5, vocab_size, (batch_size, length), device=device)
 
-        # for each setting, the rows of the batch that go through at once, and the model to call
+        # For each setting, how many rows go through at once, fewer once memory does not suffice;
+        # and the model to call.
         self.rows_at_once = dict.fromkeys(settings, batch_size)
         self.calls = {}
         for setting in settings:
@@ -388,11 +436,11 @@ class Contender:
             if mode := SETTINGS[setting]:
                 self.calls[setting] = torch.compile(self.model, dynamic=False, mode=mode)
 
-    def forward(self, setting: str, rows: torch.Tensor, **labels):
+    def forward(self, setting: str, rows: torch.Tensor, labels: torch.Tensor | None = None):
         """The model's output; with labels, in training."""
 
         # the mode, and where a CUDA graph's step begins
-        training = bool(labels)
+        training = labels is not None
         if self.model.training != training:
             self.model.train(training)
         if setting == "CUDA graphs":
@@ -407,14 +455,14 @@ class Contender:
         # bf16 on a GPU; its copies of the weights are kept where the backward pass needs them
         bf16 = dict(dtype=torch.bfloat16, enabled=rows.is_cuda, cache_enabled=training)
         with torch.autocast(rows.device.type, **bf16), kernels:
-            return self.calls[setting](input_ids=rows, attention_mask=mask, **labels)
+            return self.calls[setting](input_ids=rows, attention_mask=mask, labels=labels)
 
     @torch.no_grad()
-    def latency(self, setting: str):
+    def forward_pass(self, setting: str):
         """A forward pass of one row."""
         self.forward(setting, self.rows[:1])
 
-    def training(self, setting: str):
+    def optimizer_step(self, setting: str):
         """An optimizer step. Once memory does not suffice, the batch goes through in parts."""
         try:
             # forward and backward over the parts, one optimizer step
@@ -422,7 +470,7 @@ class Contender:
                 labels = rows.new_zeros(len(rows))
                 share = len(rows) / len(self.rows)
                 # the loss has no name, so that its graph is freed before the next part
-                (self.forward(setting, rows, labels=labels).loss * share).backward()
+                (self.forward(setting, rows, labels).loss * share).backward()
             self.optimizer.step()
             return
         except torch.OutOfMemoryError:
@@ -435,7 +483,10 @@ class Contender:
         # again, in parts half as large
         self.rows_at_once[setting] //= 2
         free_memory()
-        self.training(setting)
+        self.optimizer_step(setting)
+
+
+TIMED = {"latency": Contender.forward_pass, "training": Contender.optimizer_step}
 
 
 def forward_memory(name: str, length: int, device: str) -> float:
@@ -448,29 +499,33 @@ def forward_memory(name: str, length: int, device: str) -> float:
         MaBERTForSequenceClassification(tiny)(torch.zeros(1, 1, dtype=torch.long))
 
     # the model itself counts
-    call = lambda: Contender(name, length, device).latency("plain")  # noqa: E731
+    call = lambda: Contender(name, length, device).forward_pass("plain")  # noqa: E731
     return peak_memory(call, device) / 2**20
 
 
-class Cell(NamedTuple):
+class Measurement(NamedTuple):
     """What was measured of a model at a length."""
 
     value: float | str  # or the reason why there is no number
     notes: tuple[str, ...] = ()  # the best setting; the parts of the batch
 
 
-def measure_length(length: int, args) -> dict[str, dict[str, Cell]]:
-    """{measure: {model: cell}} at a length; with --fastest no memory, and the best setting."""
-    cells = {}
+Measurements = dict[tuple[str, str, int], Measurement]  # by (measure, model, length)
+
+
+def measure_length(length: int, args) -> Measurements:
+    """All measures of all models at a length; with --fastest no memory, and the best setting."""
+    measured = {}
     fitting = args.models
 
     # memory: each model alone on the device; one that does not fit is not timed
     if not args.fastest:
-        cells["memory"] = {}
+        fitting = []
         for name in args.models:
-            value = in_own_process(forward_memory, name, length, args.device)
-            cells["memory"][name] = Cell(value)
-        fitting = [name for name in fitting if cells["memory"][name].value != OUT_OF_MEMORY]
+            value = measured_alone(args.device, forward_memory, name, length, args.device)
+            measured["memory", name, length] = Measurement(value)
+            if value != OUT_OF_MEMORY:
+                fitting.append(name)
 
     # a compiled model never falls back to one that is not; models of one class share the limit
     torch._dynamo.config.recompile_limit = 1000
@@ -482,16 +537,16 @@ def measure_length(length: int, args) -> dict[str, dict[str, Cell]]:
         return Contender(name, length, args.device, args.batch_size, args.settings, flash)
 
     def run_ms(measure: str, name: str, setting: str) -> float:
-        call = getattr(contender(name), measure)
-        return wall_ms(call, setting)
+        return wall_ms(TIMED[measure], contender(name), setting)
 
     # time: interleaved, all models in all settings
-    for measure in ("latency", "training"):
+    for measure in TIMED:
         keys = itertools.product(fitting, args.settings)
         calls = {key: functools.partial(run_ms, measure, *key) for key in keys}
         times = interleaved_medians(calls, args.rounds, args.seconds)
 
-        cells[measure] = {name: Cell(OUT_OF_MEMORY) for name in args.models}
+        for name in args.models:
+            measured[measure, name, length] = Measurement(OUT_OF_MEMORY)
         for name in fitting:
             # the best setting; one without a number, if there is no other
             by_setting = {setting: times[name, setting] for setting in args.settings}
@@ -502,17 +557,25 @@ def measure_length(length: int, args) -> dict[str, dict[str, Cell]]:
             # into how many parts the batch was split
             if best in numbers and (rows := contender(name).rows_at_once[best]) < args.batch_size:
                 notes.append(f"{math.ceil(args.batch_size / rows)} × {rows} rows")
-            cells[measure][name] = Cell(by_setting[best], tuple(notes))
+            measured[measure, name, length] = Measurement(by_setting[best], tuple(notes))
 
     torch.compiler.reset()
-    return cells
+    return measured
+
+
+def measured_keys(measured: Measurements) -> tuple[list[str], list[str], list[int]]:
+    """(measures, models, lengths) that were measured: measures in the paper's order."""
+    measures, models, lengths = (list(dict.fromkeys(part)) for part in zip(*measured))
+    return [measure for measure in MEASURES if measure in measures], models, lengths
 
 
 def layer_flops(letter: str, length: int) -> int:
     """Floating-point operations of a layer of the base model: a forward pass of one row.
 
     To what PyTorch counts, the scan adds 7 for each update of a state: Δ A, its exponential, Δ u
-    times B, and two fused multiply-adds, one for the state and one with C.
+    times B, and two fused multiply-adds, one for the state and one with C. They count here, where
+    M and T layers are compared; `flops_per_token` leaves them out, since TFLOP/s are compared with
+    what a GPU reaches in matrix products.
     """
     config = MaBERTConfig()
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -521,6 +584,7 @@ def layer_flops(letter: str, length: int) -> int:
     return counter.get_total_flops() + 7 * updates * (letter == "M")
 
 
+@functools.cache
 def crossover() -> int:
     """The row length from which on a T layer takes more operations than an M layer."""
     # attention grows with the square of the length: from there on it always takes more
@@ -549,7 +613,7 @@ def ratios_to(reference: str, values: dict[str, float | str | None]) -> dict[str
     # the headline
     means = {
         "mean of the paper's baselines": BASELINES,
-        "the same without DeBERTa-v3": BASELINES[:-1],
+        "the same without DeBERTa-v3": [name for name in BASELINES if name != "DeBERTa-v3"],
     }
     for title, names in means.items():
         if ratios.keys() >= set(names):
@@ -573,12 +637,13 @@ def cell_text(value: float | str, *notes: float | str | None) -> str:
     return f"{first} ({'; '.join(others)})" if others else first
 
 
-def ratio_table(cells: dict, length: int) -> str:
+def ratio_table(measured: Measurements, length: int) -> str:
     """What each model takes over what MaBERT takes, the paper's in brackets; "" without MaBERT."""
+    measures, models, _ = measured_keys(measured)
     columns = {}
-    for measure, models in cells.items():
+    for measure in measures:
         # measured, and the paper's
-        values = {name: by_length[length].value for name, by_length in models.items()}
+        values = {name: measured[measure, name, length].value for name in models}
         paper = ratios_to("MaBERT", {name: paper_value(name, measure, length) for name in MODELS})
 
         # a column for each MaBERT
@@ -597,8 +662,9 @@ def ratio_table(cells: dict, length: int) -> str:
     return f"\nRatios at {length} tokens; above 1, MaBERT takes less:\n\n{text}\n"
 
 
-def efficiency_text(cells: dict, lengths: list[int], parameters: dict[str, int], args) -> str:
-    """The page of {measure: {model: {length: cell}}}: a table for each measure, and the ratios."""
+def efficiency_text(measured: Measurements, parameters: dict[str, int], args) -> str:
+    """The page: a table for each measure, and the ratios. parameters: of each model."""
+    measures, models, lengths = measured_keys(measured)
 
     # what was done
     precision = "float32 on a CPU, PyTorch's fused attention"
@@ -607,63 +673,66 @@ def efficiency_text(cells: dict, lengths: list[int], parameters: dict[str, int],
     setting = "neither torch.compile nor, on a GPU, FlashAttention"
     if args.fastest:
         setting = "each model's fastest setting"
-    counted = args.rounds - max(2, args.rounds // 6)
-    text = f"""{header(args.device)}
+    counted = args.rounds - rounds_that_do_not_count(args.rounds)
+    text = f"""{title_line(args.device)}
 {precision}; {setting}.
 Medians of {counted} runs in turns, or at least 3, if those took over {args.seconds:g} s.
+For the times all models of a length are in memory together; with more of them, a batch may have to
+be split into more parts.
 In brackets the paper's figures, from an A100, 32 rows in an optimizer step; its MaBERT has 205.3 M
 parameters. T12, M12, MW6 and H12 are MaBERT with other patterns (T12 is pre-LN, so not BERT).
 """
 
     # a table for each measure
-    for measure, models in cells.items():
+    for measure in measures:
         body = []
-        for name, by_length in models.items():
-            body.append([name, f"{parameters[name] / 1e6:.1f}"])
-            for length, cell in by_length.items():
-                paper = paper_value(name, measure, length)
-                body[-1].append(cell_text(cell.value, paper, *cell.notes))
+        for name in models:
+            texts = []
+            for length in lengths:
+                value, notes = measured[measure, name, length]
+                texts.append(cell_text(value, paper_value(name, measure, length), *notes))
+            body.append([name, f"{parameters[name] / 1e6:.1f}", *texts])
         step = f"optimizer step, batch {args.batch_size}"
         title = MEASURES[measure].replace("optimizer step", step)
         text += f"\n{title}:\n\n{table(['model', 'parameters, M', *lengths], body)}\n"
 
     # the ratios, and what operations alone would say
-    text += ratio_table(cells, 4096 if 4096 in lengths else max(lengths))
+    text += ratio_table(measured, 4096 if 4096 in lengths else max(lengths))
     operations = f"From {crossover()} tokens on, a T layer of the base model takes more operations"
     return f"{text}\n{operations} than an M layer.\n"
 
 
-def draw_efficiency(file: str, title: str, cells: dict[str, dict[str, dict[int, Cell]]]):
-    """{measure: {model: {length: cell}}} as a figure: a panel for each measure, ratios to MaBERT.
+def draw_efficiency(file: str, title: str, measured: Measurements):
+    """A figure with a panel for each measure: ratios to MaBERT.
 
     A ring is the paper's ratio, in the colour of its model.
     """
+    measures, models, lengths = measured_keys(measured)
     titles = dict(memory="peak memory", training="training step", latency="latency")
-    titles = [titles[measure] for measure in cells]
-    figure, panels = new_figure(titles, "tokens of a row", "ratio to MaBERT")
-    meaning = "Above 1, MaBERT takes less. Rings: the paper's ratios, on an A100"
-    figure.suptitle(f"{title}\n{meaning}", fontsize=9)
+    titles = [titles[measure] for measure in measures]
+    x_labels = ["tokens of a row"] * len(measures)
+    figure, panels = new_figure(titles, x_labels, "ratio to MaBERT")
+    rings = "Rings: the paper's ratios to its MaBERT of 205 M parameters, on an A100"
+    figure.suptitle(f"{title}\nAbove 1, MaBERT takes less. {rings}", fontsize=9)
 
-    for axes, (measure, models) in zip(panels, cells.items()):
+    for axes, measure in zip(panels, measures):
         # {model: {length: ratio}}, of what was measured and of the paper's
-        measured = {name: {} for name in models}
+        lines = {name: {} for name in models}
         paper = {name: {} for name in models}
-        lengths = list(models["MaBERT"])
         for length in lengths:
-            here = {name: by_length[length].value for name, by_length in models.items()}
+            here = {name: measured[measure, name, length].value for name in models}
             there = {name: paper_value(name, measure, length) for name in models}
             for name in models:
-                measured[name][length] = ratios_to("MaBERT", here).get(name, math.nan)
+                lines[name][length] = ratios_to("MaBERT", here).get(name, math.nan)
                 paper[name][length] = ratios_to("MaBERT", there).get(name, math.nan)
 
         # lines, and rings in their colours
-        draw_lines(axes, measured, strong="MaBERT")
+        draw_lines(axes, lines, strong="MaBERT")
         for line, by_length in zip(axes.get_lines(), paper.values()):
             ring = dict(marker="o", markersize=7, linestyle="", markerfacecolor="none")
             axes.plot(lengths, list(by_length.values()), color=line.get_color(), label="_", **ring)
 
-        # both axes are logarithmic
-        axes.set_xticks(lengths, lengths)
+        # y is logarithmic too
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:g}")
     save_figure(figure, file)
@@ -676,15 +745,18 @@ def bench_efficiency(args):
     check_out(args.out)
 
     # the protocol of the device, where the flags say nothing else
-    lengths, args.batch_size, args.rounds, seconds = PROTOCOL[args.device]
-    measures = list(MEASURES)
+    protocol = PROTOCOLS[args.device]
+    args.batch_size = protocol.batch_size
+    args.rounds = protocol.rounds
+    args.seconds = args.seconds or protocol.seconds
+
+    # with --fastest fewer lengths, and all settings
+    lengths = protocol.lengths
     args.settings = ["plain"]
     if args.fastest:
         lengths = [length for length in lengths if length in (512, 4096)]
-        measures.remove("memory")
         args.settings = list(SETTINGS) if args.device == "cuda" else ["plain", "compiled"]
     lengths = sorted(args.lengths or lengths)
-    args.seconds = args.seconds or seconds
 
     # sizes, without memory for the weights
     parameters = {}
@@ -692,29 +764,27 @@ def bench_efficiency(args):
         model = make_classifier(name, 512, "meta")
         parameters[name] = sum(weight.numel() for weight in model.parameters())
 
-    # {measure: {model: {length: cell}}}, a length at a time
-    cells = {measure: {name: {} for name in args.models} for measure in measures}
-    for i, length in enumerate(tqdm(lengths, unit="length")):
-        for measure, models in measure_length(length, args).items():
-            for name, cell in models.items():
-                cells[measure][name][length] = cell
+    # a length at a time
+    measured = {}
+    for length in tqdm(lengths, unit="length"):
+        measured |= measure_length(length, args)
         free_memory()
 
         # written after each length, so that a run that is stopped leaves what it has measured
-        text = efficiency_text(cells, lengths[: i + 1], parameters, args)
+        text = efficiency_text(measured, parameters, args)
         if args.out:
             write_atomically(Path(f"{args.out}.md"), text)
         if args.out and "MaBERT" in args.models:
             machine = describe_machine(args.device).split(",")[0]
             title = f"{machine}, {args.batch_size} row(s) in a training step"
-            draw_efficiency(f"{args.out}.png", title, cells)
+            draw_efficiency(f"{args.out}.png", title, measured)
     print(text)
 
 
 # ---- Scan: time and memory of the selective scan ----
 
 
-def mamba_ssm(u, delta, A, B, C, D, z, bias):
+def mamba_ssm_scan(u, delta, A, B, C, D, z, bias):
     """mamba-ssm's CUDA kernel. It wants channels first; `scan_inputs` lays memory out like that,
     so that nothing is copied here."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -723,7 +793,7 @@ def mamba_ssm(u, delta, A, B, C, D, z, bias):
     return selective_scan_fn(u, delta, A, B, C, D, z, bias, delta_softplus=True).transpose(1, 2)
 
 
-def pscan(u, delta, A, B, C, D, z, bias):
+def mambapy_scan(u, delta, A, B, C, D, z, bias):
     """mambapy's parallel scan, called as its Mamba block does."""
     from mambapy.pscan import pscan
 
@@ -739,23 +809,23 @@ SCANS = {  # each (u, delta, A, B, C, D, z, delta_bias) -> y, as the model calls
     "kernels": functools.partial(mabert.selective_scan, delta_softplus=True, backend="triton"),
     "loop": functools.partial(mabert.selective_scan, delta_softplus=True, backend="loop"),
     "reference": functools.partial(mabert.reference_scan, delta_softplus=True),
-    "mamba_ssm": mamba_ssm,
-    "pscan": pscan,
+    "mamba_ssm": mamba_ssm_scan,
+    "pscan": mambapy_scan,
 }
 PASSES = ("forward", "forward + backward")
 
 
-def run_scan(name: str, inputs: list, dy: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """[y]; and, given the gradient of y, the gradients of the inputs."""
+def run_scan(name: str, tensors: list, dy: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """[y]; and, if dy is the gradient of y, the gradients of the tensors that the scan takes."""
     with torch.set_grad_enabled(dy is not None):
-        y = SCANS[name](*inputs)
+        y = SCANS[name](*tensors)
         if dy is None:
             return [y]
-        return [y, *torch.autograd.grad(y, inputs, dy)]
+        return [y, *torch.autograd.grad(y, tensors, dy)]
 
 
 def scan_inputs(name: str, size: tuple, device: str) -> tuple[list, torch.Tensor]:
-    """(the inputs of a scan, a gradient of y): bf16 on a GPU, float32 on a CPU."""
+    """(the tensors that a scan takes, a gradient of y): bf16 on a GPU, float32 on a CPU."""
     torch.manual_seed(0)
     b, l, d, n = size
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -774,31 +844,36 @@ def scan_inputs(name: str, size: tuple, device: str) -> tuple[list, torch.Tensor
     return [x.requires_grad_() for x in (u, delta, A, B, C, D, z, bias)], dy
 
 
+ERROR_SIZE = (2, 300, 1536, 16)  # b, l, d, n
+
+
 def scan_error(name: str, device: str) -> str:
     """The largest relative error of y and the gradients, beside the formula in float64."""
 
     # the same inputs for both
-    inputs, dy = scan_inputs(name, (2, 300, 1536, 16), device)
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    pairs = zip(run_scan(name, inputs, dy), run_scan("reference", exact, dy.double()))
+    tensors, dy = scan_inputs(name, ERROR_SIZE, device)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    pairs = zip(run_scan(name, tensors, dy), run_scan("reference", exact, dy.double()))
     errors = [(result - expected).norm() / expected.norm() for result, expected in pairs]
     return f"{torch.stack(errors).max():.0e}"
 
 
 def scan_memory(name: str, size: tuple, device: str) -> int:
-    """MB that forward and backward need beyond the inputs."""
+    """MB that forward and backward need beyond the tensors that the scan takes."""
     torch.set_num_threads(1)
-    run_scan(name, *scan_inputs(name, (1, 4, 8, 2), device))  # loads what first calls load
-    inputs = scan_inputs(name, size, device)
-    return round(peak_memory(lambda: run_scan(name, *inputs), device) / 1e6)
+    tensors, dy = scan_inputs(name, (1, 4, 8, 2), device)
+    run_scan(name, tensors, dy)  # loads what first calls load
+
+    tensors, dy = scan_inputs(name, size, device)
+    return round(peak_memory(lambda: run_scan(name, tensors, dy), device) / 1e6)
 
 
 def scan_times(names: list[str], size: tuple, device: str) -> dict[tuple, float | str]:
     """{(name, pass): median of milliseconds, or the reason why there is none}."""
-    inputs = functools.cache(lambda name: scan_inputs(name, size, device))  # at the first turn
+    cached_inputs = functools.cache(scan_inputs)  # made at the first turn
 
     def run_ms(name: str, passes: str) -> float:
-        tensors, dy = inputs(name)
+        tensors, dy = cached_inputs(name, size, device)
         call = lambda: run_scan(name, tensors, dy if "backward" in passes else None)  # noqa: E731
         if device == "cuda":
             return triton.testing.do_bench_cudagraph(call, return_mode="median")
@@ -850,11 +925,12 @@ def bench_scan(args):
         names = ["kernels", "mamba_ssm", "pscan"]
         shapes = [(32, 128), (32, 512), (32, 4096), (8, 512), (1, 512), (1, 4096), (1, 16384)]
     sizes = args.sizes or [(b, l, 1536, 16) for b, l in shapes]
-    print(f"""{header(DEVICE)}
-Error: the largest of y and the gradients, relative to the formula in float64. Times: medians, in
-turns, of float32 on a CPU and bf16 on a GPU, there of a CUDA graph's replays, without the gaps
-between launches; in brackets the ratio to `{names[0]}`. Forward: without gradients. Peak memory: of
-forward and backward, beyond the inputs.""")
+    print(f"""{title_line(DEVICE)}
+Error: the largest of y and the gradients, relative to the formula in float64, at the size
+{ERROR_SIZE} whatever the table's. Times: medians, in turns, of float32 on a CPU and bf16 on a GPU,
+there of a CUDA graph's replays, without the gaps between launches; in brackets the ratio to
+`{names[0]}`. Forward: without gradients. Peak memory: of forward and backward, beyond the
+inputs.""")
 
     # a table for each size
     errors = {name: value_or_reason(scan_error, name, DEVICE) for name in names}
@@ -863,7 +939,7 @@ forward and backward, beyond the inputs.""")
         body = []
         for name in names:
             texts = [time_text(times[name, passes], times[names[0], passes]) for passes in PASSES]
-            memory = in_own_process(scan_memory, name, size, DEVICE)
+            memory = measured_alone(DEVICE, scan_memory, name, size, DEVICE)
             body.append([name, errors[name], *texts, memory])
         if DEVICE == "cuda":
             body += gpu_bounds(*size)
@@ -878,8 +954,17 @@ forward and backward, beyond the inputs.""")
 
 # What is constant in all kernels, as the base model calls them: d 1536, n 16, softplus, z
 STATIC_CONSTANTS = dict(
-    **dict(d=1536, n=16, N=16, SOFTPLUS=True, BACKWARD=False, CHUNK=mabert._chunk_length(16)),
-    **dict(u_stride=1536, dy_stride=1536, delta_stride=1536, z_stride=3072),
+    d=1536,
+    n=16,
+    N=16,
+    SOFTPLUS=True,
+    BACKWARD=False,
+    CHUNK=mabert._chunk_length(16),
+    # elements from one token to the next; z is a half of what the first projection makes
+    u_stride=1536,
+    dy_stride=1536,
+    delta_stride=1536,
+    z_stride=3072,
 )
 STATIC_CASES = {  # a kernel, and what else is constant
     "_pack": dict(TILE=mabert.FORWARD_TILE),
@@ -995,7 +1080,7 @@ def bench_static(args):
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         body = list(tqdm(pool.map(static_cells, cases), total=len(cases)))
 
-    print(header())
+    print(title_line())
     print("""\
 Compiled, not run: d 1536, n 16, softplus, D, z. Instructions of the time loops per state update and
 lane; _outputs keeps states for the backward pass, _gradients has two loops, replay and reverse.
@@ -1052,7 +1137,8 @@ def unpadded_states(model: MaBERT, rows: list[torch.Tensor]) -> list[torch.Tenso
 
 
 def padded_states(model: MaBERT, rows: list[torch.Tensor], pads: int, side: str):
-    """The same, of all rows as one batch, in which the longest row has this many pads."""
+    """The final hidden states (l, h) of each row, computed in one batch; `pads` pads stand beside
+    the longest row."""
 
     # where the real tokens are, on either side
     lengths = [len(row) for row in rows]
@@ -1114,7 +1200,7 @@ def drift_text(args, base: MaBERT, rows: list, drifts: dict) -> str:
         weights = f"{args.checkpoint}, {base.config.pattern} pretrained with {training}"
     source = f"sentences of {args.sentences}" if args.sentences else "random rows of 24 tokens"
     pads = " / ".join(map(str, args.pads))
-    text = f"{header()}\nWith {pads} pads in the longest row, float64; "
+    text = f"{title_line()}\nWith {pads} pads in the longest row, float64; "
     text += f"{weights}, {len(rows)} {source}.\n"
 
     # a table for each measure, with a line for each form of PSM
@@ -1135,7 +1221,8 @@ def draw_drift(file: str, cases: dict):
     What is zero but for rounding lies on one line at the bottom, called exact.
     """
     titles = [f"pads on the {side}" for side in SIDES]
-    figure, panels = new_figure(titles, "pads of the longest row", "relative L2 change")
+    x_labels = ["pads in the longest row (shorter rows have more)"] * 2
+    figure, panels = new_figure(titles, x_labels, "relative L2 change")
     title = "Change of real tokens under padding, for each form of padding-safe masking"
     figure.suptitle(f"{title}; centred convolution", fontsize=9)
 
@@ -1191,7 +1278,10 @@ WAITING = "waiting for data"
 
 
 def flops_per_token(config: MaBERTConfig, length: int, mask_rate: float) -> float:
-    """Operations of matrix products and convolutions for a token, forward and backward."""
+    """Operations of matrix products and convolutions for a token, forward and backward.
+
+    The scan is left out; `layer_flops` counts it.
+    """
     # the encoder, and the head at the tokens that are predicted
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         MaBERT(config)(torch.zeros(1, length, dtype=torch.long))
@@ -1296,7 +1386,7 @@ def measure_steps(args, steps: int):
         # in one line
         words = f"rows of {rows.length} tokens: {seconds / steps:.3f} s a step, "
         words += f"{real / seconds:.0f} tokens/s, {1 - real / padded:.1%} padding, "
-        words += f"{tflops:.3g} TFLOP/s a device"
+        words += f"{tflops:.3g} TFLOP/s a device without the scan"
         if DEVICE == "cuda":
             words += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
 
@@ -1316,7 +1406,7 @@ def bench_step(args):
 
     # too little memory is what a user may try out here
     try:
-        print(header(DEVICE))
+        print(title_line(DEVICE))
         measure_steps(args.training, args.measure)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -1394,7 +1484,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     title = "where the time of a training step goes"
     step = commands.add_parser("step", help=title, allow_abbrev=False,
         usage="python bench.py step [--measure STEPS] [any flags of train_mlm.py]",
-        description=f"Prints {title}, for each row length. Writes nothing.")
+        description=f"Prints {title}, for each row length. Nothing is written but, as in training, "
+        "the ids of the text's tokens in --cache.")
     step.set_defaults(bench=bench_step)
     step.add_argument("--measure", type=positive, default=20, metavar="STEPS",
         help="steps of each row length, after two that do not count (%(default)s)")
@@ -1410,7 +1501,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def clear_errors():
+def errors_in_one_line():
     """Ends a program with one line, not with a traceback, for what is no fault of the program."""
     try:
         yield
@@ -1425,7 +1516,7 @@ def clear_errors():
 
 def main(argv: list[str]):
     args = parse_args(argv)
-    with clear_errors():
+    with errors_in_one_line():
         args.bench(args)
 
 

@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -51,7 +52,9 @@ from tqdm import tqdm
 from mabert import POOLINGS, MaBERTConfig
 from mabert import MaBERTForSequenceClassification as Classifier
 
-# ---- Arguments: the defaults are BERT's protocol; the paper's values are absent from our copy ----
+# ---- Arguments ----
+#
+# The defaults are BERT's protocol; our text of the paper has lost its values.
 
 HUB_DATA = "nyu-mll/glue"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,7 +67,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         usage="python finetune_glue.py --checkpoint FOLDER [--tasks NAME ...] [--seeds N] ...: "
         "--help lists all flags",
         description="Fine-tune a pretrained MaBERT on GLUE. Defaults are BERT's protocol.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
 
@@ -79,19 +81,23 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         f"{HUB_DATA} with its README.md; if not given, {HUB_DATA} from the hub")
     add("--tasks", nargs="+", default=["all"], type=str.lower, choices=(*TASKS, "all"),
         metavar="NAME", help=f"all, or any of {', '.join(TASKS)}")
-    add("--seeds", type=positive, default=5, help="runs per task, with the seeds 0, 1, ...")
+    add("--seeds", type=positive, default=5,
+        help="runs per task, with the seeds 0, 1, ... (%(default)s)")
     add("--budget", choices=("10", "25", "50", "100"), default="10",
-        help="per cent of the paper's pretraining: the row of its tables to compare with")
-    add("--out", default="out/glue", help="the folder of results")
+        help="per cent of the paper's pretraining: the row of its tables to compare with "
+        "(%(default)s); --ablation and --poolings compare with those at 100")
+    add("--out", default="out/glue", help="the folder of results (%(default)s)")
     add("--save", action="store_true", help="keep the fine-tuned models")
     add("--predict", action="store_true",
-        help="write the benchmark's submission files, with the models of the first seed")
+        help="write the benchmark's submission files, with the models of the first seed and, of "
+        "several variants, the first")
 
     # variants of the model
     variants = parser.add_argument_group("variants")
     variants.add_argument("--psm", type=psm_stages, metavar="STAGES",
         help="stages of padding-safe masking, joined by +, or none; if not given, the checkpoint's")
-    variants.add_argument("--padding-side", choices=("right", "left"), default="right")
+    variants.add_argument("--padding-side", choices=("right", "left"), default="right",
+        help="where pads stand in a row (%(default)s)")
     poolings = variants.add_mutually_exclusive_group()
     poolings.add_argument("--pooling", choices=POOLINGS, help="map, if not given")
     poolings.add_argument("--ablation", action="store_true",
@@ -101,11 +107,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     # the training
     training = parser.add_argument_group("training")
     training.add_argument("--lr", type=bounded(float, 1e-30), default=2e-5,
-        help="peak learning rate: linear warm-up, linear decay to 0")
-    training.add_argument("--batch-size", type=positive, default=32, help="rows")
-    training.add_argument("--epochs", type=positive, default=3)
+        help="peak learning rate: linear warm-up, linear decay to 0 (%(default)s)")
+    training.add_argument("--batch-size", type=positive, default=32,
+        help="rows of a step (%(default)s)")
+    training.add_argument("--epochs", type=positive, default=3,
+        help="passes over the training set (%(default)s)")
     training.add_argument("--max-length", type=bounded(int, 8), default=128,
-        help="tokens of a row; of a pair the longer sentence is cut first")
+        help="tokens of a row; of a pair the longer sentence is cut first (%(default)s)")
     # fmt: on
 
     # what the parser cannot check
@@ -121,7 +129,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 # MNLI has two dev sets, from the sources of its training set ("matched") and from others, and two
 # test sets; the benchmark's diagnostic set (AX) is a third for the same model.
-FILE_NAMES = {
+SET_TITLES = {
     "dev_matched": "MNLI-m",
     "dev_mismatched": "MNLI-mm",
     "test_matched": "MNLI-m",
@@ -132,47 +140,47 @@ FILE_NAMES = {
 
 class Task(NamedTuple):
     folder: str  # in the benchmark's download
-    rows: dict[str, int]  # how many examples each file of the benchmark has
+    sizes: dict[str, int]  # how many examples the benchmark has in each split
     sentences: tuple[str, ...] = ("sentence1", "sentence2")  # the columns that hold the text
     labels: tuple[str, ...] = ("0", "1")  # as the benchmark writes them, in the hub's order
     metrics: tuple[str, ...] = ("accuracy",)  # the first is the one that the paper has
 
-    def files(self, kind: str) -> dict[str, str]:
-        """The files of a kind, "dev" or "test", by their name in results and submissions."""
-        files = [file for file in self.rows if file.startswith(kind)]
-        return {FILE_NAMES.get(file, self.folder): file for file in files}
+    def splits(self, kind: str) -> dict[str, str]:
+        """The splits of a kind, "dev" or "test", by their titles in results and submissions."""
+        splits = [split for split in self.sizes if split.startswith(kind)]
+        return {SET_TITLES.get(split, self.folder): split for split in splits}
 
 
 # fmt: off
 TASKS = {
     # Is the sentence grammatical?
     "cola": Task(folder="CoLA", sentences=("sentence",), metrics=("matthews",),
-                 rows=dict(train=8551, dev=1043, test=1063)),
+                 sizes=dict(train=8551, dev=1043, test=1063)),
     # Does the sentence of a film review praise?
     "sst2": Task(folder="SST-2", sentences=("sentence",),
-                 rows=dict(train=67349, dev=872, test=1821)),
+                 sizes=dict(train=67349, dev=872, test=1821)),
     # Do two sentences from the news mean the same?
     "mrpc": Task(folder="MRPC", metrics=("f1", "accuracy"),
-                 rows=dict(train=3668, dev=408, test=1725)),
+                 sizes=dict(train=3668, dev=408, test=1725)),
     # Do two questions ask the same? (Two more rows of the training set lack a question.)
     "qqp": Task(folder="QQP", sentences=("question1", "question2"), metrics=("f1", "accuracy"),
-                rows=dict(train=363844, dev=40430, test=390965)),
+                sizes=dict(train=363844, dev=40430, test=390965)),
     # How similar are two sentences? A score from 0 to 5, so there are no labels.
     "stsb": Task(folder="STS-B", labels=(), metrics=("pearson", "spearman"),
-                 rows=dict(train=5749, dev=1500, test=1379)),
+                 sizes=dict(train=5749, dev=1500, test=1379)),
     # Does the first sentence entail the second, contradict it, or neither?
     "mnli": Task(folder="MNLI", labels=("entailment", "neutral", "contradiction"),
-                 rows=dict(train=392702, dev_matched=9815, dev_mismatched=9832,
-                           test_matched=9796, test_mismatched=9847, test_ax=1104)),
+                 sizes=dict(train=392702, dev_matched=9815, dev_mismatched=9832,
+                            test_matched=9796, test_mismatched=9847, test_ax=1104)),
     # Does the sentence answer the question?
     "qnli": Task(folder="QNLI", sentences=("question", "sentence"),
                  labels=("entailment", "not_entailment"),
-                 rows=dict(train=104743, dev=5463, test=5463)),
+                 sizes=dict(train=104743, dev=5463, test=5463)),
     # Does the first sentence entail the second?
     "rte": Task(folder="RTE", labels=("entailment", "not_entailment"),
-                rows=dict(train=2490, dev=277, test=3000)),
+                sizes=dict(train=2490, dev=277, test=3000)),
     # The same, where the second sentence has a name in place of a pronoun of the first.
-    "wnli": Task(folder="WNLI", rows=dict(train=635, dev=71, test=146)),
+    "wnli": Task(folder="WNLI", sizes=dict(train=635, dev=71, test=146)),
 }
 # fmt: on
 
@@ -216,8 +224,8 @@ METRICS = {
 
 # ---- The paper's scores: means over five seeds ----
 
-# The paper's average is over these eight columns.
-PAPER_COLUMNS = ("CoLA", "SST-2", "MRPC", "QQP", "MNLI-m", "MNLI-mm", "QNLI", "RTE")
+# The paper's average is over these eight sets.
+PAPER_SETS = ("CoLA", "SST-2", "MRPC", "QQP", "MNLI-m", "MNLI-mm", "QNLI", "RTE")
 MABERT = "MMT" * 4
 
 # By pattern, per cent of the pretraining, whether there is padding-safe masking, and pooling
@@ -273,7 +281,7 @@ class Variant(NamedTuple):
     name: str
     psm: tuple[str, ...]
     pooling: str
-    paper: tuple[float, ...]  # in the order of PAPER_COLUMNS; empty where the paper has no such row
+    paper: tuple[float, ...]  # in the order of PAPER_SETS; empty where the paper has no such row
 
 
 def chosen_variants(args: argparse.Namespace, config: MaBERTConfig) -> list[Variant]:
@@ -304,12 +312,13 @@ def chosen_variants(args: argparse.Namespace, config: MaBERTConfig) -> list[Vari
 
 # ---- Reading ----
 #
-# A file of a task ("train", "dev_matched", "test_ax", …) is a .tsv file of the benchmark's download
-# or a table of the hub's data set. Either is read as lines of cells, names of columns first.
+# A split of a task ("train", "dev_matched", "test_ax", …) is a .tsv file of the benchmark's own
+# download or a table of the hub's data set. Either is read as lines of cells, names of columns
+# first.
 
 
 class Examples(NamedTuple):
-    """A file of a task, as text."""
+    """A split of a task, as text."""
 
     sentences: list[tuple[str, ...]]  # one or two of each example
     labels: np.ndarray  # (examples,): int64 classes or float32 scores; empty of a test set
@@ -334,28 +343,28 @@ COLA_HEADER = ["source", "label", "mark", "sentence"]  # CoLA's train.tsv and de
 Lines = Iterator[tuple[str, list]]  # of each line: its number as messages say it, and its cells
 
 
-def open_file(name: str, file: str, data_dir: str | None) -> tuple[str, Lines]:
-    """(where a file of a task is, its lines). The benchmark's own file comes before the hub's."""
+def open_split(name: str, split: str, data_dir: str | None) -> tuple[str, Lines]:
+    """(where a split of a task is, its lines). The benchmark's own file comes before the hub's."""
     # its names in the benchmark's download and on the hub
-    tsv = f"{TASKS[name].folder}/{file}.tsv"
-    config, split = name, file.replace("dev", "validation")
-    if file == "test_ax":
+    tsv = f"{TASKS[name].folder}/{split}.tsv"
+    subset, hub_split = name, split.replace("dev", "validation")
+    if split == "test_ax":
         tsv = "diagnostic/diagnostic.tsv"
-        config, split = "ax", "test"
+        subset, hub_split = "ax", "test"
 
     # the hub
     if data_dir is None:
-        return f"{HUB_DATA} {config} {split}", hub_lines(HUB_DATA, config, split)
+        return f"{HUB_DATA} {subset} {hub_split}", hub_lines(HUB_DATA, subset, hub_split)
 
     # the benchmark's download
     path = Path(data_dir, tsv)
     if path.exists():
-        return f"{path}", tsv_lines(path, has_header=name != "cola" or file == "test")
+        return f"{path}", tsv_lines(path, has_header=name != "cola" or split == "test")
 
     # a clone of the hub's data set, whose README.md tells `datasets` which files there are
     readme = Path(data_dir, "README.md")
     if readme.exists():
-        return f"{data_dir} {config} {split}", hub_lines(data_dir, config, split)
+        return f"{data_dir} {subset} {hub_split}", hub_lines(data_dir, subset, hub_split)
 
     raise SystemExit(
         f"--data-dir: there is neither {path}, as in the benchmark's download, "
@@ -381,7 +390,7 @@ def tsv_lines(path: Path, has_header: bool) -> Lines:
             yield f"line {number}", text.rstrip("\r\n").split("\t")
 
 
-def hub_lines(source: str, config: str, split: str) -> Lines:
+def hub_lines(source: str, subset: str, hub_split: str) -> Lines:
     """The lines of a table that `datasets` reads, from the hub or from the folder of a clone."""
     import datasets  # takes seconds
 
@@ -390,23 +399,23 @@ def hub_lines(source: str, config: str, split: str) -> Lines:
     is_clone = source != HUB_DATA
     name = str(Path(source).resolve()) if is_clone else source
     try:
-        table = datasets.load_dataset(name, config, split=split, streaming=is_clone)
+        table = datasets.load_dataset(name, subset, split=hub_split, streaming=is_clone)
         yield "header", table.column_names or []
-        rows = (cells for batch in table.iter(1000) for cells in zip(*batch.values()))
-        for number, cells in enumerate(rows):
+        lines = (cells for batch in table.iter(1000) for cells in zip(*batch.values()))
+        for number, cells in enumerate(lines):
             yield f"row {number}", cells
     except Exception as error:  # of many kinds, some with the reason one level down
         raise SystemExit(
-            f"cannot read {source} {config} {split}: {error.__cause__ or error}\n"
+            f"cannot read {source} {subset} {hub_split}: {error.__cause__ or error}\n"
             f"pass --data-dir with the benchmark's own files, or with a clone of {HUB_DATA}"
         ) from error
 
 
-def read_examples(name: str, file: str, data_dir: str | None) -> Examples:
-    """The examples of a file of a task. SystemExit names the first line that cannot be used."""
+def read_examples(name: str, split: str, data_dir: str | None) -> Examples:
+    """The examples of a split of a task. SystemExit names the first line that cannot be used."""
     task = TASKS[name]
-    is_test = file.startswith("test")
-    where, lines = open_file(name, file, data_dir)
+    is_test = split.startswith("test")
+    where, lines = open_split(name, split, data_dir)
 
     # the columns
     _, header = next(lines, ("header", []))
@@ -441,8 +450,8 @@ def read_examples(name: str, file: str, data_dir: str | None) -> Examples:
 
     if not sentences:
         raise SystemExit(f"{where} has no rows")
-    kind = np.int64 if task.labels else np.float32
-    return Examples(sentences, np.array(labels, kind), index, skipped)
+    dtype = np.int64 if task.labels else np.float32
+    return Examples(sentences, np.array(labels, dtype), index, skipped)
 
 
 def parse_sentences(task: Task, example: dict, may_be_empty: bool) -> tuple[str, ...]:
@@ -470,33 +479,33 @@ def parse_label(task: Task, label) -> int | float:
     raise ValueError(f"label {label!r}; expected {expected}")
 
 
-def check_data(args: argparse.Namespace) -> dict[str, str]:
+def digests_of_data(args: argparse.Namespace) -> dict[str, str]:
     """A digest of the sentences and labels of each task's training and dev sets.
 
-    Reads all files that the runs need, so that a missing or damaged one is named now and not after
-    hours. Keeps none, since there may be a million rows: `sweep` reads a task's again in its turn.
+    Reads all splits that the runs need, so that a missing or damaged one is named now and not after
+    hours. Keeps none, since there may be a million examples: `sweep` reads a task's again in turn.
     """
     digests = {}
     for name in tqdm(args.tasks, desc="reading", unit="task", leave=False, delay=5):
         digest = hashlib.sha256()
-        for file, count in TASKS[name].rows.items():
-            is_test = file.startswith("test")
+        for split, expected in TASKS[name].sizes.items():
+            is_test = split.startswith("test")
             if is_test and not args.predict:
                 continue
-            examples = read_examples(name, file, args.data_dir)
+            examples = read_examples(name, split, args.data_dir)
 
             # say what is unusual
-            rows = len(examples.sentences)
+            count = len(examples.sentences)
             if examples.skipped:
-                tqdm.write(f"{name} {file}: {examples.skipped} malformed rows skipped")
-            if rows != count:
-                tqdm.write(f"{name} {file} has {rows} rows; the benchmark has {count}")
+                tqdm.write(f"{name} {split}: {examples.skipped} malformed rows skipped")
+            if count != expected:
+                tqdm.write(f"{name} {split} has {count} rows; the benchmark has {expected}")
 
             # digest what results depend on
             if not is_test:
-                digest.update(file.encode())
-                for row in zip(examples.sentences, examples.labels.tolist()):
-                    digest.update(repr(row).encode())
+                digest.update(split.encode())
+                for example in zip(examples.sentences, examples.labels.tolist()):
+                    digest.update(repr(example).encode())
         digests[name] = digest.hexdigest()[:16]
     return digests
 
@@ -541,9 +550,11 @@ def truncating_tokenizer(args: argparse.Namespace, config: MaBERTConfig) -> Toke
 
 
 class Encoded(NamedTuple):
-    """A file of a task, as tokens."""
+    """A split of a task, as tokens."""
 
-    tokens: list[np.ndarray]  # of each example (3, l) uint16: ids, ones, and the sentence, 0 or 1
+    # Of each example (3, l) uint16: ids; ones, which become the mask when padding puts zeros beside
+    # them; and which sentence, 0 or 1.
+    tokens: list[np.ndarray]
     labels: np.ndarray  # as in Examples
 
 
@@ -558,26 +569,30 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer) -> Encoded:
 
 
 def batches_of_like_length(data: Encoded, size: int, *seed: int) -> list[np.ndarray]:
-    """The numbers of the examples in batches, in an order that the seed chooses."""
+    """The indices of the examples in batches, in an order that the seed chooses."""
     lengths = np.array([row.shape[1] for row in data.tokens])
     return shuffled_batches(len(lengths), size, np.random.default_rng(seed), lengths)
 
 
-def padded(
-    data: Encoded, numbers: np.ndarray, pad: int, side: str
+def padded_batch(
+    data: Encoded, indices: np.ndarray, pad: int, side: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A batch of the examples with these numbers: (ids, mask, token types), each (b, l).
+    """A batch of the examples with these indices: (ids, mask, token types), each (b, l).
 
     Rows are padded to the longest of them, at the side "left" or "right".
     """
-    rows = [torch.from_numpy(data.tokens[i].T.astype(np.int64)) for i in numbers]  # each (l, 3)
+    rows = [torch.from_numpy(data.tokens[i].T.astype(np.int64)) for i in indices]  # each (l, 3)
     batch = pad_sequence(rows, batch_first=True, padding_side=side).to(DEVICE)  # (b, l, 3)
     ids, mask, types = batch.unbind(dim=2)
     return ids.masked_fill(mask == 0, pad), mask, types
 
 
 def fit(model: Classifier, data: Encoded, seed: int, args: argparse.Namespace):
-    """Trains the model in place. FloatingPointError where the loss is no longer finite."""
+    """Trains the model in place.
+
+    FloatingPointError if a loss that is looked at, every 50th, is not finite; `predict` finds the
+    rest.
+    """
     optimizer = make_optimizer(model, WEIGHT_DECAY)
     pad = model.config.pad_token_id
     order = []
@@ -586,14 +601,14 @@ def fit(model: Classifier, data: Encoded, seed: int, args: argparse.Namespace):
 
     model.train()
     progress = tqdm(order, unit="step", leave=False)
-    for step, numbers in enumerate(progress):
+    for step, indices in enumerate(progress):
         # linear warm-up, then linear decay
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, len(order), args.lr, round(WARMUP * len(order)))
 
         # forward
-        inputs = padded(data, numbers, pad, args.padding_side)
-        labels = torch.from_numpy(data.labels[numbers]).to(DEVICE)
+        inputs = padded_batch(data, indices, pad, args.padding_side)
+        labels = torch.from_numpy(data.labels[indices]).to(DEVICE)
         with autocast(DEVICE):
             loss = model(*inputs, labels=labels).loss
 
@@ -615,15 +630,17 @@ def predict(model: Classifier, data: Encoded, args: argparse.Namespace) -> np.nd
     """Classes or scores, (examples,). FloatingPointError where one is not finite."""
     model.eval()
     pad = model.config.pad_token_id
+
+    # scores in float32: in bf16 many would be equal, which changes Spearman's correlation
     is_regression = model.config.num_labels == 1
-    precision = nullcontext() if is_regression else autocast(DEVICE)  # bf16 would make ties
+    precision = nullcontext() if is_regression else autocast(DEVICE)
 
     logits = np.zeros((len(data.tokens), model.config.num_labels), dtype=np.float32)
     batches = batches_of_like_length(data, 4 * args.batch_size, 0)
-    for numbers in tqdm(batches, desc="predicting", leave=False, delay=5):
+    for indices in tqdm(batches, desc="predicting", leave=False, delay=5):
         with precision:
-            output = model(*padded(data, numbers, pad, args.padding_side))
-        logits[numbers] = output.logits.float().cpu().numpy()
+            output = model(*padded_batch(data, indices, pad, args.padding_side))
+        logits[indices] = output.logits.float().cpu().numpy()
 
     if not np.isfinite(logits).all():
         raise FloatingPointError("its predictions are not finite")
@@ -652,16 +669,16 @@ def finetune(
 
     # measure
     scores = {}
-    for column, file in task.files("dev").items():
-        predicted = predict(model, data[file], args)
-        labels = data[file].labels
-        scores[column] = {metric: METRICS[metric](predicted, labels) for metric in task.metrics}
+    for title, split in task.splits("dev").items():
+        predicted = predict(model, data[split], args)
+        labels = data[split].labels
+        scores[title] = {metric: METRICS[metric](predicted, labels) for metric in task.metrics}
 
     result = dict(
         task=name,
         seed=seed,
         scores=scores,
-        rows={file: len(encoded.tokens) for file, encoded in data.items()},
+        rows={split: len(encoded.tokens) for split, encoded in data.items()},
         seconds=round(time.perf_counter() - start, 1),
         config=dataclasses.asdict(model.config),
     )
@@ -716,7 +733,7 @@ def sweep(
 
             results[variant].append(result)
             if submits:
-                submit(name, load_model(folder), tokenizer, args)
+                write_submission(name, load_model(folder), tokenizer, args)
         except FloatingPointError as error:
             diverged.append(f"{title}: {error}; a lower --lr helps")
 
@@ -747,22 +764,24 @@ def digest_files(folder: str, names: tuple[str, ...]) -> str:
 
 def read_result(file: Path) -> dict | None:
     """A run's result; None where there is none. A damaged file is named, and counts as none."""
-    needed = ("task", "scores", "rows", "seconds", "config", "settings", "machine")
+    needed = ("task", "seed", "scores", "rows", "seconds", "config", "settings", "machine")
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        return {key: result[key] for key in needed}
+        if missing := [key for key in needed if key not in result]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        return result
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         tqdm.write(f"{file} is damaged ({error!r}): that run is made again")
         return None
 
 
 def encode_task(name: str, tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, Encoded]:
-    """A task's training set and dev sets, by file."""
+    """A task's training set and dev sets, by split."""
     data = {}
-    for file in ("train", *TASKS[name].files("dev").values()):
-        data[file] = encode_examples(read_examples(name, file, args.data_dir), tokenizer)
+    for split in ("train", *TASKS[name].splits("dev").values()):
+        data[split] = encode_examples(read_examples(name, split, args.data_dir), tokenizer)
     return data
 
 
@@ -773,14 +792,14 @@ def save_model(folder: Path, model: Classifier, args: argparse.Namespace):
     write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
 
 
-def submit(name: str, model: Classifier, tokenizer: Tokenizer, args: argparse.Namespace):
+def write_submission(name: str, model: Classifier, tokenizer: Tokenizer, args: argparse.Namespace):
     """Writes a task's files for the benchmark: labels as it writes them, or scores from 0 to 5."""
     task = TASKS[name]
     folder = Path(args.out, "submission")
     folder.mkdir(exist_ok=True)
-    for column, file in task.files("test").items():
+    for title, split in task.splits("test").items():
         # predict
-        examples = read_examples(name, file, args.data_dir)
+        examples = read_examples(name, split, args.data_dir)
         predicted = predict(model, encode_examples(examples, tokenizer), args)
 
         # write
@@ -788,75 +807,81 @@ def submit(name: str, model: Classifier, tokenizer: Tokenizer, args: argparse.Na
         for index, value in zip(examples.index, predicted):
             cell = task.labels[value] if task.labels else f"{value.clip(0, 5):.3f}"
             lines.append(f"{index}\t{cell}\n")
-        write_atomically(folder / f"{column}.tsv", "".join(lines))
+        write_atomically(folder / f"{title}.tsv", "".join(lines))
 
 
-def score_rows(args: argparse.Namespace, results: dict[Variant, list[dict]]) -> list[dict]:
-    """The scores of all seeds beside the paper's: a row per task, metric and variant."""
-    rows = []
+def score_lines(args: argparse.Namespace, results: dict[Variant, list[dict]]) -> list[dict]:
+    """The scores of all seeds beside the paper's: a dict per dev set, metric and variant."""
+    lines = []
     for name in args.tasks:
         task = TASKS[name]
-        for column, metric in itertools.product(task.files("dev"), task.metrics):
+        for title, metric in itertools.product(task.splits("dev"), task.metrics):
             for variant, runs in results.items():
-                row = dict(task=column, metric=metric, variant=variant.name, paper=None)
-                row["scores"] = [r["scores"][column][metric] for r in runs if r["task"] == name]
+                line = dict(task=title, metric=metric, variant=variant.name, paper=None)
+                line["scores"] = [r["scores"][title][metric] for r in runs if r["task"] == name]
                 if metric == task.metrics[0]:
-                    row["paper"] = dict(zip(PAPER_COLUMNS, variant.paper)).get(column)
-                rows.append(row)
+                    line["paper"] = dict(zip(PAPER_SETS, variant.paper)).get(title)
+                lines.append(line)
 
-    # the average over the paper's columns, where all of them were measured
+    # the average over the paper's sets, where all of them were measured
     for variant in results:
-        compared = [r for r in rows if r["variant"] == variant.name and r["paper"] is not None]
-        if len(compared) == len(PAPER_COLUMNS):
-            row = dict(task="average", metric="of these 8", variant=variant.name)
-            row["paper"] = float(np.mean([r["paper"] for r in compared]))
-            row["scores"] = np.mean([r["scores"] for r in compared], axis=0).tolist()
-            rows.append(row)
+        of_variant = [line for line in lines if line["variant"] == variant.name]
+        compared = [line for line in of_variant if line["paper"] is not None]
+        if len(compared) == len(PAPER_SETS):
+            average = dict(task="average", metric="of these 8", variant=variant.name)
+            average["paper"] = float(np.mean([line["paper"] for line in compared]))
+            average["scores"] = np.mean([line["scores"] for line in compared], axis=0).tolist()
+            lines.append(average)
 
     # mean and standard deviation over the seeds
-    for row in rows:
-        row["mean"] = float(np.mean(row["scores"]))
-        row["sd"] = float(np.std(row["scores"], ddof=1)) if args.seeds > 1 else None
-    return rows
+    for line in lines:
+        line["mean"] = float(np.mean(line["scores"]))
+        line["sd"] = float(np.std(line["scores"], ddof=1)) if args.seeds > 1 else None
+    return lines
 
 
-def results_table(args: argparse.Namespace, rows: list[dict]) -> str:
-    """The rows of score_rows in Markdown."""
+def results_table(args: argparse.Namespace, lines: list[dict]) -> str:
+    """What `score_lines` returns, as a Markdown table."""
     budget = "100" if args.ablation or args.poolings else args.budget
     seeds = f"measured, seeds: {args.seeds}"
-    lines = [f"| task | metric | variant | {seeds} | paper, {budget} % | difference |"]
-    lines.append("| --- " * 6 + "|")
-    for row in rows:
-        measured = f"{row['mean']:.3f}"
-        if row["sd"] is not None:
-            measured += f" ± {row['sd']:.3f}"
+    text = [f"| task | metric | variant | {seeds} | paper, {budget} % | difference |"]
+    text.append("| --- " * 6 + "|")
+    for line in lines:
+        measured = f"{line['mean']:.3f}"
+        if line["sd"] is not None:
+            measured += f" ± {line['sd']:.3f}"
 
         paper = difference = "–"
-        if row["paper"] is not None:
-            paper = f"{row['paper']:.3f}"
-            difference = f"{row['mean'] - row['paper']:+.3f}"
+        if line["paper"] is not None:
+            paper = f"{line['paper']:.3f}"
+            difference = f"{line['mean'] - line['paper']:+.3f}"
 
-        cells = (row["task"], row["metric"], row["variant"], measured, paper, difference)
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = (line["task"], line["metric"], line["variant"], measured, paper, difference)
+        text.append(f"| {' | '.join(cells)} |")
 
     if args.ablation or args.poolings:
-        lines += ["", REMARK]
-    return "\n".join(lines)
+        text += ["", REMARK]
+    return "\n".join(text)
 
 
-def main(argv: list[str]):
-    args = parse_args(argv)
+def psm_changes_nothing(config: MaBERTConfig, padding_side: str) -> bool:
+    """Whether no token of this model looks to where the pads are, with masking or without.
 
+    Pads on the right stand after all real tokens. There only a W layer, which reads from right to
+    left, and a centred convolution look.
+    """
+    sees_later_tokens = "W" in config.pattern or not config.causal_conv
+    return padding_side == "right" and not sees_later_tokens
+
+
+def run_all(args: argparse.Namespace, command: str):
+    """Makes the runs that the arguments ask for, and writes and prints their tables."""
     # the checkpoint, and what to make of it
     config = load_model(args.checkpoint).config
     tokenizer = truncating_tokenizer(args, config)
     chosen = chosen_variants(args, config)
-    digests = check_data(args)
-
-    # is PSM compared with none, where no pad stands before a real token?
-    compares = len({bool(variant.psm) for variant in chosen}) == 2
-    looks_right = "W" in config.pattern or not config.causal_conv
-    if compares and args.padding_side == "right" and not looks_right:
+    digests = digests_of_data(args)
+    if args.ablation and psm_changes_nothing(config, args.padding_side):
         print(
             "with a causal convolution and pads on the right no pad stands before a real token: "
             "PSM or none is the same function, and the scores will say so. "
@@ -866,15 +891,14 @@ def main(argv: list[str]):
     # all runs
     Path(args.out).mkdir(parents=True, exist_ok=True)
     results = sweep(args, tokenizer, chosen, digests)
-    rows = score_rows(args, results)
-    table = results_table(args, rows)
+    lines = score_lines(args, results)
+    table = results_table(args, lines)
 
     # write them
     name = "ablation" if args.ablation else "poolings" if args.poolings else "results"
     out = Path(args.out, name)
     runs = list(itertools.chain(*results.values()))
-    command = " ".join(["python finetune_glue.py", *argv])
-    everything = dict(command=command, rows=rows, runs=runs)
+    everything = dict(command=command, rows=lines, runs=runs)
     write_atomically(out.with_suffix(".json"), json.dumps(everything, indent=2) + "\n")
     page = f"{table}\n\n`{command}`, {runs[0]['machine']}\n"
     write_atomically(out.with_suffix(".md"), page)
@@ -886,16 +910,26 @@ def main(argv: list[str]):
         print(f"for the benchmark: {out.with_name('submission')}")
 
 
-if __name__ == "__main__":
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice. A process that takes too much is killed by Linux."""
+    reasons = "MemoryError|BrokenProcessPool|out of memory|allocate memory|ALLOC_FAILED"
+    return re.search(reasons, f"{type(error).__name__} {error}") is not None
+
+
+def main(argv: list[str]):
+    args = parse_args(argv)
     try:
-        main(sys.argv[1:])
+        run_all(args, " ".join(["python finetune_glue.py", *argv]))
     except KeyboardInterrupt:
-        raise SystemExit(
-            "interrupted; finished runs are kept, and the same command goes on"
-        ) from None
+        message = "interrupted; finished runs are kept, and the same command goes on"
+        raise SystemExit(message) from None
     except OSError as error:  # a full disk, a folder that may not be written
         raise SystemExit(f"cannot go on: {error}") from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
+        if not is_out_of_memory(error):
             raise
         raise SystemExit(f"out of memory: lower --batch-size or --max-length\n{error}") from error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

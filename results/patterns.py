@@ -1,4 +1,5 @@
-"""Does interleaving help? A short pretraining of each pattern of the paper's Table 1, and others.
+"""Does interleaving help? A short pretraining of each pattern of the paper's Table 1, and of
+MMMTMM, W, H, MWT and MW, each repeated to twelve layers.
 
     python results/patterns.py --data texts/ --jobs 2
     python results/patterns.py --data texts/ --length 256 --seeds 1 --out out/patterns256
@@ -29,15 +30,22 @@ import bench
 import train_mlm
 from mabert import MaBERTConfig, MaBERTForMaskedLM
 
-TABLE_1 = "M T MTT TM MT TMM TTM MMMTMM".split()  # the paper's, repeated to 12 layers
-OTHERS = "W H MMT MWT MW".split()
-PATTERNS = [unit * (12 // len(unit)) for unit in TABLE_1 + OTHERS]
-CAUSAL_TOO = PATTERNS[-3:]  # also with a causal convolution; the others with a centred one only
+
+def twelve_layers(unit: str) -> str:
+    """A unit such as MMT, repeated to twelve letters."""
+    return unit * (12 // len(unit))  # a unit has one, two, three or six
+
+
+TABLE_1 = "M T MTT TM MT TMM TTM MMT".split()  # the paper's units
+OTHERS = "MMMTMM W H MWT MW".split()
+PATTERNS = [twelve_layers(unit) for unit in TABLE_1 + OTHERS]
+# also with a causal convolution; the others with a centred one only
+CAUSAL_TOO = [twelve_layers(unit) for unit in ("MMT", "MWT", "MW")]
 
 STEPS = 1200
 TOKENS = 2048  # of a step, in rows of --length
 
-# of all models
+# flags of all models
 VOCAB_SIZE = "4096"
 SMALL = """--hidden-size 64 --num-heads 4 --intermediate-size 256 --d-state 8 --dropout 0 --lr 2e-3
     --warmup-steps 100""".split()
@@ -46,7 +54,7 @@ SMALL = """--hidden-size 64 --num-heads 4 --intermediate-size 256 --d-state 8 --
 # ---- The runs ----
 
 
-def call(script: str, flags: list[str], threads: int | None = None) -> str:
+def run_script(script: str, flags: list[str], threads: int | None = None) -> str:
     """What a script of the project prints; SystemExit with its last words if it fails."""
     # in a process of its own, on its share of the cores
     environment = dict(os.environ)
@@ -62,21 +70,24 @@ def call(script: str, flags: list[str], threads: int | None = None) -> str:
     return process.stdout
 
 
-def pretrain(args, variants: dict[str, list[str]]) -> dict[str, list[Path]]:
-    """{name: its runs' folders, one for each seed} of {name: its flags of train_mlm.py}."""
+def pretrain(args, variants: dict[str, list[str]], length: int, steps: int):
+    """{name: its runs' folders, one for each seed} of {name: its flags of train_mlm.py}.
+
+    length: tokens of a row; steps: of a run whose flags do not say otherwise.
+    """
 
     # text, sizes and batch of all runs
     text = ["--data", *args.data] if args.data else ["--demo"]
-    rows = str(TOKENS // args.length)
-    shared = [*SMALL, *text, "--length-schedule", f"{args.length}:1"]
+    rows = str(TOKENS // length)
+    shared = [*SMALL, *text, "--length-schedule", f"{length}:1"]
     shared += ["--batch-size", rows, "--micro-batch-size", rows]
 
     # their tokenizer, of a run of one step, since two trainings of a tokenizer differ
     tokenizer = Path(args.out, "tokenizer")
     flags = [*shared, "--vocab-size", VOCAB_SIZE, "--pattern", "T", "--steps", "1"]
-    call("train_mlm.py", [*flags, "--resume", "--out", str(tokenizer)])
+    run_script("train_mlm.py", [*flags, "--resume", "--out", str(tokenizer)])
     shared += ["--tokenizer", str(tokenizer / "tokenizer.json")]
-    shared += ["--steps", str(args.steps), "--eval-every", str(args.steps)]
+    shared += ["--steps", str(steps), "--eval-every", str(steps)]
 
     # a folder and flags for each run
     folders = {name: [] for name in variants}
@@ -89,19 +100,20 @@ def pretrain(args, variants: dict[str, list[str]]) -> dict[str, list[Path]]:
     # the times of steps: one run after the other, variants in turns, as a machine's clock drifts
     for folder, flags in tqdm(runs, desc="step time", unit="run"):
         if not (folder / "step.md").exists():
-            printed = call("bench.py", ["step", "--measure", "10", *flags])
+            printed = run_script("bench.py", ["step", "--measure", "10", *flags])
             folder.mkdir(parents=True, exist_ok=True)
             train_mlm.write_atomically(folder / "step.md", printed)
 
     # the training; of several runs at a time each has its share of the cores
     threads = max(1, os.cpu_count() // args.jobs) if args.jobs > 1 else None
 
-    def train(folder: Path, flags: list[str]):
-        call("train_mlm.py", [*flags, "--resume", "--out", str(folder)], threads)
+    def train(run: tuple[Path, list[str]]):
+        folder, flags = run
+        run_script("train_mlm.py", [*flags, "--resume", "--out", str(folder)], threads)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        trained = pool.map(train, *zip(*runs))
-        list(tqdm(trained, desc="pretraining", unit="run", total=len(runs)))
+        trained = pool.map(train, runs)
+        list(tqdm(trained, desc="pretraining", unit="run", total=len(runs)))  # raises what failed
     return folders
 
 
@@ -124,10 +136,11 @@ def read_settings(folder: Path) -> argparse.Namespace:
     return argparse.Namespace(**json.loads((folder / "args.json").read_text(encoding="utf-8")))
 
 
-def held_out_loss(folder: Path) -> float:
+def last_held_out_loss(folder: Path) -> float:
     """In nats, at the end of a run."""
     with open(folder / "log.csv", newline="") as file:
-        return float(list(csv.DictReader(file))[-1]["held_out_loss"])
+        *_, last = csv.DictReader(file)
+    return float(last["held_out_loss"])
 
 
 def read_result(folders: list[Path], length: int) -> Result:
@@ -142,7 +155,7 @@ def read_result(folders: list[Path], length: int) -> Result:
     flops = bench.flops_per_token(model.config, length, settings.mask_rate)
     return Result(
         folders=folders,
-        losses=[held_out_loss(folder) for folder in folders],
+        losses=[last_held_out_loss(folder) for folder in folders],
         steps=settings.steps,
         seconds=min(seconds),
         parameters=sum(weight.numel() for weight in model.parameters()),
@@ -150,34 +163,37 @@ def read_result(folders: list[Path], length: int) -> Result:
     )
 
 
-def spread(values: list[float]) -> str:
+def mean_and_deviation(values: list[float]) -> str:
     """The mean, and of several values the standard deviation."""
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
-def compare_variants(args, variants: dict[str, list[str]], varying: str) -> tuple[str, dict]:
-    """Trains all variants: (a page with their table, {name: result}).
+def compare_variants(
+    args, variants: dict[str, list[str]], length: int, steps: int, varying: str
+) -> tuple[str, dict[str, Result]]:
+    """Trains all variants, as `pretrain` takes them: (a page with their table, {name: result}).
 
     varying says what the variants have in common, and in what they differ.
     """
-
     # all runs
-    folders = pretrain(args, variants)
-    results = {name: read_result(runs, args.length) for name, runs in folders.items()}
+    folders = pretrain(args, variants, length, steps)
+    results = {name: read_result(runs, length) for name, runs in folders.items()}
 
     # a line for each variant
     body = []
     for name, result in results.items():
+        loss = mean_and_deviation(result.losses)
         size = f"{result.parameters / 1e6:.2f}"
         milliseconds = f"{1000 * result.seconds:.0f}"
-        body.append([name, spread(result.losses), size, milliseconds, f"{result.tflop:.3g}"])
+        body.append([name, loss, size, milliseconds, f"{result.tflop:.3g}"])
     head = ["", "held-out loss, nats", "parameters, M"]
     head += [f"ms a step, best of {args.seeds}", "TFLOP of the run"]
 
-    step = f"a step of {TOKENS // args.length} rows of {args.length} tokens"
-    page = f"""{bench.header(bench.DEVICE)}
+    # below what was done
+    step = f"a step of {TOKENS // length} rows of {length} tokens"
+    page = f"""{bench.title_line(bench.DEVICE)}
 Masked language modelling, {step}; {varying}.
 Seeds: {args.seeds}. TFLOP: PyTorch's count, without the scan.
 
@@ -197,7 +213,7 @@ def valid_pattern(text: str) -> str:
 
 
 def new_parser(description: str, seeds: int, out: str) -> argparse.ArgumentParser:
-    """A parser with the flags that every script here has, and these defaults of two of them."""
+    """A parser with the flags that every script here has. seeds, out: defaults of two of them."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -213,6 +229,7 @@ def new_parser(description: str, seeds: int, out: str) -> argparse.ArgumentParse
 
 
 def add_data(parser: argparse.ArgumentParser):
+    """The flag of the scripts that pretrain on text."""
     text = "text, as train_mlm.py takes it; without, the text of its demo"
     parser.add_argument("--data", nargs="+", metavar="PATH", help=text)
 
@@ -225,11 +242,13 @@ def main(argv: list[str]):
         help="default: the paper's eight and others, of 12 layers; "
         f"{', '.join(CAUSAL_TOO)} also with a causal convolution")
     parser.add_argument("--length", type=bench.bounded(int, 8, TOKENS + 1), default=64,
-        help="tokens of a row (%(default)s)")
+        help=f"tokens of a row, which divide the {TOKENS} of a step (%(default)s)")
     parser.add_argument("--steps", type=bench.positive, default=STEPS,
         help="of each run (%(default)s)")
     # fmt: on
     args = parser.parse_args(argv)
+    if TOKENS % args.length:
+        parser.error(f"--length {args.length} does not divide {TOKENS}, the tokens of a step")
 
     # with a centred convolution, then with a causal one
     variants = {}
@@ -239,8 +258,11 @@ def main(argv: list[str]):
         if pattern in CAUSAL_TOO:
             variants[f"{pattern}, causal"] = ["--pattern", pattern, "--causal-conv"]
     varying = f"{args.steps} steps, hidden size 64, a centred convolution if not called causal"
-    with bench.clear_errors():
-        print(compare_variants(args, variants, varying)[0])
+
+    # the runs and their table
+    with bench.errors_in_one_line():
+        page, _ = compare_variants(args, variants, args.length, args.steps, varying)
+        print(page)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,11 @@ def recall_rows(count: int, length: int, pairs: int, rng: torch.Generator):
     A filler is one token twice. A quarter of the fillers have the first of the two hidden, a
     quarter the second, half behind [MASK] and half behind any token: as in text, what is hidden
     follows from its neighbour, and this is what a model learns first.
+
+        pair_items, filler_items  two tokens each, before anything is hidden
+        items                     both, first in this order, then in random order
+        hidden                    which of their tokens the model is to find
+        shown_instead             what stands in the places of those
     """
 
     def permutations(size: int) -> torch.Tensor:
@@ -61,27 +66,31 @@ def recall_rows(count: int, length: int, pairs: int, rng: torch.Generator):
 
     # the items of a row, two tokens each: pairs of different keys, and fillers
     fillers = length // 2 - 2 * pairs
-    keys = KEYS.start + permutations(len(KEYS))[:, :pairs]
-    known = torch.stack([keys, any_of(VALUES, pairs)], 2)  # (count, pairs, 2)
-    twice = any_of(FILLERS, fillers, 1).expand(-1, -1, 2)  # (count, fillers, 2)
-    items = torch.cat([known, twice], 1)
+    keys = KEYS.start + permutations(len(KEYS))[:, :pairs]  # (count, pairs)
+    pair_items = torch.stack([keys, any_of(VALUES, pairs)], 2)  # (count, pairs, 2)
+    filler_items = any_of(FILLERS, fillers, 1).expand(-1, -1, 2)  # (count, fillers, 2)
+    items = torch.cat([pair_items, filler_items], 1)
 
-    # which tokens of the items are hidden, and what stands in their places
-    fate = any_of(range(4), fillers)  # 0: the first token is hidden, 1: the second, 2 and 3: none
-    hidden = F.pad(F.one_hot(fate, 4)[..., :2].bool(), (0, 0, pairs, 0))
-    cover = any_of(range(KEYS.start, FILLERS.stop), *items.shape[1:])
-    cover = torch.where(torch.rand(items.shape, generator=rng) < 0.5, MASK, cover)
+    # of a filler 0: the first token is hidden, 1: the second, 2 and 3: none; of a pair none
+    which_hidden = any_of(range(4), fillers)
+    hidden = F.pad(F.one_hot(which_hidden, 4)[..., :2].bool(), (0, 0, pairs, 0))
+
+    # shown instead of it: [MASK] or any token
+    shown_instead = any_of(range(KEYS.start, FILLERS.stop), *items.shape[1:])
+    shows_mask = torch.rand(items.shape, generator=rng) < 0.5
+    shown_instead = torch.where(shows_mask, MASK, shown_instead)
 
     # all in random order; then the keys in another, with their values hidden behind [MASK]
     order = permutations(items.shape[1])
-    asked = reorder(known, permutations(pairs))
+    asked = reorder(pair_items, permutations(pairs))  # (count, pairs, 2)
     asked_hidden = torch.tensor([False, True]).expand_as(asked)
-    tokens = torch.cat([reorder(items, order), asked], 1)
+    items = torch.cat([reorder(items, order), asked], 1)
     hidden = torch.cat([reorder(hidden, order), asked_hidden], 1)
-    cover = torch.cat([reorder(cover, order), torch.full_like(asked, MASK)], 1)
+    shown_instead = torch.cat([reorder(shown_instead, order), torch.full_like(asked, MASK)], 1)
 
-    ids = torch.where(hidden, cover, tokens).flatten(1)
-    labels = torch.where(hidden, tokens, train_mlm.IGNORED).flatten(1)
+    # (count, items, 2) becomes (count, length)
+    ids = torch.where(hidden, shown_instead, items).flatten(1)
+    labels = torch.where(hidden, items, train_mlm.IGNORED).flatten(1)
     return ids, labels
 
 
@@ -97,7 +106,7 @@ def make_recall_model(pattern: str) -> MaBERTForMaskedLM:
         MaBERTConfig(FILLERS.stop, pattern=pattern, max_position=positions, **sizes)
     )
 
-    # weights of deviation 1 / √inputs
+    # weights of deviation 1 / √inputs: all but the projection of Δ, whose initialisation is Mamba's
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear) and layer.in_features >= 64:
             torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
@@ -141,7 +150,7 @@ def accuracies(model: MaBERTForMaskedLM) -> dict[str, dict[str, float]]:
     trained_positions = model.encoder.position_embeddings
     for length, pairs in itertools.product(LENGTHS, PAIRS):
         model.encoder.position_embeddings = trained_positions
-        model.encoder.resize_positions(length)
+        model.encoder.resize_positions(length)  # always from those that were trained
 
         # the keys at the end alone, not the fillers
         ids, labels = recall_rows(512, length, pairs, torch.Generator().manual_seed(2**31))
@@ -167,9 +176,14 @@ def run_all(args) -> dict[tuple[str, int], dict]:
     """{(pattern, seed): accuracies}; of several runs at a time each has its share of the cores."""
     runs = list(itertools.product(args.patterns, range(args.seeds)))
     threads = max(1, os.cpu_count() // args.jobs) if args.jobs > 1 else None
-    rest = map(itertools.repeat, (args.steps, args.out, threads))
+
+    # each in a process, whose results are taken in the order of the runs
     with ProcessPoolExecutor(args.jobs, torch.multiprocessing.get_context("spawn")) as pool:
-        return dict(zip(runs, pool.map(run_recall, *zip(*runs), *rest)))
+        futures = {}
+        for pattern, seed in runs:
+            run = (pattern, seed, args.steps, args.out, threads)
+            futures[pattern, seed] = pool.submit(run_recall, *run)
+        return {run: future.result() for run, future in futures.items()}
 
 
 # ---- The page and the figure ----
@@ -178,33 +192,31 @@ def run_all(args) -> dict[tuple[str, int], dict]:
 def recall_page(args, results: dict[tuple[str, int], dict]) -> tuple[str, dict]:
     """(a page with a table for each length, {title: {pattern: {pairs: mean accuracy}}})."""
     trained = f"{args.steps} steps of 64 rows of {LENGTHS[0]} tokens with 1 to {MOST_PAIRS} pairs"
-    page = f"""{bench.header()}
+
+    # what was done
+    page = f"""{bench.title_line()}
 Accuracy of the value of a key, of {len(VALUES)} values, after {trained}.
 Hidden size 64; weights begin with deviation 1/√inputs, positions as sinusoids. Seeds: {args.seeds}.
 Longer rows have more fillers and stretched positions.
 """
+
+    # a table and a panel for each length
     panels = {}
     for length in LENGTHS:
         body = []
         panels[f"{length} tokens"] = lines = {}
         for pattern in args.patterns:
-            # of each number of pairs the accuracies by seed
+            # the mean over the seeds for each number of pairs
             runs = [results[pattern, seed][str(length)] for seed in range(args.seeds)]
-            by_pairs = {pairs: [run[str(pairs)] for run in runs] for pairs in PAIRS}
-            body.append([pattern, *map(patterns.spread, by_pairs.values())])
-            lines[pattern] = {
-                pairs: statistics.mean(by_seed) for pairs, by_seed in by_pairs.items()
-            }
+            texts = []
+            lines[pattern] = {}
+            for pairs in PAIRS:
+                by_seed = [run[str(pairs)] for run in runs]
+                texts.append(patterns.mean_and_deviation(by_seed))
+                lines[pattern][pairs] = statistics.mean(by_seed)
+            body.append([pattern, *texts])
         page += f"\n{length} tokens:\n\n{bench.table(['pairs', *PAIRS], body)}\n"
     return page, panels
-
-
-def draw_recall(file: str, panels: dict[str, dict[str, dict[int, float]]]):
-    """A panel for each {title: {pattern: {pairs: accuracy}}}."""
-    figure, axes = bench.new_figure(list(panels), "pairs", "accuracy")
-    for part, lines in zip(axes, panels.values()):
-        bench.draw_lines(part, lines, strong="MMT")
-    bench.save_figure(figure, file)
 
 
 def main(argv: list[str]):
@@ -217,14 +229,15 @@ def main(argv: list[str]):
     # fmt: on
     args = parser.parse_args(argv)
 
-    with bench.clear_errors():
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+    # the runs, the page and the figure
+    with bench.errors_in_one_line():
         name = str(Path(args.out, "recall"))
         bench.check_out(name)
         page, panels = recall_page(args, run_all(args))
         print(page)
         train_mlm.write_atomically(Path(f"{name}.md"), page)
-        draw_recall(f"{name}.png", panels)
+        x_labels = ["pairs"] * len(panels)
+        bench.draw_panels(f"{name}.png", panels, x_labels, "accuracy", strong="MMT")
 
 
 if __name__ == "__main__":
