@@ -39,8 +39,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import train_mlm  # before torch, which reads OpenMP's settings when it loads
-from finetune_glue import is_out_of_memory
-from train_mlm import bounded, describe_machine, load_tokenizer, write_atomically
+from train_mlm import bounded, describe_machine, is_out_of_memory, load_tokenizer, write_atomically
 
 # isort: split
 import torch

@@ -20,7 +20,6 @@ import hashlib
 import itertools
 import json
 import logging
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from train_mlm import (  # before torch, which reads train_mlm's settings for th
     autocast,
     bounded,
     describe_machine,
+    is_out_of_memory,
     learning_rate,
     load_tokenizer,
     make_optimizer,
@@ -908,12 +908,6 @@ def run_all(args: argparse.Namespace, command: str):
     print(f"\n{table}\n\nin {out}.md and .json; each run's {beside} beside them")
     if args.predict:
         print(f"for the benchmark: {out.with_name('submission')}")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice. A process that takes too much is killed by Linux."""
-    reasons = "MemoryError|BrokenProcessPool|out of memory|allocate memory|ALLOC_FAILED"
-    return re.search(reasons, f"{type(error).__name__} {error}") is not None
 
 
 def main(argv: list[str]):

@@ -1943,11 +1943,17 @@ def refuse_another_run(checkpoint: Path, new: dict):
         raise SystemExit(f"--resume: {checkpoint} belongs to another run: {'; '.join(changes)}")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice. A process that takes too much is killed by Linux."""
+    reasons = "MemoryError|BrokenProcessPool|out of memory|allocate memory|ALLOC_FAILED"
+    return re.search(reasons, f"{type(error).__name__} {error}") is not None
+
+
 def explain(error: Exception, args: argparse.Namespace) -> str | None:
     """The error and what to do about it, or None where that is not known."""
     # memory
     message = str(error)
-    if isinstance(error, MemoryError) or re.search("out of memory|ALLOC_FAILED|allocate", message):
+    if is_out_of_memory(error):
         return (
             f"out of memory: lower --micro-batch-size (now {args.micro_batch_size}; the batch "
             "stays) or the lengths of --length-schedule, or pass --activation-checkpointing"
