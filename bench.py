@@ -1350,7 +1350,7 @@ def hook_stopwatch(watch: Stopwatch, model, optimizer, layers: bool):
 def measure_steps(args, steps: int):
     """Prints where the time of training steps goes, for each row length of train_mlm.py's args."""
 
-    # all that training needs; a tokenizer that is trained for this is not kept
+    # all that training needs
     data = train_mlm.prepare(args, None)
     model, shared, optimizer = train_mlm.make_model(args, data)
     watch = Stopwatch()
