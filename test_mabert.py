@@ -29,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch._dynamo.testing import CompileCounter
@@ -89,6 +88,203 @@ def gradient(loss, model):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
+# ---- Padding changes nothing ----
+#
+# Losses, logits, hidden states of real tokens and gradients are computed without pads and with
+# them, and compared. Where masking is complete they are equal; where it is not, the same comparison
+# must find a change. README runs this section by the names of its tests: they begin with
+# "test_padding", and no others do.
+
+PADS = {  # on the left and on the right of each row, and the shift of `padded`
+    "pads-left": (4, 0, 0),
+    "pads-right": (0, 9, 0),
+    "pads-around": (1, 2, 3),
+}
+EXACT = 1e-12  # the most that rounding changes in float64
+PATTERNS = ("M", "T", "MTT", "TM", "MT", "TMM", "MMT", "TTM", "W", "MW", "MWT", "H", "WHTM")
+STAGES = {  # names of the forms of masking
+    "none": (),
+    "pre": ("pre",),
+    "post": ("post",),
+    "scan": ("scan",),
+    "pre+post": ("pre", "post"),  # the paper's
+    "pre+scan": ("pre", "scan"),
+}
+
+
+def padded(rows, left, right, shift=0, value=0):
+    """Rows with pads on both sides: `left`, then the row, then `right`. With a shift, each row has
+    this many more on the left, and fewer on the right, than the one above it."""
+    results = []
+    for i, row in enumerate(rows):
+        below = len(rows) - 1 - i
+        sides = (left + i * shift, right + below * shift)
+        results.append(F.pad(row, sides, value=value))
+    return torch.stack(results)
+
+
+def model_with_large_weights(model_class, config, dtype):
+    """A model far from its initialisation, so that a leak is as large as a trained model's."""
+    model = build(model_class, config, dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return model
+
+
+def drift(config, pads: str, dtype=torch.float64) -> float:
+    """The largest relative change that pads make to what the two models compute."""
+    torch.manual_seed(1)
+    ids = torch.randint(1, 60, (3, 11))
+    token_labels = torch.randint(0, 60, (3, 11))
+    token_labels[torch.rand(3, 11) < 0.5] = -100
+
+    changes = []
+    for model_class in (MaBERTForMaskedLM, Classifier):
+        model = model_with_large_weights(model_class, config, dtype)
+        results = []
+        for sides in ((0, 0, 0), PADS[pads]):
+            labels = torch.tensor([0, 1, 1])
+            if model_class is MaBERTForMaskedLM:
+                labels = padded(token_labels, *sides, value=-100)
+            mask = padded(torch.ones(3, 11), *sides)
+            inputs = padded(ids, *sides, value=7), mask
+            output = model(*inputs, labels=labels)
+            hidden = model.encoder(*inputs)[mask == 1]
+            results.append([*output, hidden, gradient(output.loss, model)])
+        changes.append(deviation(results))
+    return torch.tensor(changes).max().item()
+
+
+@pytest.mark.parametrize("pads", PADS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_padding_changes_nothing(pattern, pads):
+    assert drift(tiny(pattern), pads) < EXACT
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_padding_changes_nothing_in_float32(pattern):
+    assert drift(tiny(pattern), "pads-around", torch.float32) < 1e-5
+
+
+VARIANTS = {  # of the config; the pooling "attn" is left out, since it sees pads by definition
+    "causal": dict(causal_conv=True),
+    "cls": dict(pooling="cls"),
+    "mean": dict(pooling="mean"),
+    "pre+scan": dict(psm=("pre", "scan")),
+    "pre+scan-causal": dict(psm=("pre", "scan"), causal_conv=True),
+}
+
+
+@pytest.mark.parametrize("pads", PADS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_changes_nothing_in_variants(variant, pads):
+    assert drift(tiny("MWHT", **VARIANTS[variant]), pads) < EXACT
+
+
+@interpreted
+def test_padding_changes_nothing_with_the_kernels_in_float32():
+    """Each channel has one state, since Triton's interpreter takes its time for each."""
+    with torch.device(DEVICE):
+        config = tiny("MWT", d_state=1, scan_backend="triton")
+        assert drift(config, "pads-around", torch.float32) < 1e-5
+
+
+HARMLESS = [  # pattern, pads, the convolution, and a form of masking under which none leaks
+    # the scan meets these pads after the real tokens, and a causal convolution brings none in
+    *((pattern, pads, "causal", form)
+      for pattern, pads in (("MMT", "pads-right"), ("H", "pads-right"), ("W", "pads-left"))
+      for form in ("none", "pre+post")),
+    # a centred one sees them, or the zeros of stage pre
+    *((pattern, pads, "centred", form)
+      for pattern, pads in (("MMT", "pads-right"), ("H", "pads-right"), ("W", "pads-left"))
+      for form in ("pre", "pre+post")),
+    # attention needs no stage
+    ("TT", "pads-left", "centred", "none"),
+    ("TT", "pads-right", "centred", "none"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern, pads, convolution, form", HARMLESS)
+def test_padding_changes_nothing_where_fewer_stages_suffice(pattern, pads, convolution, form):
+    config = tiny(pattern, psm=STAGES[form], causal_conv=convolution == "causal")
+    assert drift(config, pads) < EXACT
+
+
+LEAKS = [  # the same, where pads leak
+    # the scan meets these pads before the real tokens; under the paper's two stages the
+    # convolution's bias still moves the state
+    *((pattern, pads, convolution, form)
+      for pattern, pads in (("M", "pads-left"), ("W", "pads-right"), ("H", "pads-left"),
+                            ("MMT", "pads-left"), ("WHTM", "pads-left"), ("WHTM", "pads-right"))
+      for convolution, form in (("centred", "none"), ("causal", "none"), ("centred", "pre+post"))),
+    # it meets these after the real tokens; the centred convolution brings them in
+    *((pattern, pads, "centred", "none")
+      for pattern, pads in (("M", "pads-right"), ("W", "pads-left"), ("H", "pads-right"),
+                            ("MMT", "pads-right"))),
+    # pre or scan alone, or post
+    ("M", "pads-left", "centred", "pre"),
+    ("M", "pads-left", "centred", "scan"),
+    ("M", "pads-right", "centred", "scan"),
+    ("M", "pads-right", "centred", "post"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern, pads, convolution, form", LEAKS)
+def test_padding_leaks_where_a_stage_is_missing(pattern, pads, convolution, form):
+    config = tiny(pattern, psm=STAGES[form], causal_conv=convolution == "causal")
+    assert 1e-3 < drift(config, pads) < math.inf
+
+
+@pytest.mark.parametrize("causal_conv", [True, False])
+def test_padding_and_tokens_are_flipped_for_a_mirrored_layer(causal_conv):
+    layer, mirrored = (build(mabert.LAYERS[name], tiny(causal_conv=causal_conv)) for name in "MW")
+    mirrored.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    mask = torch.rand(2, 12) < 0.7
+    for flipped, mask_ in ((mask.flip(1), mask), (None, None)):
+        assert relative(mirrored(x, mask_), layer(x.flip(1), flipped).flip(1)) < 1e-12
+
+    # what is on the left does not reach a mirrored layer's tokens, but by the centred convolution
+    changed = x.clone()
+    changed[:, 0] += 1
+    seen = (mirrored(changed) - mirrored(x)).abs().amax(dim=(0, 2)) > 0
+    assert seen[0] and not seen[1 + (0 if causal_conv else 2) :].any()
+
+
+@pytest.mark.parametrize("causal_conv", [True, False])
+def test_padding_in_holes_may_hold_any_ids(causal_conv):
+    """More is not promised of a mask with holes: with the holes closed up, the convolution would
+    see other neighbours."""
+    model = build(MaBERTForMaskedLM, tiny("MMTM", causal_conv=causal_conv))
+    ids = torch.randint(1, 60, (6, 12))
+    real = masks(12).cpu()
+    results = []
+    for other in (0, 9, ids):
+        output = model(ids.where(real, other), real, labels=ids.where(real, -100))
+        results.append([output.logits, gradient(output.loss, model)])
+    assert deviation(results) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("pooling", mabert.POOLINGS)
+def test_padding_of_whole_rows_stays_finite(pooling, dtype):
+    ids = torch.randint(1, 60, (3, 7))
+    mask = torch.tensor([[1] * 7, [0] * 7, [0] * 3 + [1] * 4])
+    for psm in ((), mabert.PSM_STAGES):
+        model = build(Classifier, tiny("MTM", psm=psm, pooling=pooling), dtype)
+        hidden = model.encoder(ids, mask)
+        assert hidden.isfinite().all()
+        if psm:
+            assert hidden[mask == 0].eq(0).all()  # stage post
+        assert model.pooling(hidden, mask)[1].eq(0).all()
+        loss = model(ids, mask, labels=torch.tensor([0, 1, 0])).loss
+        assert gradient(loss, model).isfinite().all()
+
+
+# ---- Helpers of all sections below ----
+
+
 def refused(call, *args, said, error=SystemExit) -> str:
     """The error that a call raises, which says this: itself or, as argparse does, on stderr."""
     with contextlib.redirect_stderr(io.StringIO()) as stderr, pytest.raises(error) as caught:
@@ -99,7 +295,7 @@ def refused(call, *args, said, error=SystemExit) -> str:
 
 
 def put(file, contents):
-    """A file with these bytes, this text or this object; or none."""
+    """Writes bytes, a text or an object into a file; with None, deletes the file."""
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).unlink(missing_ok=True)
     if isinstance(contents, (bytes, str)):
@@ -226,123 +422,6 @@ def arguments(flags="") -> list[str]:
     if "--vocab-size" not in flags and "--tokenizer" not in flags:
         defaults += " --tokenizer words.json"
     return f"{defaults} {flags}".split()
-
-
-# ---- Padding changes nothing ----
-
-
-def padded(rows, before, after, value=0):
-    """Rows with pads on both sides: each has more on the left, fewer on the right, than the one
-    above it."""
-    count = len(rows)
-    sides = [(before * i, before * (count - i) + after) for i in range(1, count + 1)]
-    return torch.stack([F.pad(row, side, value=value) for row, side in zip(rows, sides)])
-
-
-def drift(config, paddings, dtype) -> float:
-    """The largest relative change that pads (before, after) make to anything the models compute
-    about real tokens: losses, logits, hidden states, gradients."""
-    torch.manual_seed(1)
-    ids = torch.randint(1, 60, (3, 11))
-    token_labels = torch.randint(0, 60, (3, 11))
-    token_labels[torch.rand(3, 11) < 0.5] = -100
-
-    changes = []
-    for model_class in (MaBERTForMaskedLM, Classifier):
-        model = build(model_class, config, dtype)
-        results = []
-        for pads in ((0, 0), *paddings):
-            labels = torch.tensor([0, 1, 1])
-            if model_class is MaBERTForMaskedLM:
-                labels = padded(token_labels, *pads, value=-100)
-            inputs = padded(ids, *pads, value=7), padded(torch.ones(3, 11), *pads)
-            output = model(*inputs, labels=labels)
-            hidden = model.encoder(*inputs)[inputs[1] == 1]
-            results.append([*output, hidden, gradient(output.loss, model)])
-        changes.append(deviation(results))
-    return torch.tensor(changes).max().item()
-
-
-ALL = ((1, 0), (4, 0), (0, 1), (0, 9), (2, 5))  # pads before and after
-EXACT = (torch.float64, 0, 1e-12)  # dtype, and the least and the most drift
-CLOSE = (torch.float32, 0, 1e-5)
-LEAKS = (torch.float64, 1e-9, math.inf)
-LAYERINGS = ("M", "T", "MTT", "TM", "MT", "TMM", "MMT", "TTM", "W", "MW", "MWT", "H", "WHTM")
-KERNELS = dict(d_state=1, scan_backend="triton")
-PADDING = [  # pattern, changes of the config, paddings, dtype and bounds of the drift
-    *((pattern, {}, ALL, EXACT) for pattern in LAYERINGS),
-    *((pattern, {}, [(4, 0), (2, 5)], CLOSE) for pattern in LAYERINGS),
-    pytest.param("MWT", KERNELS, [(2, 3)], CLOSE, id="kernels_in", marks=interpreted),
-    ("MWHT", dict(causal_conv=True), ALL, EXACT),
-    *(("MWHT", dict(pooling=pooling, causal_conv=causal), ALL, EXACT)  # "attn" sees pads
-      for pooling in ("cls", "mean") for causal in (True, False)),
-    *(("MWHT", dict(psm=("pre", "scan"), causal_conv=causal), [(4, 4)], EXACT)
-      for causal in (True, False)),
-    # no stage is needed where no pad comes before a real token, or where attention masks them
-    *((pattern, dict(psm=psm, causal_conv=True), [pads], EXACT)
-      for pattern, pads in (("MMT", (0, 9)), ("H", (0, 9)), ("TT", (4, 0)))
-      for psm in ((), ("pre",), ("post",), ("pre", "post"), ("scan",))),
-    # the checks above can fail: these leak, the paper's two stages by the convolution's bias
-    *((pattern, changes, [pads], LEAKS)
-      for letter, pads in (("M", (4, 0)), ("H", (4, 0)), ("W", (0, 9)))
-      for pattern in LAYERINGS if letter in pattern
-      for changes in (dict(psm=()), dict(psm=(), causal_conv=True), dict(psm=("pre", "post")))),
-    *((pattern, dict(psm=()), [pads], LEAKS)
-      for pattern, pads in (("MMT", (0, 9)), ("H", (0, 9)), ("W", (4, 0)))),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("pattern, changes, paddings, bounds", PADDING)
-def test_padding_changes_nothing_where_masking_is_complete(pattern, changes, paddings, bounds):
-    dtype, least, most = bounds
-    with torch.device(DEVICE if "scan_backend" in changes else "cpu"):
-        assert least <= drift(tiny(pattern, **changes), paddings, dtype) < most
-
-
-@pytest.mark.parametrize("causal_conv", [True, False])
-def test_a_mirrored_layer_is_the_layer_on_the_flipped_row(causal_conv):
-    layer, mirrored = (build(mabert.LAYERS[name], tiny(causal_conv=causal_conv)) for name in "MW")
-    mirrored.load_state_dict(layer.state_dict())
-    x = torch.randn(2, 12, 16, dtype=torch.float64)
-    mask = torch.rand(2, 12) < 0.7
-    for flipped, mask_ in ((mask.flip(1), mask), (None, None)):
-        assert relative(mirrored(x, mask_), layer(x.flip(1), flipped).flip(1)) < 1e-12
-
-    # what is on the left does not reach a mirrored layer's tokens, but by the centred convolution
-    changed = x.clone()
-    changed[:, 0] += 1
-    seen = (mirrored(changed) - mirrored(x)).abs().amax(dim=(0, 2)) > 0
-    assert seen[0] and not seen[1 + (0 if causal_conv else 2) :].any()
-
-
-@pytest.mark.parametrize("causal_conv", [True, False])
-def test_what_stands_at_pads_does_not_matter_in_holes_either(causal_conv):
-    """More is not promised of a mask with holes: with the holes closed up, the convolution would
-    see other neighbours."""
-    model = build(MaBERTForMaskedLM, tiny("MMTM", causal_conv=causal_conv))
-    ids = torch.randint(1, 60, (6, 12))
-    real = masks(12).cpu()
-    results = []
-    for other in (0, 9, ids):
-        output = model(ids.where(real, other), real, labels=ids.where(real, -100))
-        results.append([output.logits, gradient(output.loss, model)])
-    assert deviation(results) < 1e-12
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("pooling", mabert.POOLINGS)
-def test_rows_of_padding_stay_finite(pooling, dtype):
-    ids = torch.randint(1, 60, (3, 7))
-    mask = torch.tensor([[1] * 7, [0] * 7, [0] * 3 + [1] * 4])
-    for psm in ((), mabert.PSM_STAGES):
-        model = build(Classifier, tiny("MTM", psm=psm, pooling=pooling), dtype)
-        hidden = model.encoder(ids, mask)
-        assert hidden.isfinite().all()
-        if psm:
-            assert hidden[mask == 0].eq(0).all()  # stage post
-        assert model.pooling(hidden, mask)[1].eq(0).all()
-        loss = model(ids, mask, labels=torch.tensor([0, 1, 0])).loss
-        assert gradient(loss, model).isfinite().all()
 
 
 # ---- The masked selective scan ----
@@ -715,7 +794,7 @@ MACHINE_CODE = {  # the most instructions a state update; of _gradients the sum 
 
 
 @pytest.mark.skipif(mabert.INTERPRETED or not mabert.triton, reason="needs Triton's compiler")
-def test_machine_code_of_the_kernels():
+def test_machine_code_of_the_kernels_stays_within_its_budget():
     """For sm_80 with float32 and sm_90 with bf16, in a process of its own: its forks and our
     threads do not mix."""
     code = "import bench; bench.TARGETS = bench.TARGETS[1:3]; "
@@ -755,40 +834,21 @@ def test_kernels_on_a_gpu_in_a_cuda_graph():
     assert all(torch.equal(captured[name], expected[name]) for name in expected)
 
 
-@pytest.mark.gpu
-def test_gradients_over_nccl_on_a_gpu():
-    inputs = dict.fromkeys(("input_ids", "labels"), torch.randint(1, 60, (2, 20), device=DEVICE))
-    model = build(MaBERTForMaskedLM, tiny("MWHT"), torch.float32).to(DEVICE)
-    results = []
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        for call in (model, torch.nn.parallel.DistributedDataParallel(model)):
-            with torch.autocast(DEVICE, dtype=torch.bfloat16):
-                call(**inputs).loss.backward()
-            results.append([p.grad.clone() for p in model.parameters()])
-            model.zero_grad()
-    finally:
-        dist.destroy_process_group()
-    assert deviation(results) < 1e-6
-
-
 # ---- The model ----
 
 IDS = torch.arange(1, 13).view(2, 6)
 REFUSED_FIELDS = dict(
     vocab_size=[0],
-    hidden_size=[100, 16.0],
+    hidden_size=[100, 16.0],  # no multiple of num_heads, no integer
     pattern=["MXT", ""],
     num_heads=[True],
-    d_state=[-1],
     dt_rank=[0],
     causal_conv=[1],
     dropout=[1.0],
-    layer_norm_eps=[0.0, math.inf, math.nan],
-    pad_token_id=[40000, 0.5],
-    psm=[("pre", "mid"), [["pre"]], "pre"],
+    layer_norm_eps=[0.0, math.inf],
+    pad_token_id=[40000],
+    psm=[("pre", "mid"), "pre"],
     pooling=["max"],
-    num_labels=[0],
     scan_backend=["cuda"],
 )
 HALVED = dict(pattern="MH", hidden_size=12)
@@ -800,16 +860,13 @@ REFUSED = [  # who is called, with which arguments that do not fit, what the err
     (MaBERT, dict(input_ids=IDS.tolist()),
      r"input_ids is of type list; .* tensor of shape \(batch, length\), int64"),
     (MaBERT, dict(input_ids=IDS.float()), r"input_ids is torch.float32 of shape \(2, 6\)"),
-    (MaBERT, dict(input_ids=IDS[0]), r"input_ids is torch.int64 of shape \(6,\)"),
     (MaBERT, dict(input_ids=IDS[:, :0]), "it is empty"),
     (MaBERT, dict(input_ids=IDS + 50), "input_ids has the value 6[0-2]; .* numbers from 0 to 59"),
-    (MaBERT, dict(input_ids=IDS - 2), "input_ids has the value -1"),
     (MaBERT, dict(input_ids=torch.ones(1, 33).long()), "33 real tokens; max_position is 32"),
     (MaBERT, dict(attention_mask=IDS[:, :5]), r"attention_mask .*\(2, 5\).*\(2, 6\)"),
-    (MaBERT, dict(attention_mask=IDS), "attention_mask has the value 2"),
     (MaBERT, dict(attention_mask=torch.full((2, 6), 0.5)), "attention_mask has the value 0.5"),
     (MaBERT, dict(token_type_ids=IDS[:1]), r"token_type_ids is .*\(1, 6\)"),
-    (MaBERT, dict(token_type_ids=IDS), "token_type_ids has the value 2"),
+    (MaBERT, dict(token_type_ids=-IDS), "token_type_ids has the value -1; .* from 0 to 1"),
     (Pooling, dict(x=IDS), "x is torch.int64"),
     (Pooling, dict(mask=[1]), "mask is of type list"),
     (MaBERTForMaskedLM, dict(reduction="none"), "reduction is 'none'"),
@@ -819,17 +876,16 @@ REFUSED = [  # who is called, with which arguments that do not fit, what the err
     (Classifier, dict(labels=torch.tensor([0.9, 1])), "labels is torch.float32"),
     (Classifier, dict(labels=torch.tensor([0, 2])), "labels has the value 2"),
     (Classifier, dict(labels=torch.tensor([0])), r"labels is .*\(1,\).*\(2,\)"),
-    *((function, arguments, message)
-      for function in (reference_scan, selective_scan)
-      for arguments, message in (
-        (dict(u=torch.ones(9, 5)), r"u is torch.float32 of shape \(9, 5\)"),
-        (dict(u=torch.ones(2, 9, 5).long()), "u is torch.int64"),
-        (dict(delta=np.ones((2, 9, 5))), "delta is of type ndarray"),
-        (dict(A=torch.ones(5)), r"A is torch.float32 of shape \(5,\)"),
-        (dict(B=torch.ones(2, 8, 3)), r"B is .* \(2, 8, 3\); it must be .*\(2, 9, 3\)"),
-        (dict(C=None), "C is of type NoneType"),
-        *(({name: torch.ones(4)}, f"{name} is") for name in ("D", "z", "delta_bias", "mask")),
-        *((scan_inputs(**{x: 0}), "length, d and n must be at least 1") for x in "ldn"))),
+    *((function, dict(u=torch.ones(9, 5)), r"u is torch.float32 of shape \(9, 5\)")
+      for function in (reference_scan, selective_scan)),
+    (selective_scan, dict(u=torch.ones(2, 9, 5).long()), "u is torch.int64"),
+    (selective_scan, dict(delta=np.ones((2, 9, 5))), "delta is of type ndarray"),
+    (selective_scan, dict(A=torch.ones(5)), r"A is torch.float32 of shape \(5,\)"),
+    (selective_scan, dict(B=torch.ones(2, 8, 3)), r"B is .* \(2, 8, 3\); .*\(2, 9, 3\)"),
+    (selective_scan, dict(C=None), "C is of type NoneType"),
+    *((selective_scan, {name: torch.ones(4)}, f"{name} is")
+      for name in ("D", "z", "delta_bias", "mask")),
+    *((selective_scan, scan_inputs(**{x: 0}), "length, d and n must be at least 1") for x in "ldn"),
     (selective_scan, dict(backend="cuda"), "backend is 'cuda'"),
 ]  # fmt: skip
 
@@ -849,7 +905,7 @@ def test_arguments_are_refused_by_name(called, arguments, message):
     assert "\n" not in error
 
 
-def test_initialisation():
+def test_initialisation_is_berts_and_mambas():
     config = tiny("MMT", hidden_size=64, d_state=16)
     model = build(MaBERTForMaskedLM, config, torch.float32)
 
@@ -919,7 +975,7 @@ def test_max_position_counts_real_tokens_and_can_be_stretched():
     model(ids)
 
 
-def test_poolings():
+def test_poolings_weigh_real_tokens_and_attn_pads_too():
     x = torch.randn(3, 6, 16, dtype=torch.float64)
     mask = torch.tensor([[1] * 6, [0, 1, 1, 0, 0, 0], [0] * 5 + [1]])
     real = [row[m == 1] for row, m in zip(x, mask)]
@@ -3650,6 +3706,17 @@ def test_the_commands_of_the_pages_are_run_or_parsed(page, monkeypatch, capsys):
     # no command hides where the lines above do not look
     elsewhere = re.sub(r"(?ms)^```sh\n.*?^```", "", page.read_text("utf-8"))
     assert not re.findall(r"(?m)^ *(?:python|torchrun) .*", elsewhere)
+
+
+def test_the_readmes_padding_tests_are_those_of_the_section_on_padding():
+    [command] = [words for words in shell_commands(ROOT / "README.md") if words[0] == "pytest"]
+    _, flag, selected = command
+    assert flag == "-k"
+    for section in Path(__file__).read_text("utf-8").split("\n# ---- "):
+        names = re.findall(r"(?m)^def (test_\w+)", section)
+        is_padding = section.startswith("Padding changes nothing")
+        assert all((selected in name) == is_padding for name in names), section[:40]
+        assert names or not is_padding
 
 
 def test_the_flags_that_the_readme_names_exist(monkeypatch, capsys):
