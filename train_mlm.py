@@ -1325,7 +1325,7 @@ COLUMNS = (
     "loss",  # nats per masked token, the mean over the steps since the last line
     "held_out_loss",  # nats per masked token, after this step
     "lr",  # of this step
-    "tokens_per_s",  # without pads, since the last line; without the time of evaluating and saving
+    "tokens_per_s",  # without pads, since the last line; evaluating does not count, saving does
     "padding",  # share of the tokens that are pads, since the last line
     "skipped_steps",  # without finite gradients, since the start of the run
 )
@@ -1766,22 +1766,19 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
             # this waits for a GPU, so the time is that of finished steps
             refuse_divergence(skipped_in_a_row, lr, out)
             if RANK == 0:
-                line = log_line(step, sums, log[-1], lr, trained / (perf_counter() - start))
+                log.append(log_line(step, sums, log[-1], lr, trained / (perf_counter() - start)))
                 if evaluates:
                     held_out = held_out_loss(model, data, args.micro_batch_size)
-                    line["held_out_loss"] = f"{held_out:.4f}"
-                log.append(line)
+                    log[-1]["held_out_loss"] = f"{held_out:.4f}"
                 write_log(out, log)
-                bar.set_postfix(line, refresh=False)
+                bar.set_postfix(log[-1], refresh=False)
             sums = zero_sums(device)
             start = perf_counter()
             trained = 0
 
-        # save, outside of the time that tokens_per_s counts
+        # save
         signum = stop.signal_after(step)
         if RANK == 0 and (step % args.save_every == 0 or step == args.steps or signum):
-            skipped_in_a_row.item()  # waits for a GPU to finish the step
-            before = perf_counter()
             training = dict(
                 step=step,
                 identity=identity,
@@ -1791,7 +1788,6 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
                 optimizer=optimizer.state_dict(),
             )
             save_checkpoint(out, args.keep, model, data.tokenizer, training)
-            start += perf_counter() - before
         if signum:
             name = signal.Signals(signum).name
             print(f"\nstopped by {name} after step {step}, which is saved; --resume goes on")
