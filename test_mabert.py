@@ -3708,7 +3708,7 @@ def test_the_commands_of_the_pages_are_run_or_parsed(page, monkeypatch, capsys):
     assert not re.findall(r"(?m)^ *(?:python|torchrun) .*", elsewhere)
 
 
-def test_the_readmes_padding_tests_are_those_of_the_section_on_padding():
+def test_the_tests_that_the_readme_picks_are_those_of_the_first_section():
     [command] = [words for words in shell_commands(ROOT / "README.md") if words[0] == "pytest"]
     _, flag, selected = command
     assert flag == "-k"
