@@ -255,7 +255,7 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, heads, l, width)
 
         if mask is not None:
-            # in a row that is all padding, pads attend to all: a softmax over nothing gives NaN
+            # in a row that is all padding, pads attend to all: a softmax over nothing may be NaN
             mask = mask | ~mask.any(dim=-1, keepdim=True)
             mask = mask[:, None, None]  # (b, 1, 1, l)
 
