@@ -247,9 +247,17 @@ def test_padding_and_tokens_are_flipped_for_a_mirrored_layer(causal_conv):
 
     # what is on the left does not reach a mirrored layer's tokens, but by the centred convolution
     changed = x.clone()
-    changed[:, 0] += 1
+    changed[:, 0] += torch.randn(2, 16, dtype=torch.float64)
     seen = (mirrored(changed) - mirrored(x)).abs().amax(dim=(0, 2)) > 0
     assert seen[0] and not seen[1 + (0 if causal_conv else 2) :].any()
+
+
+@pytest.mark.parametrize("psm, is_zero", [(("post",), True), (("pre", "scan"), False)])
+def test_padding_is_zero_in_the_output_with_post_alone(psm, is_zero):
+    layer = build(mabert.LAYERS["M"], tiny(psm=psm))
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+    mask = masks(6)[1:3].cpu()
+    assert layer(x, mask)[~mask].eq(0).all() == is_zero
 
 
 @pytest.mark.parametrize("causal_conv", [True, False])
@@ -943,6 +951,25 @@ def test_a_hybrid_layer_has_half_of_the_heads_and_half_of_the_inner_width():
         assert layer.mixer.D.shape == (expand // 2 * 16,) and layer.attention.heads == 1
 
 
+def test_a_hybrid_layer_is_the_mean_of_its_normalised_halves():
+    layer = build(mabert.LAYERS["H"], tiny("H"))
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+    halves = layer.norms[0](layer.attention(x)) + layer.norms[1](layer.mixer(x))
+    torch.testing.assert_close(layer.mix(x, None), halves / 2)
+    for norm in layer.norms:
+        assert norm.weight.sub(0.1).abs().max() < 1e-6
+
+
+def test_attention_and_the_classifier_have_dropout():
+    config = replace(tiny(), dropout=0.5)
+    attention = build(mabert.SelfAttention, config)
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+    assert not torch.equal(attention(x), attention(x))
+    classifier = build(Classifier, config)
+    classifier.encoder.eval()
+    assert not torch.equal(classifier(IDS).logits, classifier(IDS).logits)
+
+
 def test_masks_and_ids_of_any_kind_and_token_types():
     model = build(MaBERT, tiny())
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
@@ -973,6 +1000,11 @@ def test_max_position_counts_real_tokens_and_can_be_stretched():
     torch.testing.assert_close(new[1::2], (old[1:] + old[:-1]) / 2)
     assert model.config.max_position == 9 and config.max_position == 5 and new.requires_grad
     model(ids)
+
+    # a frozen table stays frozen
+    new.requires_grad_(False)
+    model.resize_positions(11)
+    assert not model.position_embeddings.weight.requires_grad
 
 
 def test_poolings_weigh_real_tokens_and_attn_pads_too():
@@ -1128,6 +1160,7 @@ def test_the_encoder_travels_between_heads(caplog):
     assert not caplog.text and torch.equal(loaded.classifier.weight, classifier.classifier.weight)
     other = Classifier.from_pretrained("classifier", num_labels=2)
     assert other.classifier.out_features == 2 and "new and untrained: classifier" in caplog.text
+    assert "not used: classifier.bias, classifier.weight" in caplog.text
 
 
 class Trap:
@@ -1343,6 +1376,11 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(monkeypatch):
     for state, other in zip(*states, strict=True):
         assert all(torch.equal(state[name], other[name]) for name in state)
 
+    # a loss that is not finite is not logged; ten steps are too many only in a row
+    skipped_steps((3,), "--log-every 1")
+    assert trained()[1][3]["loss"] == "0.0000"
+    assert skipped_steps(range(1, 20, 2))[-1] == 10
+
     # a run that does not recover ends, and leaves no model
     said = "no gradient was finite in the last 12 steps.*last checkpoint .*step-0000016"
     refused(skipped_steps, range(9, 21), said=said)
@@ -1462,6 +1500,11 @@ def test_order_and_masks_are_functions_of_seed_and_step(monkeypatch):
     labels = [seeded(seed).masked_rows(step)[2] for step, seed in keys[:3]]
     assert len({x.tobytes() for x in labels}) == 3
     assert np.array_equal(seeded(0).masked_rows(5)[2], labels[0])
+
+
+def test_of_a_large_text_no_more_than_2_to_the_18_tokens_are_held_out():
+    _, held = train_mlm.split_held_out(types.SimpleNamespace(offsets=np.array([0, 2**24])))
+    assert np.diff(held).sum() == 2**18
 
 
 @pytest.mark.parametrize("bucket", ["", "--bucket"])
@@ -1862,9 +1905,21 @@ def test_damaged_tokens_are_refused():
 
 
 def test_text_that_changes_while_it_is_read_is_refused():
-    (source,) = train_mlm.file_sources([Path("corpus.txt")], "line")
-    put("corpus.txt", "other text\n")
-    refused(lambda: list(source.read()), said="corpus.txt was changed while it was read")
+    text = Path("corpus.txt").read_text()
+    for other in ("other text\n", text.upper()):  # of another size, of the same size
+        put("corpus.txt", text)
+        os.utime("corpus.txt", ns=(1, 1))
+        (source,) = train_mlm.file_sources([Path("corpus.txt")], "line")
+        put("corpus.txt", other)
+        refused(list, source.read(), said="corpus.txt was changed while it was read")
+
+
+def test_documents_that_are_skipped_are_skipped_whole(monkeypatch):
+    monkeypatch.setattr(train_mlm, "PIECE", 100)
+    put("a.txt", "one two " * 100)
+    put("b.txt", "three")
+    sources = train_mlm.file_sources([Path("a.txt"), Path("b.txt")], "document")
+    assert [text for text, _ in train_mlm.pieces(sources, "", skip=1)] == ["three"]
 
 
 def test_tokens_without_their_documents_are_damaged_and_a_cache_is_named_that_cannot_be_made():
@@ -2159,6 +2214,16 @@ def test_processes_ask_each_other_for_signals_every_ten_steps_or_once_a_second(
         if stop.signal_after(clock.step):
             break
     assert asked == steps and clock.step == steps[-1]
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(train_mlm.signal, "signal", handlers.__setitem__)
+    stop = train_mlm.Stop()
+    assert handlers[signal.SIGINT] == handlers[signal.SIGTERM] == stop.receive
+    stop.receive(signal.SIGINT, None)
+    assert handlers[signal.SIGINT] is signal.default_int_handler
+    assert stop.signal_after(1) == signal.SIGINT
 
 
 def test_a_model_that_does_not_fit_leaves_its_folder_free(monkeypatch):
@@ -2545,6 +2610,20 @@ def test_a_learnable_task_is_learned_from_end_to_end(capsys):
         assert model(torch.tensor([tokenizer.encode(text).ids])).logits.argmax() == label
     assert tokenizer.truncation is None
     assert tokenizer.encode("w7 [MASK]").tokens == ["[CLS]", "w7", "[MASK]", "[SEP]"]
+
+
+def test_each_epoch_has_an_order_of_its_own(monkeypatch):
+    args, _, _, data = glue_run("cola", "--batch-size 8 --epochs 2")
+    padded_batch = finetune_glue.padded_batch
+    batches = []
+
+    def recorded(encoded, indices, *options):
+        batches.append(list(indices))
+        return padded_batch(encoded, indices, *options)
+
+    monkeypatch.setattr(finetune_glue, "padded_batch", recorded)
+    finetune_glue.fit(finetune_glue.load_model("model"), data["train"], 0, args)
+    assert len(batches) == 64 and batches[:32] != batches[32:]
 
 
 def test_a_run_repeats_by_seed_and_depends_on_variant_and_side():
@@ -3403,6 +3482,10 @@ def test_rows_of_recall_ask_for_each_value_once(pairs, scripts):
         known = items[row][is_pair[row]].tolist()
         asked = zip(questions[row, ::2].tolist(), answers[row, 1::2].tolist())
         assert len(known) == pairs and dict(known) == dict(asked)
+
+
+def test_deviations_are_those_of_a_sample(scripts):
+    assert scripts.patterns.mean_and_deviation([1.0, 3.0]) == "2.000 ± 1.414"
 
 
 def test_recall_measures_how_often_a_value_is_found(scripts):
