@@ -21,10 +21,10 @@ What is particular about the model:
 
 A row is a sequence of the batch. A mask is True at real tokens and False at pads. Letters in the
 comments on shapes, and the fields of the config that set them:
-    b  batch                        n  numbers in a channel's state, its n states, d_state (16)
+    b  batch                        n  numbers in a channel's state (its "states"), d_state (16)
     l  sequence length              r  rank of Δ, dt_rank (⌈h / 16⌉)
     h  hidden size (768)            k  width of the convolution, d_conv (4)
-    d  inner width of the Mamba core, also called its channels, expand * h (1536)
+    d  inner width of the Mamba mixer, also called its channels, expand * h (1536)
 A, B, C, D are the parameters of the state-space model, Δ is its step size, u its input, s its state
 (the paper's h) and z its gate. `rho` is what Δ is projected from; `delta`, an argument of the scan,
 is Δ before bias and softplus, as in mamba-ssm. (q, k and v of attention are its own.)
@@ -95,7 +95,7 @@ class MaBERTConfig:
     max_position: int = 512  # the most real tokens in a row; MaBERT.resize_positions changes it
     type_vocab_size: int = 2
     dropout: float = 0.1
-    layer_norm_eps: float = 1e-5  # Mamba's; BERT's 1e-12 overflows in float16
+    layer_norm_eps: float = 1e-5  # Mamba's; with BERT's 1e-12, 1 / √eps overflows in float16
     pad_token_id: int = 0
     psm: tuple[str, ...] = PSM_STAGES  # stages of padding-safe masking; the paper: "pre" and "post"
     pooling: str = "map"  # what the classifier reads: "map", "attn", "cls" or "mean"
@@ -131,7 +131,7 @@ def feed_forward(config: MaBERTConfig) -> nn.Sequential:
 
 
 class MambaMixer(nn.Module):
-    """The core of a Mamba layer (Eqs. 4–9), the block of Mamba 1: x (b, l, h) -> (b, l, h).
+    """The mixer of a Mamba layer (Eqs. 4–9), the block of Mamba 1: x (b, l, h) -> (b, l, h).
 
     Projections, a short convolution and the selective scan. With a mask (b, l), of dtype bool, the
     state of the scan passes through pads unchanged.
@@ -520,7 +520,7 @@ class MaBERTForSequenceClassification(PretrainedModel):
     -> Output(loss, logits (b, num_labels))
     - labels: classes, int64 or int32 (b,); the loss is the mean cross-entropy in nats, over the
       rows whose label is not -100
-    - with num_labels=1: numbers of any dtype (b,); the loss is the mean squared error
+    - with num_labels=1: real numbers of any dtype (b,); the loss is the mean squared error
     """
 
     def __init__(self, config: MaBERTConfig):
@@ -538,8 +538,10 @@ class MaBERTForSequenceClassification(PretrainedModel):
         if labels is None:
             return Output(None, logits)
 
-        # the loss, in float32 at least: regression
+        # the loss, in float32 at least
         predicted = in_float32(logits)
+
+        # regression
         if self.config.num_labels == 1:
             check("labels", labels, "not complex", x.shape[:1])
             loss = F.mse_loss(predicted.squeeze(-1), labels.to(predicted.dtype))
@@ -619,12 +621,13 @@ def selective_scan(
 
     The names are those of mamba-ssm's selective_scan_fn, the layout has channels last.
     - u, delta, z: (b, l, d). A: (d, n), negative. B, C: (b, l, n). D, delta_bias: (d,).
+      D, z and delta_bias may be None: no term D u, no gate, no bias.
       Floating-point numbers of any kind, and finite, also at pads; y has the dtype of u. The
       arithmetic is in float32, or in float64 where u is float64.
     - mask: (b, l), bool or 0/1. At a pad (0) the state passes through, y is 0, and so are the
       gradients of u, delta, B, C and z. None means that all tokens are real.
-    - backend: "triton" (needs a GPU; no float64), "loop", or None: Triton where it can run, else
-      the loop.
+    - backend: "triton" (needs a GPU; no float64), "loop", or None: Triton for a u on a GPU
+      where it can run, else the loop.
 
     Raises ValueError for arguments that do not fit (values of the mask are looked at on a CPU
     only), RuntimeError for a backend that cannot run. There are no gradients of gradients.
@@ -757,7 +760,8 @@ def _chunk_states(buffers, u, delta, A2, B, bias, mask, state, softplus):
     """The forward recurrence over a chunk.
 
     u, delta (steps, rows, d); A2 (n, d); B (steps, rows, n); bias (d,); mask (steps, rows) or None;
-    state (rows, n, d), the one before the chunk. Two buffers (chunk + 1, rows, n, d) take results.
+    state (rows, n, d), the one before the chunk. The first two of `buffers`, each
+    (chunk + 1, rows, n, d), take results.
     Returns Δ (steps, rows, d), the decays exp(Δ A) (steps, rows, n, d), and the states before the
     chunk and after each step (steps + 1, rows, n, d).
     """
@@ -1062,7 +1066,7 @@ def _place(l, segment_length, d: constexpr):
     blocks = tl.cdiv(d, 32)
     b = (tl.program_id(0) // blocks).to(tl.int64)  # offsets in memory may exceed 2^31
     channel = tl.program_id(0) % blocks * 32 + tl.arange(0, 32)
-    exists = channel < d if d % 32 else tl.full((32,), True, tl.int1)  # masks cost nothing
+    exists = channel < d if d % 32 else tl.full((32,), True, tl.int1)  # all True: costs nothing
 
     begin = tl.program_id(1) * segment_length
     end = tl.minimum(begin + segment_length, l)
@@ -1282,7 +1286,7 @@ def _state_ends(
     ends_ptr, dt_sums_ptr, l, segment_length, d: constexpr, n: constexpr,
     SOFTPLUS: constexpr, TILE: constexpr,
 ):  # fmt: skip
-    """Phase 1, forward: the last state of each segment that starts from zero, and its Σ Δ."""
+    """Phase 1, forward: the last state of each segment, if started from zero; and its Σ Δ."""
     # -- where this program works --
     b, row_segment, channel, exists, begin, end = _place(l, segment_length, d)
     packed_ptr = _packed_row(packed_ptr, b, l, n, TILE)
@@ -1756,7 +1760,7 @@ def _kernel_parameters(A: Tensor, D: Tensor, bias: Tensor) -> tuple[Tensor, Tens
 
 
 def _segment_starts_of(phase_1, inputs: dict, A2: Tensor, grid: tuple, sizes: dict, options: dict):
-    """What the segments of each row start from, (b, segments, n, d), or None where there is one.
+    """What the segments of each row start from, (b, segments, n, d); None if a row is one segment.
 
     phase_1: the kernel `_state_ends`, for s, or `_gradient_ends`, for q. grid: rows × blocks, and
     segments.

@@ -1894,6 +1894,8 @@ def test_damaged_tokens_are_refused():
     known = (folder / "documents").read_bytes()
     for file, damaged in (
         ("ids", ids[: len(ids) // 4 * 2]),
+        ("ids", b""),
+        ("ids", ids[:-1]),
         ("ids", ids[:-2] + b"\xff\xff"),  # no id of the vocabulary
         ("documents", known[: len(known) // 48 * 24]),
         ("documents", known[:24] + b"\xff\xff\xff\x7f" + known[28:]),  # ends after the next one

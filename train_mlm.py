@@ -16,8 +16,8 @@ The way of the data, which is also the order of this file:
     steps        forward, backward and AdamW; now and then a line of log.csv and a held-out loss
     checkpoints  a folder each, and at the end the model itself
 
-What is random in a step comes from a generator that is seeded for that step. So there is no random
-state to save, and a run that is stopped and resumed is the run that was not stopped:
+What is random in a step comes from generators whose seeds follow from --seed and the step. So there
+is no random state to save, and a run that is stopped and resumed is the run that was not stopped:
 
     stream       its seed is                                      drawn in
     1 masking    --seed and the step                              Batches.masked_rows
@@ -593,7 +593,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def choose_tokenizer(
     args: argparse.Namespace, sources: list[Source], checkpoint: Path | None
 ) -> Tokenizer:
-    """The tokenizer that the flags ask for."""
+    """The tokenizer that the flags ask for; a trained one is the checkpoint's, if there is one."""
     if not args.vocab_size:
         return load_tokenizer(args.tokenizer or HUB_TOKENIZER)
     if checkpoint:
@@ -604,7 +604,7 @@ def choose_tokenizer(
 def trained_tokenizer(args: argparse.Namespace, sources: list[Source]) -> Path:
     """The file in --cache of a tokenizer for this text, which is trained if it is not there.
 
-    A second training would differ in a few pieces, and the text would have to be tokenized anew.
+    A second training might differ in a few pieces, and the text would be tokenized anew.
     """
     keys = [source.key for source in sources]
     name = f"tokenizer-{digest_of(FORM, args.sample_by, args.vocab_size, keys)}"
@@ -731,7 +731,7 @@ def make_cache_folder(folder: Path):
 
 
 def digest_of(*values) -> str:
-    """A name for a file of --cache, made of all that the file depends on."""
+    """A short digest of the values: it names files of --cache, and tells tokenizers apart."""
     content = repr(values).encode("utf-8", "replace")
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
@@ -836,7 +836,7 @@ def encode(texts: list[str], tokenizer: Tokenizer) -> list[tuple[np.ndarray, int
 
 
 def count_characters(text: str) -> int:
-    """How many there are beside white space."""
+    """How many there are, white space aside."""
     return sum(map(len, text.split()))
 
 
@@ -851,7 +851,7 @@ class Tokens(NamedTuple):
 
 
 def read_tokens(folder: Path, tokenizer: Tokenizer) -> Tokens:
-    """The tokens in a folder of --cache; SystemExit where there are none to learn from."""
+    """The tokens in a folder of --cache; SystemExit where they are damaged or of no use."""
     # how many there are
     if not (folder / "ids").exists():
         raise SystemExit(f"process {RANK} does not see {folder}: all must share one --cache")
@@ -862,6 +862,11 @@ def read_tokens(folder: Path, tokenizer: Tokenizer) -> Tokens:
     if total == 0 and (folder / "ids").stat().st_size == 0:
         raise SystemExit("the corpus is empty: no text, or nothing that the tokenizer keeps")
 
+    # np.memmap refuses a file without bytes, and one with half an id
+    damaged = f"the tokens in {folder} are damaged: remove that folder"
+    if (folder / "ids").stat().st_size != 2 * total:
+        raise SystemExit(damaged)
+
     # count the ids, some at a time
     ids = np.memmap(folder / "ids", np.uint16, "r")
     counts = np.zeros(2**16, np.int64)
@@ -870,11 +875,11 @@ def read_tokens(folder: Path, tokenizer: Tokenizer) -> Tokens:
         counts += np.bincount(ids[i : i + 2**22], minlength=2**16)
         checksum = zlib.crc32(ids[i : i + 2**22], checksum)
 
-    # is anything damaged?
+    # is anything else damaged?
     size = vocabulary_size(tokenizer)
     ends = documents["tokens"]
-    if len(ids) != total or (np.diff(ends, prepend=0) < 0).any() or counts[size:].any():
-        raise SystemExit(f"the tokens in {folder} are damaged: remove that folder")
+    if (np.diff(ends, prepend=0) < 0).any() or counts[size:].any():
+        raise SystemExit(damaged)
 
     # how much of the text the tokenizer knows
     share = unknown / max(1, characters)
@@ -1180,7 +1185,7 @@ class Data(NamedTuple):
 
 
 def prepare(args: argparse.Namespace, checkpoint: Path | None = None) -> Data:
-    """Everything that training reads; a resumed run needs the tokenizer of its checkpoint.
+    """Everything that training reads; with a checkpoint, no tokenizer is trained again.
 
     The first process chooses or trains the tokenizer and writes the tokens; the others wait, and
     then read the same.
@@ -1289,7 +1294,7 @@ def held_out_loss(model: MaBERTForMaskedLM, data: Data, micro_batch_size: int) -
 
 @torch.no_grad()
 def show_guesses(model: MaBERTForMaskedLM, data: Data):
-    """Prints five held-out texts with a word masked, and the model's five best guesses for it."""
+    """Prints up to five held-out texts, a word masked, and the model's five best guesses for it."""
     name = data.tokenizer.id_to_token
     shown = 0
     model.eval()
@@ -1322,7 +1327,7 @@ def show_guesses(model: MaBERTForMaskedLM, data: Data):
 # The columns of log.csv
 COLUMNS = (
     "step",  # how many are finished
-    "loss",  # nats per masked token, the mean over the steps since the last line
+    "loss",  # nats per masked token, the mean over steps since the last line with finite gradients
     "held_out_loss",  # nats per masked token, after this step
     "lr",  # of this step
     "tokens_per_s",  # without pads, since the last line; evaluating does not count, saving does
@@ -1330,7 +1335,7 @@ COLUMNS = (
     "skipped_steps",  # without finite gradients, since the start of the run
 )
 
-# The flags that a run is a function of, beside those of the model
+# The flags that a run is a function of, besides those of the model
 IDENTITY = (
     "steps",
     "length_schedule",
@@ -1594,7 +1599,7 @@ def rehearse(model: MaBERTForMaskedLM, args: argparse.Namespace):
 
     So most shortages of memory show before the first step. AdamW's state comes on top of it.
     """
-    # rows of the same shape, without pads
+    # a micro-batch of the longest rows, without pads
     length = max(length for length, _ in args.length_schedule)
     size = (args.micro_batch_size, length)
     ids = torch.ones(size, dtype=torch.long, device=model.decoder_bias.device)
@@ -1676,14 +1681,14 @@ class Stop:
     """Makes SIGTERM and Ctrl-C wait for the end of a step.
 
     Several processes must end after the same step, so they have to ask each other. That takes time:
-    they do so every 10 steps, or as often as once a second where steps are slow, since torchrun
-    kills its processes 30 seconds after a SIGTERM.
+    they do so every 10 steps, or about once a second where steps are slow (after every step, where
+    each takes longer), since torchrun kills its processes 30 seconds after a SIGTERM.
     """
 
     def __init__(self):
         self.received = 0  # the newest signal
-        self.asked = None  # the step after which the processes have asked each other, and when
-        self.ask_next = 0
+        self.asked = None  # when the processes last asked each other: (step, time)
+        self.ask_next = 0  # the step after which they ask again
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self.receive)
 
@@ -1727,7 +1732,7 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
     if torch.cuda.is_available():
         rehearse(model, args)
 
-    # what the run leaves begins here: what cannot be built leaves nothing
+    # only now does --out hold a run: a model that cannot be built leaves just a tokenizer there
     if RANK == 0:
         write_atomically(out / "args.json", json.dumps(vars(args), indent=2) + "\n")
 
