@@ -1034,9 +1034,11 @@ def innermost_loops(listing: str) -> list[list[str]]:
 
     # it is innermost if no other loop ends inside
     ends = [end for _, end in loops]
-    has_inner = lambda start, end: any(start < other < end for other in ends)  # noqa: E731
-    innermost = [loop for loop in loops if not has_inner(*loop)]
-    return [[name for at, name, _ in code if start <= at <= end] for start, end in innermost]
+    innermost = []
+    for start, end in loops:
+        if not any(start < other < end for other in ends):
+            innermost.append([name for at, name, _ in code if start <= at <= end])
+    return innermost
 
 
 def static_cells(case: tuple[str, str, str]) -> list:
@@ -1122,8 +1124,8 @@ def read_sentences(args, config: MaBERTConfig) -> list[torch.Tensor]:
         tokenizer = load_tokenizer(str(Path(args.checkpoint, "tokenizer.json")))
         rows = [tokenizer.encode(text).ids for text in texts]
     else:
-        word_id = lambda word: 5 + zlib.crc32(word.encode()) % (config.vocab_size - 5)  # noqa: E731
-        rows = [[word_id(word) for word in text.split()] for text in texts]
+        hashes = [[zlib.crc32(word.encode()) for word in text.split()] for text in texts]
+        rows = [[5 + x % (config.vocab_size - 5) for x in row] for row in hashes]
     return [torch.tensor(row[: config.max_position]) for row in sorted(rows, key=len)]
 
 

@@ -326,7 +326,7 @@ class Part(NamedTuple):
 class Source(NamedTuple):
     """Something to read documents from: a file, a corpus of the hub, the texts of the demo."""
 
-    key: str  # changes with the content and with how it is read
+    key: str  # changes with the content and its format; --sample-by is not part of it
     size: int  # bytes
     read: Callable[[], Iterator[Part]]  # from the start, each time
 
@@ -694,8 +694,8 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 # ---- Tokens: all documents of the text, one after the other in one file of ids ----
 
-# The version of the format of ids and documents: raise it when the same text would be written
-# differently
+# The version of what --cache holds, ids, documents and trained tokenizers: raise it when the same
+# text would be written differently
 FORM = 1
 
 CHARACTERS_AT_ONCE = 2**20  # in the pieces that the tokenizer shares between the cores
@@ -1368,7 +1368,7 @@ def identity_of(args: argparse.Namespace, data: Data) -> dict:
     identity |= {name: getattr(args, name) for name in IDENTITY}
 
     # the tokenizer and the text
-    identity["trained_vocab_size"] = args.vocab_size  # None with --tokenizer
+    identity["trained_vocab_size"] = args.vocab_size  # None: the tokenizer was not trained
     identity["tokenizer"] = digest_of(data.tokenizer.to_str())
     identity["corpus"] = data.checksum
     return json.loads(json.dumps(identity))  # tuples become lists, as JSON has them
