@@ -70,6 +70,11 @@ def run_script(script: str, flags: list[str], threads: int | None = None) -> str
     return process.stdout
 
 
+def threads_of_a_run(jobs: int) -> int | None:
+    """A share of the cores for each of several runs at a time; None, all there are, for one."""
+    return max(1, os.cpu_count() // jobs) if jobs > 1 else None
+
+
 def pretrain(args, variants: dict[str, list[str]], length: int, steps: int):
     """{name: its runs' folders, one for each seed} of {name: its flags of train_mlm.py}.
 
@@ -104,8 +109,8 @@ def pretrain(args, variants: dict[str, list[str]], length: int, steps: int):
             folder.mkdir(parents=True, exist_ok=True)
             train_mlm.write_atomically(folder / "step.md", printed)
 
-    # the training; of several runs at a time each has its share of the cores
-    threads = max(1, os.cpu_count() // args.jobs) if args.jobs > 1 else None
+    # the training
+    threads = threads_of_a_run(args.jobs)
 
     def train(run: tuple[Path, list[str]]):
         folder, flags = run

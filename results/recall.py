@@ -10,7 +10,6 @@ beside a file of each finished run, which the same command only reads.
 
 import itertools
 import json
-import os
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -173,9 +172,9 @@ def run_recall(pattern: str, seed: int, steps: int, out: str, threads: int | Non
 
 
 def run_all(args) -> dict[tuple[str, int], dict]:
-    """{(pattern, seed): accuracies}; of several runs at a time each has its share of the cores."""
+    """{(pattern, seed): accuracies}, of --jobs runs at a time."""
     runs = list(itertools.product(args.patterns, range(args.seeds)))
-    threads = max(1, os.cpu_count() // args.jobs) if args.jobs > 1 else None
+    threads = patterns.threads_of_a_run(args.jobs)
 
     # each in a process, whose results are taken in the order of the runs
     with ProcessPoolExecutor(args.jobs, torch.multiprocessing.get_context("spawn")) as pool:
