@@ -727,6 +727,10 @@ def use_triton(u: Tensor, backend: str | None) -> bool:
 # state before it, and then traversed from its end. (What autograd and torch.compile need to know of
 # the ops comes after the kernels, for both scans.)
 
+# The names of custom ops are shared by the whole process. They begin with this module's name, so
+# that two copies of this file can be imported side by side.
+OPERATIONS = __name__.replace(".", "_")
+
 LOOP_CHUNK = 16  # steps; with n = 16 the kept states are then as many numbers as u
 LOOP_BUFFER = 2**19  # numbers in a buffer, for each thread: 2 MB; the backward pass has three
 
@@ -789,7 +793,7 @@ def _chunk_states(buffers, u, delta, A2, B, bias, mask, state, softplus):
     return dt, decays, states
 
 
-@torch.library.custom_op("mabert::scan_loop", mutates_args=())
+@torch.library.custom_op(f"{OPERATIONS}::scan_loop", mutates_args=())
 def _scan_loop(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
     bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int, keep: bool,
@@ -835,7 +839,7 @@ def _scan_loop(
     return y, kept
 
 
-@torch.library.custom_op("mabert::scan_loop_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATIONS}::scan_loop_backward", mutates_args=())
 def _scan_loop_backward(
     dy: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     z: Tensor | None, bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int,
@@ -1780,7 +1784,7 @@ def _segment_starts_of(phase_1, inputs: dict, A2: Tensor, grid: tuple, sizes: di
     return ends
 
 
-@torch.library.custom_op("mabert::scan_triton", mutates_args=())
+@torch.library.custom_op(f"{OPERATIONS}::scan_triton", mutates_args=())
 def _scan_triton(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
     bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int, keep: bool,
@@ -1810,7 +1814,7 @@ def _scan_triton(
     return y, kept
 
 
-@torch.library.custom_op("mabert::scan_triton_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATIONS}::scan_triton_backward", mutates_args=())
 def _scan_triton_backward(
     dy: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     z: Tensor | None, bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int,
@@ -1991,7 +1995,7 @@ def _run_convolution(kernel, x: Tensor, weight: Tensor, left: int, **pointers):
         kernel[grid](**_strided(x=x), weight_ptr=weight, **pointers, **sizes)
 
 
-@torch.library.custom_op("mabert::convolution", mutates_args=())
+@torch.library.custom_op(f"{OPERATIONS}::convolution", mutates_args=())
 def _conv_triton(u: Tensor, weight: Tensor, bias: Tensor, left: int) -> Tensor:
     """`short_convolution` by its kernel."""
     y = u.new_empty(u.shape)
@@ -2000,7 +2004,7 @@ def _conv_triton(u: Tensor, weight: Tensor, bias: Tensor, left: int) -> Tensor:
     return y
 
 
-@torch.library.custom_op("mabert::convolution_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATIONS}::convolution_backward", mutates_args=())
 def _conv_triton_backward(
     dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, left: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@
 import argparse
 import contextlib
 import csv
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -738,6 +738,46 @@ def test_scan_ops_are_registered_soundly(op):
         torch.library.opcheck(op, (*tensors.values(), mask_, softplus, 16, keep, dtype))
 
 
+def test_two_copies_of_the_file_live_in_one_process():
+    def copy(module_name):
+        spec = importlib.util.spec_from_file_location(module_name, ROOT / "mabert.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module  # dataclasses look there
+        spec.loader.exec_module(module)
+        return module
+
+    inputs = scan_inputs()
+    exact = y_and_gradients(reference_scan, inputs)
+    modules = [mabert, copy("a.copy"), copy("another")]
+    try:
+        for module in modules:
+            results = y_and_gradients(partial(module.selective_scan, backend="loop"), inputs)
+            assert all(relative(results[name], x) < 1e-12 for name, x in exact.items())
+    finally:
+        for module in modules[1:]:
+            del sys.modules[module.__name__]
+
+
+@interpreted
+def test_every_launch_of_the_kernels_in_a_layer_fuses_multiplications(monkeypatch):
+    """Triton 3.10 fuses multiplications and additions only where it is told to."""
+    launches = []
+    kernel_class = type(mabert._outputs)
+    run = kernel_class.run
+
+    def recorded(kernel, *args, **options):
+        launches.append((kernel.__name__, options.get("enable_fp_fusion")))
+        return run(kernel, *args, **options)
+
+    monkeypatch.setattr(kernel_class, "run", recorded)
+    monkeypatch.setattr(mabert, "_segment_length", lambda *_: 16)  # all phases of the scan
+    mixer = MambaMixer(tiny("M", scan_backend="triton")).to(DEVICE)
+    mixer(torch.randn(1, 33, 16, device=DEVICE)).sum().backward()
+    names = {name for name, _ in launches}
+    assert {"_pack", "_segment_starts", "_convolution", "_gradients"} <= names
+    assert all(fused for _, fused in launches)
+
+
 ROWS_AND_LENGTHS = [
     (1, 1),
     (1, 512),
@@ -1081,6 +1121,15 @@ def test_one_graph_serves_all_lengths():
         mask = torch.ones(2, length)
         assert relative(compiled(ids, mask), model(ids, mask)) < 1e-12
     assert counter.frame_count <= 2  # the first length, then any
+
+
+def test_an_exported_model_takes_batches_of_any_size():
+    model = build(MaBERT, tiny("WHT")).eval()
+    ids = torch.randint(1, 60, (3, 10))
+    rows = torch.export.Dim("rows")
+    exported = torch.export.export(model, (ids, ids > 9), dynamic_shapes=({0: rows}, {0: rows}))
+    ids = torch.randint(1, 60, (5, 10))
+    assert relative(exported.module()(ids, ids > 9), model(ids, ids > 9)) < 1e-12
 
 
 needs_a_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
@@ -2980,6 +3029,13 @@ def numbers_of_the_table(text, title):
 
 def is_png(file):
     return Path(file).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_gpu_is_described_where_nothing_knows_its_driver(monkeypatch):
+    """nvidia-smi is missing beside AMD's GPUs, and in some containers."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setenv("PATH", "")
+    assert train_mlm.describe_machine("cuda").startswith("A GPU, CUDA ")
 
 
 def test_calls_take_turns_and_say_why_they_fail():

@@ -2008,9 +2008,12 @@ def describe_machine(device: str | None = None) -> str:
     # the device
     parts = []
     if device == "cuda" or (device is None and torch.cuda.is_available()):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
-        parts += [torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}", f"driver {driver}"]
+        parts += [torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}"]
+        # not every container, and no AMD machine, has the program that knows the driver
+        with contextlib.suppress(OSError):
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+            parts.append(f"driver {driver}")
     else:
         info = Path("/proc/cpuinfo")
         model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
