@@ -499,10 +499,9 @@ class MaBERTForMaskedLM(PretrainedModel):
         places = (labels != IGNORED_LABEL).nonzero().squeeze(1)  # (labelled,)
         labels = labels[places].long().to(x.device, non_blocking=True)
         places = places.to(x.device, non_blocking=True)
-        logits = self.predict(x.flatten(0, 1).index_select(0, places))  # (labelled, vocab)
+        x = x.flatten(0, 1).index_select(0, places)  # (labelled, h)
 
-        # the loss, in float32 at least
-        loss = F.cross_entropy(in_float32(logits), labels, reduction="sum")
+        loss, logits = self.predict_labelled(x, labels)
         if reduction == "mean":
             loss = loss / max(1, labels.numel())
         return Output(loss, logits)
@@ -511,6 +510,15 @@ class MaBERTForMaskedLM(PretrainedModel):
         """Hidden states (..., h) -> logits over the vocabulary (..., vocab)."""
         words = self.encoder.word_embeddings.weight  # (vocab, h)
         return F.linear(self.transform(x), words, self.decoder_bias)
+
+    def predict_labelled(self, x: Tensor, labels: Tensor) -> Output:
+        """Hidden states (labelled, h) -> the summed loss, in float32 at least, and the logits.
+
+        A function of its own, since train_mlm.py compiles it: the logits in float32 then exist
+        nowhere as a whole.
+        """
+        logits = self.predict(x)  # (labelled, vocab)
+        return Output(F.cross_entropy(in_float32(logits), labels, reduction="sum"), logits)
 
 
 class MaBERTForSequenceClassification(PretrainedModel):

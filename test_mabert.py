@@ -416,7 +416,7 @@ def in_a_folder_of_its_own(request, given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-SMALL_RUN = """--out run --sample-by line --pattern MWHT --hidden-size 32 --num-heads 2
+SMALL_RUN = """--out run --no-compile --sample-by line --pattern MWHT --hidden-size 32 --num-heads 2
     --intermediate-size 64 --d-state 4 --dropout 0 --steps 150 --length-schedule 16:0.75 32:0.25
     --batch-size 32 --micro-batch-size 16 --lr 5e-3 --eval-every 75 --log-every 25
     --save-every 50"""
@@ -430,6 +430,29 @@ def arguments(flags="") -> list[str]:
     if "--vocab-size" not in flags and "--tokenizer" not in flags:
         defaults += " --tokenizer words.json"
     return f"{defaults} {flags}".split()
+
+
+needs_triton = pytest.mark.skipif(not mabert.triton, reason="there is no triton")
+
+
+class Stub:
+    """Stands for a kernel: it notes its name when it is launched, and runs nothing."""
+
+    def __init__(self, name: str, launches: list):
+        self.launch = lambda *_, **__: launches.append(name)
+
+    def __getitem__(self, grid):
+        return self.launch
+
+
+def stub_kernels(monkeypatch) -> list[str]:
+    """The names of the kernels that are launched from now on, on any device."""
+    launches = []
+    for name, kernel in list(vars(mabert).items()):
+        if isinstance(kernel, mabert.triton.JITFunction):
+            monkeypatch.setattr(mabert, name, Stub(name, launches))
+    monkeypatch.setattr(mabert, "INTERPRETED", True)
+    return launches
 
 
 # ---- The masked selective scan ----
@@ -1370,7 +1393,7 @@ def test_runs_repeat_and_these_flags_change_nothing_but_cost(monkeypatch):
     # count the layers' forward passes, and what is compiled
     calls, compiled = [], []
     forward = mabert.MambaLayer.forward
-    monkeypatch.setattr(torch, "compile", lambda call: compiled.append(1) or call)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compiled.append(1) or call)
     monkeypatch.setattr(mabert.MambaLayer, "forward", lambda *x: calls.append(1) or forward(*x))
 
     def run(flags):
@@ -1388,13 +1411,79 @@ def test_runs_repeat_and_these_flags_change_nothing_but_cost(monkeypatch):
     assert torch.equal(weights, checkpointed)
     assert larger_count == count + 3 * 2 * 3
 
-    # without: other micro-batches and a compiled encoder give the same to rounding
+    # without: other micro-batches, and a compiled encoder and head, give the same to rounding
     weights, _, none = run("")
     smaller, _, _ = run("--micro-batch-size 8")
     assert relative(smaller, weights) < 1e-4
-    by_compiler, _, one = run("--compile")
+    by_compiler, _, two = run("--compile")
     assert relative(by_compiler, weights) < 1e-4
-    assert (none, one) == (0, 1)
+    assert (none, two) == (0, 2)
+
+
+def test_a_run_compiles_by_default_where_there_is_a_gpu(monkeypatch):
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert train_mlm.parse_args(["--steps", "1"]).compile == gpu
+        assert not train_mlm.parse_args(["--no-compile"]).compile
+        assert not train_mlm.parse_args(["--demo"]).compile
+
+
+def test_a_run_goes_on_where_compiling_fails(monkeypatch, capsys):
+    pretrain("--steps 3")
+    weights, _ = trained()
+    failing = raising(RuntimeError("no C compiler\nand more"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=failing))
+    pretrain("--overwrite --steps 3 --compile")
+    assert re.search("compiling failed, .*: .*no C compiler", capsys.readouterr().out)
+    assert torch.equal(trained()[0], weights)
+
+
+@needs_triton
+def test_few_graphs_serve_all_batches_of_a_run(monkeypatch):
+    """Beyond eight graphs torch.compile would run the model eagerly, and hardly say so."""
+    from torch._dynamo.utils import counters
+
+    # the encoder and the head of a model whose kernels run nothing
+    stub_kernels(monkeypatch)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    config = tiny("MT", max_position=512, scan_backend="triton")
+    model = build(MaBERTForMaskedLM, config, torch.float32)
+    args = argparse.Namespace(micro_batch_size=16, length_schedule=[(512, 1)], mask_rate=0.15)
+    torch.compiler.reset()
+    counters.clear()
+    train_mlm.compile_model(model, args)
+    assert counters["stats"]["unique_graphs"] == 2
+
+    # batches of all sizes and lengths with a mask, and single rows without one
+    lengths = range(32, 513, 32)
+    for size, length, training in itertools.product((16, 8, 4, 1), lengths, (True, False)):
+        ids = torch.ones(size, length, dtype=torch.long)
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            x = model.encoder(ids, ids.bool())
+        if training:
+            x.sum().backward()
+    with torch.no_grad():
+        for length in lengths:
+            model.encoder(ids[:, :length])
+    assert counters["stats"]["unique_graphs"] <= 1 + 5  # the head's, and the encoder's
+    assert counters["frames"]["ok"] == counters["frames"]["total"]
+
+
+def test_a_compiled_head_keeps_no_logits_in_float32():
+    """The logits are the largest tensor of a training step."""
+    model = build(MaBERTForMaskedLM, tiny(vocab_size=500), torch.float32)
+    backend = "aot_eager_decomp_partition"  # keeps what inductor keeps, and compiles nothing
+    head = torch.compile(model.predict_labelled, dynamic=True, backend=backend)
+    x = torch.randn(33, 16, requires_grad=True)
+    labels = torch.randint(500, (33,))
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = head(x, labels).loss
+    assert [tensor.dtype for tensor in kept if tensor.shape == (33, 500)] == [torch.bfloat16]
+    assert relative(loss, model.predict_labelled(x, labels).loss) < 1e-2
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(monkeypatch):

@@ -127,6 +127,7 @@ DEMO = dict(
     warmup_steps=100,
     eval_every=200,
     log_every=25,
+    compile=False,
 )
 
 
@@ -255,7 +256,9 @@ def add_flags_of_training(parser: argparse.ArgumentParser):
         help="rows of like length together, from 32 batches at a time: less padding")
     group.add_argument("--activation-checkpointing", action="store_true",
         help="less memory, more time, the same weights")
-    group.add_argument("--compile", action="store_true", help="torch.compile the encoder")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="torch.compile the model, which takes minutes at first; by default on a GPU")
 # fmt: on
 
 
@@ -1536,14 +1539,35 @@ def make_model(
             layer.forward = functools.partial(
                 torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False
             )
-    if args.compile:
-        model.encoder.compile()
 
     # say what will run
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.pattern}, {parameters / 1e6:.1f} M parameters, on {PROCESSES} × {device}")
+
+    if args.compile:
+        compile_model(model, args)
     shared = DistributedDataParallel(model) if PROCESSES > 1 else model
     return model, shared, make_optimizer(model, args.weight_decay)
+
+
+def compile_model(model: MaBERTForMaskedLM, args: argparse.Namespace):
+    """Compiles the encoder, and the head with its loss; where that fails, the model stays as it is.
+
+    Batches of all sizes and lengths share a graph, but for those of a single row.
+    """
+    print("compiling the model, a minute or more; --no-compile does without", flush=True)
+    model.encoder.compile(dynamic=True)
+    model.predict_labelled = torch.compile(model.predict_labelled, dynamic=True)
+
+    # the first call compiles
+    try:
+        rehearse(model, args)
+    except Exception as error:  # a compiler may lack anything, and fail in any way
+        reason = textwrap.shorten(str(error), 300)
+        print(f"compiling failed, so the model runs without it: {reason}")
+        model.encoder.compile(disable=True)
+        del model.predict_labelled
+        model.zero_grad()
 
 
 def train_step(
@@ -1819,7 +1843,8 @@ def finish(
 
     # what the model can do, and where it is
     print("Held-out text, a word masked:")
-    show_guesses(model, data)
+    with torch.compiler.set_stance("force_eager"):  # five texts are not worth compiling for
+        show_guesses(model, data)
     curve = draw_curve(out, log)
     print(f"\nThe model is in {out}, its curve in {curve}. Try it:")
     print(f'  python mabert.py {out} "text with a [MASK]"')
