@@ -1276,6 +1276,20 @@ def bench_drift(args):
 
 WARM_UP = 2  # steps of each row length that do not count
 WAITING = "waiting for data"
+PEAKS = {  # TFLOP/s of dense bf16 products, by NVIDIA's data sheets; names are patterns
+    "H100 80GB HBM3$": 989,
+    "H200$": 989,
+    "A100": 312,
+    "RTX 4090$": 165,
+}
+
+
+def share_of_peak(tflops: float, gpu: str) -> str:
+    """How much of what a GPU of this name can do at most, in words; empty if that is not known."""
+    for name, peak in PEAKS.items():
+        if re.search(name, gpu):
+            return f" ({tflops / peak:.0%} of its peak)"
+    return ""
 
 
 def flops_per_token(config: MaBERTConfig, length: int, mask_rate: float) -> float:
@@ -1350,7 +1364,10 @@ def hook_stopwatch(watch: Stopwatch, model, optimizer, layers: bool):
 
 
 def measure_steps(args, steps: int):
-    """Prints where the time of training steps goes, for each row length of train_mlm.py's args."""
+    """Prints where the time of training steps goes, for each row length of train_mlm.py's args.
+
+    Then how long 100,000 of them, the paper's smallest budget, would take.
+    """
 
     # all that training needs
     data = train_mlm.prepare(args, None)
@@ -1358,7 +1375,8 @@ def measure_steps(args, steps: int):
     watch = Stopwatch()
     hook_stopwatch(watch, model, optimizer, layers=not args.compile)  # hooks would cut the graph
 
-    for _, rows in data.phases:
+    mean_seconds = 0.0  # of a step, over the whole schedule
+    for (_, rows), (_, share) in zip(data.phases, args.length_schedule):
         # tokens of all processes, without and with pads
         real = padded = 0
 
@@ -1383,12 +1401,14 @@ def measure_steps(args, steps: int):
         seconds = sum(parts.values())
         flops = real * flops_per_token(model.config, rows.length, args.mask_rate)
         tflops = flops / seconds / train_mlm.PROCESSES / 1e12
+        mean_seconds += share * seconds / steps
 
         # in one line
         words = f"rows of {rows.length} tokens: {seconds / steps:.3f} s a step, "
         words += f"{real / seconds:.0f} tokens/s, {1 - real / padded:.1%} padding, "
         words += f"{tflops:.3g} TFLOP/s a device without the scan"
         if DEVICE == "cuda":
+            words += share_of_peak(tflops, torch.cuda.get_device_name())
             words += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
 
         # the parts of a step
@@ -1396,6 +1416,9 @@ def measure_steps(args, steps: int):
         for name, part in parts.items():
             body.append([name, f"{1000 * part / steps:.1f}", f"{part / seconds:.1%}"])
         print(f"\n{words}\n\n{table(['part of a step', 'ms', 'share'], body)}")
+
+    hours = 100_000 * mean_seconds / 3600
+    print(f"\n100,000 steps of this schedule of lengths would take {hours:.1f} hours.")
 
 
 def bench_step(args):

@@ -514,8 +514,7 @@ class MaBERTForMaskedLM(PretrainedModel):
     def predict_labelled(self, x: Tensor, labels: Tensor) -> Output:
         """Hidden states (labelled, h) -> the summed loss, in float32 at least, and the logits.
 
-        A function of its own, since train_mlm.py compiles it: the logits in float32 then exist
-        nowhere as a whole.
+        train_mlm.py compiles this function: the logits in float32 then never exist as a whole.
         """
         logits = self.predict(x)  # (labelled, vocab)
         return Output(F.cross_entropy(in_float32(logits), labels, reduction="sum"), logits)

@@ -3241,7 +3241,8 @@ def test_step_covers_all_of_a_training_step_and_writes_nothing_here(tokenizer, c
     assert sorted(Path.cwd().rglob("*")) == before
 
     # a section for each row length
-    sections = capsys.readouterr().out.split("\nrows of ")[1:]
+    printed = capsys.readouterr().out
+    sections = printed.split("\nrows of ")[1:]
     assert [section.split()[0] for section in sections] == ["16", "32"]
     kinds = ("M layers", "W layers", "H layers", "T layers", "rest")
     kinds = {f"{way}, {kind}" for way in ("forward", "backward") for kind in kinds}
@@ -3254,6 +3255,23 @@ def test_step_covers_all_of_a_training_step_and_writes_nothing_here(tokenizer, c
         assert parts.keys() == kinds | {"waiting for data", "optimizer"}
         assert sum(parts.values()) == pytest.approx(100, abs=0.7)
         assert parts["forward, M layers"] > 1
+
+    # steps of 16 tokens, then of 32, as the schedule has them
+    first, second = (float(x) for x in re.findall(r"tokens: ([\d.]+) s a step", printed))
+    hours = float(re.search(r"100,000 steps .* take ([\d.]+) hours", printed)[1])
+    assert hours * 3600 == pytest.approx(1e5 * (0.75 * first + 0.25 * second), abs=300)
+
+
+@pytest.mark.parametrize("gpu, said", [
+    ("NVIDIA H100 80GB HBM3", " (20% of its peak)"),
+    ("NVIDIA H100 PCIe", ""),  # slower
+    ("NVIDIA H200", " (20% of its peak)"),
+    ("NVIDIA A100-SXM4-80GB", " (63% of its peak)"),
+    ("NVIDIA GeForce RTX 4090", " (120% of its peak)"),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", ""),
+])  # fmt: skip
+def test_a_known_gpu_has_a_peak(gpu, said):
+    assert bench.share_of_peak(198, gpu) == said
 
 
 def test_the_marks_of_a_step_follow_its_micro_batches():
