@@ -252,11 +252,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (b, l, 3, heads, width)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, heads, l, width)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (b, heads, l, width)
 
         if mask is not None:
-            # in a row that is all padding, pads attend to all: a softmax over nothing may be NaN
-            mask = mask | ~mask.any(dim=-1, keepdim=True)
+            # In a row that is all padding, pads attend to all, since False == False: a softmax over
+            # nothing may be NaN.
+            mask = mask == mask.any(dim=-1, keepdim=True)
             mask = mask[:, None, None]  # (b, 1, 1, l)
 
         dropout = self.dropout if self.training else 0.0
@@ -376,11 +377,12 @@ class MaBERT(PretrainedModel):
         else:
             positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)  # (b, l)
 
-        # embeddings
+        # embeddings; without token types all tokens are of type 0
         if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        x = self.word_embeddings(input_ids) + self.position_embeddings(positions)
-        x = x + self.token_type_embeddings(token_type_ids)
+            types = self.token_type_embeddings.weight[0]  # (h,)
+        else:
+            types = self.token_type_embeddings(token_type_ids)  # (b, l, h)
+        x = self.word_embeddings(input_ids) + self.position_embeddings(positions) + types
         x = self.dropout(self.embedding_norm(x))  # (b, l, h)
 
         # layers
@@ -641,14 +643,12 @@ def selective_scan(
     """
     check_scan(u, delta, A, B, C, D, z, delta_bias)
     mask = as_mask("mask", mask, u.shape[:2])
-    zeros = A.new_zeros(A.shape[0])
-    D = zeros if D is None else D
-    bias = zeros if delta_bias is None else delta_bias
+    d, n = A.shape
+    D = A.new_zeros(d) if D is None else D
+    bias = A.new_zeros(d) if delta_bias is None else delta_bias
 
-    # states are kept for the backward pass only if there will be one
-    inputs = (u, delta, A, B, C, D, z, bias)
-    needs_gradients = any(x is not None and x.requires_grad for x in inputs)
-    keep = torch.is_grad_enabled() and needs_gradients
+    # states are kept for the backward pass, if there will be one
+    keep = needs_gradients(u, delta, A, B, C, D, z, bias)
 
     if not use_triton(u, backend):
         options = (mask, delta_softplus, LOOP_CHUNK, keep, u.dtype)
@@ -657,14 +657,14 @@ def selective_scan(
 
     # The kernels take 16 states at most. With more, y is a sum over groups of 16 in float32:
     # SiLU(z) gates each part, and D joins the first.
-    n = A.shape[1]
+    scan = _scan_triton if keep or torch.compiler.is_compiling() else _scan_forward
     out_dtype = u.dtype if n <= MAX_STATES else torch.float32
     options = (mask, delta_softplus, _chunk_length(n), keep, out_dtype)
     y = 0
     for i in range(0, n, MAX_STATES):
         group = slice(i, i + MAX_STATES)
         A_B_C = (A[:, group], B[..., group], C[..., group])
-        part, _ = _scan_triton(u, delta, *A_B_C, D if i == 0 else zeros, z, bias, *options)
+        part, _ = scan(u, delta, *A_B_C, D if i == 0 else torch.zeros_like(D), z, bias, *options)
         y = part if i == 0 else y + part
     return y.to(u.dtype)
 
@@ -679,7 +679,9 @@ def short_convolution(
     own convolution, which on a GPU goes through memory several times, to pad, transpose and copy.
     """
     if use_triton(u, backend):
-        return _conv_triton(u, weight, bias, left)
+        if needs_gradients(u, weight, bias) or torch.compiler.is_compiling():
+            return _conv_triton(u, weight, bias, left)
+        return _convolution_forward(u, weight, bias, left)
     right = weight.shape[1] - 1 - left
     u = F.pad(u, (0, 0, left, right)).transpose(1, 2)  # (b, d, l + k - 1)
     # on a CPU PyTorch's two-dimensional convolution reads this layout as it is
@@ -704,6 +706,14 @@ def use_triton(u: Tensor, backend: str | None) -> bool:
             f"backend='triton' cannot run here (backend='loop' or None can): {reason}"
         )
     return backend == "triton" or (backend is None and u.is_cuda and can_run)
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for them; it and torch.compile know the kernels as custom ops.
+
+    Where neither is at work, the functions of the ops are called, which takes the CPU less time.
+    """
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 # ---- The gradients ----
@@ -940,6 +950,11 @@ def _empty_like(x: Tensor) -> Tensor:
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    """n rounded up to a power of 2."""
+    return 1 << (n - 1).bit_length()
 
 
 # ---- The same in Triton, for the GPU ----
@@ -1243,7 +1258,7 @@ def _pack_tiles(B: Tensor, C: Tensor, mask: Tensor | None, TILE: int) -> Tensor:
         mask = mask.contiguous()
     tiles = _ceil_div(l, TILE)
     packed = B.new_empty(b, tiles, 2 * n + 1, TILE, dtype=torch.float32)
-    sizes = dict(n=n, N=triton.next_power_of_2(n), TILE=TILE)
+    sizes = dict(n=n, N=_power_of_2(n), TILE=TILE)
     _pack[(b * tiles,)](B, C, mask, *B.stride(), *C.stride(), packed, l, **sizes, **ONE_WARP)
     return packed
 
@@ -1731,7 +1746,7 @@ def _chunk_length(n: int) -> int:
     The kept states are then no more numbers than u: in float32 no more bytes than u and delta in
     half precision.
     """
-    return max(16, 1 << (n - 1).bit_length())
+    return max(16, _power_of_2(n))
 
 
 def _segment_length(l: int, programs: int, enough: int, chunk: int, device: torch.device) -> int:
@@ -1766,7 +1781,8 @@ def _strided(**tensors: Tensor | None) -> dict:
 
 def _kernel_parameters(A: Tensor, D: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In float32: log2(e) A (n, d), D and bias (d,)."""
-    A2 = (A.float().T / math.log(2)).contiguous()
+    A2 = A.new_empty(A.shape[::-1], dtype=torch.float32)
+    torch.div(A.float().T, math.log(2), out=A2)  # transposed and divided in one launch
     return A2, D.float().contiguous(), bias.float().contiguous()
 
 
@@ -1791,8 +1807,7 @@ def _segment_starts_of(phase_1, inputs: dict, A2: Tensor, grid: tuple, sizes: di
     return ends
 
 
-@torch.library.custom_op(f"{OPERATIONS}::scan_triton", mutates_args=())
-def _scan_triton(
+def _scan_forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
     bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int, keep: bool,
     out_dtype: torch.dtype,
@@ -1819,6 +1834,9 @@ def _scan_triton(
         outputs = dict(y_ptr=y, kept_ptr=kept if keep else None)
         _outputs[grid](**inputs, **outputs, **sizes, CHUNK=chunk, **options)
     return y, kept
+
+
+_scan_triton = torch.library.custom_op(f"{OPERATIONS}::scan_triton", _scan_forward, mutates_args=())
 
 
 @torch.library.custom_op(f"{OPERATIONS}::scan_triton_backward", mutates_args=())
@@ -2002,13 +2020,17 @@ def _run_convolution(kernel, x: Tensor, weight: Tensor, left: int, **pointers):
         kernel[grid](**_strided(x=x), weight_ptr=weight, **pointers, **sizes)
 
 
-@torch.library.custom_op(f"{OPERATIONS}::convolution", mutates_args=())
-def _conv_triton(u: Tensor, weight: Tensor, bias: Tensor, left: int) -> Tensor:
+def _convolution_forward(u: Tensor, weight: Tensor, bias: Tensor, left: int) -> Tensor:
     """`short_convolution` by its kernel."""
     y = u.new_empty(u.shape)
     bias = bias.float().contiguous()
     _run_convolution(_convolution, u, weight, left, bias_ptr=bias, y_ptr=y)
     return y
+
+
+_conv_triton = torch.library.custom_op(
+    f"{OPERATIONS}::convolution", _convolution_forward, mutates_args=()
+)
 
 
 @torch.library.custom_op(f"{OPERATIONS}::convolution_backward", mutates_args=())

@@ -1120,6 +1120,36 @@ def test_losses_are_means_over_the_labels_that_count(model_class, num_labels, la
         torch.testing.assert_close(model(IDS, labels=labels, reduction="sum").loss, loss)
 
 
+LAUNCHES = {  # of a layer, at most; M: 16 of ATen, the kernels of the convolution and the scan (2)
+    "M": 20,
+    "T": 15,
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("letter", LAUNCHES)
+def test_a_layer_launches_no_more_than_it_must(letter, monkeypatch):
+    """With one row of tokens a forward pass takes as long as its launches."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    launches = stub_kernels(monkeypatch)
+    monkeypatch.setattr(mabert, "check", lambda *_, **__: None)  # of values, on a CPU only
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            # views and new memory launch nothing; the kernels are counted where they start
+            name = op.__name__
+            if not (op.is_view or "empty" in name or op.namespace == "mabert" or "_view" in name):
+                launches.append(name)
+            return op(*args, **(kwargs or {}))
+
+    layer = build(mabert.LAYERS[letter], tiny(scan_backend="triton"), torch.float32).eval()
+    inputs = (torch.randn(2, 20, 16), masks(20)[1:3].cpu())
+    with torch.no_grad(), Count():
+        layer(*inputs)
+    assert len(launches) <= LAUNCHES[letter], launches
+
+
 def test_bf16_autocast_stays_close():
     with torch.device(DEVICE):  # on a GPU with the kernels
         model = build(MaBERTForMaskedLM, tiny("MMT"), torch.float32)
@@ -1418,6 +1448,18 @@ def test_runs_repeat_and_these_flags_change_nothing_but_cost(monkeypatch):
     by_compiler, _, two = run("--compile")
     assert relative(by_compiler, weights) < 1e-4
     assert (none, two) == (0, 2)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # there may be no GPU
+def test_attention_has_the_fast_kernels_first_on_a_gpu_alone():
+    order = torch._C._get_sdp_priority_order
+    usual = order()
+    for _ in range(2):
+        with train_mlm.autocast(torch.device("cpu")):
+            assert order() == usual
+        with train_mlm.autocast(torch.device("cuda")):
+            assert order()[:4] == [int(backend) for backend in train_mlm.ATTENTION] != usual[:4]
+    assert order() == usual
 
 
 def test_a_run_compiles_by_default_where_there_is_a_gpu(monkeypatch):

@@ -80,6 +80,7 @@ from tokenizers import (
     processors,
     trainers,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
@@ -1269,9 +1270,23 @@ def guessing_losses(
     return float(by_frequency), by_chance
 
 
+# PyTorch's kernels for attention, the fastest first; one that does not take a mask is passed over
+ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+@contextlib.contextmanager
 def autocast(device: torch.device):
-    """bf16 on a GPU, nothing elsewhere."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    """On a GPU bf16, and the first of the kernels above that can run; nothing elsewhere."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.autocast("cuda", dtype=torch.bfloat16), sdpa_kernel(ATTENTION, set_priority=True):
+        yield
 
 
 @torch.no_grad()
