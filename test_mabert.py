@@ -1120,8 +1120,10 @@ def test_losses_are_means_over_the_labels_that_count(model_class, num_labels, la
         torch.testing.assert_close(model(IDS, labels=labels, reduction="sum").loss, loss)
 
 
-LAUNCHES = {  # of a layer, at most; M: 16 of ATen, the kernels of the convolution and the scan (2)
+LAUNCHES = {  # of a layer with a mask, at most; on a GPU a single row takes two more in M
+    # products 6, norms 2, GELU 1, sums 2, masks 2; of A 3, taps 1, _convolution, _pack, _outputs
     "M": 20,
+    # products 4, norms 2, GELU 1, sums 2; of the mask 5, attention 1
     "T": 15,
 }
 
@@ -1137,10 +1139,10 @@ def test_a_layer_launches_no_more_than_it_must(letter, monkeypatch):
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            # views and new memory launch nothing; the kernels are counted where they start
-            name = op.__name__
-            if not (op.is_view or "empty" in name or op.namespace == "mabert" or "_view" in name):
-                launches.append(name)
+            assert op.namespace == "aten"  # a custom op would hide what it launches
+            launches_nothing = op.is_view or re.match("(new_)?empty|_unsafe_view", op.__name__)
+            if not launches_nothing:
+                launches.append(op.__name__)
             return op(*args, **(kwargs or {}))
 
     layer = build(mabert.LAYERS[letter], tiny(scan_backend="triton"), torch.float32).eval()
