@@ -46,6 +46,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import sys
 import tempfile
 import textwrap
@@ -728,8 +729,8 @@ def use_triton(u: Tensor, backend: str | None) -> bool:
 # the ops comes after the kernels, for both scans.)
 
 # The names of custom ops are shared by the whole process. They begin with this module's name, so
-# that two copies of this file can be imported side by side.
-OPERATIONS = __name__.replace(".", "_")
+# that two copies of this file can be imported side by side, with its dots and hyphens replaced.
+OPERATIONS = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 LOOP_CHUNK = 16  # steps; with n = 16 the kept states are then as many numbers as u
 LOOP_BUFFER = 2**19  # numbers in a buffer, for each thread: 2 MB; the backward pass has three

@@ -742,15 +742,15 @@ def test_a_changed_copy_of_the_file_leaves_this_one_as_it_is(tmp_path, monkeypat
     """Names of custom ops are shared by the process: a copy must not take those of this file."""
     source = (ROOT / "mabert.py").read_text()
     without_D = source.replace("v.addcmul_(u_, D)", "pass")
-    (tmp_path / "a_copy.py").write_text(without_D)
+    (tmp_path / "a-copy.py").write_text(without_D)
     monkeypatch.syspath_prepend(tmp_path)
-    a_copy = importlib.import_module("a_copy")
+    a_copy = importlib.import_module("a-copy")
 
     inputs = scan_inputs()
     exact = reference_scan(**inputs)
     assert relative(loop(**inputs), exact) < 1e-12
     assert relative(a_copy.selective_scan(**inputs, backend="loop"), exact) > 1e-3
-    del sys.modules["a_copy"]
+    del sys.modules["a-copy"]
 
 
 @interpreted
@@ -1285,6 +1285,198 @@ def test_the_command_answers(model_class, changes, text, numbers, capsys):
         assert re.findall(r"(\S+) 0\.", printed) == [vocabulary[i] for i in best]
         command = [sys.executable, str(ROOT / "mabert.py"), "asked", text]
         assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == printed
+
+
+# ---- Models for transformers ----
+
+
+HF_MODELS = {  # its class in transformers: ours, and fields that are not the default
+    "AutoModel": (MaBERT, dict(pattern="MT", psm=("scan",), d_conv=3)),
+    # more tokens than the tokenizer's 45
+    "AutoModelForMaskedLM": (MaBERTForMaskedLM, dict(vocab_size=64)),
+    "AutoModelForSequenceClassification": (Classifier, dict(num_labels=3, pooling="attn")),
+}
+
+
+@pytest.fixture(scope="module")
+def to_transformers(tmp_path_factory):
+    """The script, in a process where transformers copies no code into the user's cache."""
+    pytest.importorskip("transformers")
+    import transformers.dynamic_module_utils
+
+    cache = str(tmp_path_factory.mktemp("modules"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
+        patch.setattr(sys, "path", [*sys.path, str(ROOT / "extras"), cache])
+        yield importlib.import_module("to_transformers")
+
+
+def save_for_transformers(to_transformers, auto_class, **changes) -> mabert.PretrainedModel:
+    """Our model of this kind, which lies in "ours" and, as transformers reads it, in "the-copy"."""
+    model_class, fields = HF_MODELS[auto_class]
+    save_model("ours", model_class, **fields | changes)
+    to_transformers.main(["ours", "the-copy"])
+    return model_class.from_pretrained("ours")
+
+
+def read_by_transformers(class_name, folder="the-copy", **options):
+    import transformers
+
+    reader = getattr(transformers, class_name)
+    return reader.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+def trainer(model, rows, collator=None, **options):
+    import transformers
+
+    fixed = dict(output_dir="trainer", use_cpu=True, report_to=[], save_strategy="no")
+    args = transformers.TrainingArguments(**fixed, disable_tqdm=True, **options)
+    return transformers.Trainer(model, args, collator, train_dataset=rows, eval_dataset=rows)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("auto_class", HF_MODELS)
+def test_transformers_compute_the_same_bits(auto_class, padding_side, to_transformers):
+    ours = save_for_transformers(to_transformers, auto_class)
+    theirs = read_by_transformers(auto_class)
+    assert vars(theirs.config.as_ours()) == vars(ours.config) and not theirs.training
+
+    # pairs of texts, of which the first is shorter
+    tokenizer = read_by_transformers("AutoTokenizer", padding_side=padding_side)
+    batch = tokenizer(["w1", "w2 [MASK] w3"], ["w4 w5", "w6 w7"], padding=True, return_tensors="pt")
+    pads = [0, 0]
+    first_row = [2, 6, 3, 9, 10, 3]
+    assert batch.input_ids[0].tolist() == [
+        *(pads if padding_side == "left" else []),
+        *first_row,
+        *(pads if padding_side == "right" else []),
+    ]
+    assert tokenizer.model_max_length == 32
+
+    # the output
+    expected = ours(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+    expected = getattr(expected, "logits", expected)
+    assert torch.equal(theirs(**batch)[0], expected)
+    assert not torch.equal(theirs(batch.input_ids, batch.attention_mask)[0], expected)
+    assert torch.equal(theirs(**batch, return_dict=False)[0], expected)
+    refused(
+        partial(theirs, inputs_embeds=1), IDS, said="no argument inputs_embeds", error=ValueError
+    )
+
+
+def test_transformers_get_the_same_loss_and_logits_of_all_positions(to_transformers):
+    ours = save_for_transformers(to_transformers, "AutoModelForMaskedLM")
+    theirs = read_by_transformers("AutoModelForMaskedLM")
+    labels = torch.where(IDS % 2 == 0, IDS, -100)
+    output = theirs(IDS, labels=labels)
+    assert output.loss.item() == pytest.approx(ours(IDS, labels=labels).loss.item(), rel=1e-6)
+    assert torch.equal(output.logits, ours(IDS).logits)
+    assert theirs(IDS, labels=labels.fill_(-100)).loss == 0
+
+
+def test_transformers_save_a_model_with_its_code(to_transformers):
+    save_for_transformers(to_transformers, "AutoModelForSequenceClassification")
+    model = read_by_transformers("AutoModelForSequenceClassification")
+    model.classifier.bias.data += 1
+    model.save_pretrained("again")
+    shutil.rmtree("the-copy")
+    again = read_by_transformers("AutoModelForSequenceClassification", "again")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert vars(again.config.as_ours()) == vars(model.config.as_ours())
+
+
+def test_transformers_begin_a_new_head_or_model_as_we_do(to_transformers):
+    ours = save_for_transformers(to_transformers, "AutoModelForMaskedLM", hidden_size=256)
+
+    # a head that is not in the folder
+    new = read_by_transformers("AutoModelForSequenceClassification", num_labels=50)
+    assert torch.equal(new.encoder(IDS), ours.encoder(IDS))
+    for weight in (new.classifier.weight, new.pooling.score.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert not new.classifier.bias.any()
+
+    # a whole model
+    import transformers
+
+    torch.manual_seed(0)
+    config = read_by_transformers("AutoConfig")
+    model = transformers.AutoModelForMaskedLM.from_config(config, trust_remote_code=True)
+    torch.manual_seed(0)
+    expected = MaBERTForMaskedLM(ours.config)
+    assert torch.equal(model.encoder(IDS), expected.encoder(IDS))
+    assert not model.decoder_bias.any()
+
+
+def test_pipelines_answer_as_the_command_does(to_transformers):
+    import transformers
+
+    def answers(task, **options):
+        pipeline = transformers.pipeline(task, "the-copy", trust_remote_code=True)
+        return pipeline("w1 [MASK] w3", **options)
+
+    # guesses for a mask, all of them
+    ours = save_for_transformers(to_transformers, "AutoModelForMaskedLM")
+    ids = torch.tensor([[2, 6, 4, 8, 3]])
+    expected = ours(ids).logits[0, 2].softmax(dim=0).topk(64)
+    guesses = answers("fill-mask", top_k=64)
+    assert [guess["token"] for guess in guesses] == expected.indices.tolist()
+    scores = [guess["score"] for guess in guesses]
+    assert scores == pytest.approx(expected.values.tolist(), rel=1e-5)
+
+    # the value of a regression; classes with their names
+    for num_labels in (1, 3):
+        shutil.rmtree("the-copy")
+        put("ours/labels.json", json.dumps(["no", "maybe", "yes"][:num_labels]))
+        ours = save_for_transformers(
+            to_transformers, "AutoModelForSequenceClassification", num_labels=num_labels
+        )
+        expected = ours(ids).logits[0]
+        if num_labels == 3:
+            expected = expected.softmax(dim=0)
+        names = dict(zip(["no", "maybe", "yes"], expected.tolist()))
+        for answer in answers("text-classification", top_k=None):
+            assert answer["score"] == pytest.approx(names.pop(answer["label"]), rel=1e-5)
+        assert not names
+
+
+def test_trainer_lowers_the_loss(to_transformers):
+    pytest.importorskip("accelerate")
+    import transformers
+
+    # eight texts, whose words follow each other in one order
+    save_for_transformers(to_transformers, "AutoModelForMaskedLM")
+    model = read_by_transformers("AutoModelForMaskedLM")
+    tokenizer = read_by_transformers("AutoTokenizer")
+    texts = [" ".join(WORDLIST[i : i + 3 + i % 5]) for i in range(8)]
+    rows = [dict(tokenizer(text)) for text in texts]
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
+    run = trainer(model, rows, collator, max_steps=40, learning_rate=2e-2)
+
+    # metrics get the logits of all positions
+    shapes = []
+    run.compute_metrics = lambda given: shapes.append(given.predictions.shape) or {}
+
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    after = run.evaluate()["eval_loss"]
+    assert after < before - 1
+    assert shapes == [(8, 9, 64)] * 2
+
+
+def test_trainer_steps_alike_with_accumulated_gradients(to_transformers):
+    pytest.importorskip("accelerate")
+    save_for_transformers(to_transformers, "AutoModelForSequenceClassification")
+    rows = [dict(input_ids=[2, 5 + i, 3], labels=i % 3) for i in range(8)]
+    plain = dict(optim="sgd", learning_rate=1.0, max_grad_norm=0, max_steps=1)
+    weights = []
+    for accumulated in (1, 4):
+        model = read_by_transformers("AutoModelForSequenceClassification")
+        sizes = dict(
+            per_device_train_batch_size=8 // accumulated, gradient_accumulation_steps=accumulated
+        )
+        trainer(model, rows, **plain, **sizes).train()
+        weights.append(model.classifier.weight)
+    assert relative(*weights) < 1e-5
 
 
 # ---- Pretraining ----
