@@ -2285,7 +2285,9 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 def existing(file: Path) -> Path:
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: give a folder that save_pretrained wrote")
+        raise FileNotFoundError(
+            f"{file} is missing: give a local folder that save_pretrained wrote"
+        )
     return file
 
 

@@ -314,6 +314,8 @@ def put(file, contents):
 
 # What every test finds in a folder of its own
 
+MODEL = "model/tokenizer.json"
+WEIGHTS = "model/model.pt"
 WORDS = """the a cat dog bird sees likes hears red green small big house tree and or not quickly
     slowly today""".split()
 WORDLIST = [f"w{i}" for i in range(40)]
@@ -1394,6 +1396,9 @@ def test_transformers_begin_a_new_head_or_model_as_we_do(to_transformers):
     for weight in (new.classifier.weight, new.pooling.score.weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.2)
     assert not new.classifier.bias.any()
+    new.save_pretrained("classifier")
+    bias = read_by_transformers("AutoModelForMaskedLM", "classifier").decoder_bias
+    assert len(bias) == 64 and not bias.any()
 
     # a whole model
     import transformers
@@ -1477,6 +1482,39 @@ def test_trainer_steps_alike_with_accumulated_gradients(to_transformers):
         trainer(model, rows, **plain, **sizes).train()
         weights.append(model.classifier.weight)
     assert relative(*weights) < 1e-5
+
+
+REFUSED_CONVERSIONS = [  # arguments, the message, a file and what it then has
+    ("model model", "^model is there already", WEIGHTS, bytes),
+    ("nowhere out", "^nowhere/config.json is missing: give a local folder", WEIGHTS, bytes),
+    ("model out", "model/model.pt is damaged", WEIGHTS, lambda file: file[:-1]),
+    ("model out", "cannot load the tokenizer model/tokenizer.json", MODEL, lambda _: None),
+    ("model out", "labels.json has 3 names; the model has 2", "model/labels.json", "[1, 2, 3]"),
+]
+
+
+@pytest.mark.parametrize("flags, said, file, contents", REFUSED_CONVERSIONS)
+def test_a_folder_that_transformers_could_not_read_is_not_begun(
+    flags, said, file, contents, to_transformers
+):
+    put(file, contents(Path(file).read_bytes()) if callable(contents) else contents)
+    before = sorted(os.listdir("model"))
+    refused(to_transformers.main, flags.split(), said=said)
+    assert sorted(os.listdir("model")) == before and not Path("out").exists()
+
+
+NOT_SHARED = "[.as]*"  # what README excludes from an upload
+
+
+def test_an_upload_of_a_run_leaves_out_checkpoints_and_paths():
+    from huggingface_hub.utils import filter_repo_objects
+
+    pretrain("--steps 4 --save-every 2 --eval-every 2")
+    files = [str(file.relative_to("run")) for file in Path("run").rglob("*") if file.is_file()]
+    shared = set(filter_repo_objects(files, ignore_patterns=[NOT_SHARED]))
+    assert shared - {"loss.png"} == {"config.json", "model.pt", "tokenizer.json", "log.csv"}
+    others = set(files) - shared
+    assert {".lock", "args.json", "step-0000004/model.pt"} <= others
 
 
 # ---- Pretraining ----
@@ -3782,8 +3820,6 @@ def test_recall_reads_finished_runs_and_draws_their_means(scripts, capsys, monke
 # ---- What the scripts refuse, and with which words ----
 
 
-MODEL = "model/tokenizer.json"
-WEIGHTS = "model/model.pt"
 WORDS_FILE = "train --tokenizer words.json"
 SENTENCES = "--sentences text.txt"
 OUT_OF_MEMORY = torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
@@ -3791,6 +3827,7 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
 REFUSALS = [
     ("mabert model w1", r"^mabert.py: .*config.json is missing[^\n]*$",
      {"model/config.json": None}),
+    ("mabert USER/NAME w1", "USER/NAME/config.json is missing: give a local folder"),
     ("mabert model w1", r"^mabert.py: .*tokenizer.json is missing or damaged: [^\n]*$",
      {MODEL: "{"}),
     (f"mabert model '{'w1 ' * 31}'",
@@ -3964,7 +4001,7 @@ def save_a_demo():
 
 
 class Parsed(Exception):
-    """Raised in the place of what a script of results/ does once its arguments are parsed."""
+    """Raised in the place of what a script of a folder does once its arguments are parsed."""
 
 
 def parse(script: str, words: list[str], monkeypatch):
@@ -3976,7 +4013,8 @@ def parse(script: str, words: list[str], monkeypatch):
 
     from importlib import import_module
 
-    assert (ROOT / script).is_file() and script.startswith("results/"), f"no program: {script}"
+    folder = Path(script).parent.name
+    assert (ROOT / script).is_file() and folder in ("results", "extras"), f"no program: {script}"
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(parser, argv):
@@ -3984,7 +4022,7 @@ def parse(script: str, words: list[str], monkeypatch):
         raise Parsed
 
     with monkeypatch.context() as patch, pytest.raises(Parsed):
-        patch.syspath_prepend(ROOT / "results")
+        patch.syspath_prepend(ROOT / folder)
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
         import_module(Path(script).stem).main(words)
 
@@ -4015,7 +4053,7 @@ def test_the_commands_of_the_pages_are_run_or_parsed(page, monkeypatch, capsys):
     for words in shell_commands(page):
         if words[:2] == ["python", "mabert.py"]:
             save_a_demo()
-            mabert.main(words[2:])
+            mabert.main(["out/demo", *words[3:]])
             assert "[MASK]: " in capsys.readouterr().out
         elif words[:2] == ["python", "-c"]:
             exec(words[2], {})
@@ -4028,8 +4066,11 @@ def test_the_commands_of_the_pages_are_run_or_parsed(page, monkeypatch, capsys):
         elif words[:3] == ["pip", "install", "-e"]:
             for extra in re.findall(r"\[(\w+)\]", words[3]):
                 assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text("utf-8")
+        elif words[:2] == ["hf", "upload"]:
+            assert words[4:] == ["--exclude", NOT_SHARED]
         else:
-            assert words[0] == "pytest", f"not recognised: {shlex.join(words)}"
+            known = words[0] == "pytest" or words[:2] == ["hf", "download"]
+            assert known, f"not recognised: {shlex.join(words)}"
 
     # no command hides where the lines above do not look
     elsewhere = re.sub(r"(?ms)^```sh\n.*?^```", "", page.read_text("utf-8"))
