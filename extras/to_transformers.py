@@ -83,7 +83,7 @@ def class_names(file: Path, count: int) -> list[str]:
         return [f"class {i}" for i in range(count)]
     names = json.loads(file.read_text(encoding="utf-8"))
     if len(names) != count:
-        raise ValueError(f"{file} has {len(names)} names; the model has {count} classes")
+        raise ValueError(f"{file}: {len(names)} names for {count} classes")
     return names
 
 
