@@ -291,7 +291,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         names = [name for name in SET_BY_INIT if getattr(args, name) is not None]
         flags = [f"--{name.replace('_', '-')}" for name in names if name != "dropout"]
         if flags:
-            parser.error(f"not allowed with --init, whose folder decides: {', '.join(flags)}")
+            parser.error(
+                f"not allowed with --init: {', '.join(flags)}. The model and its tokenizer are "
+                "those of its folder"
+            )
 
     # what depends on other flags
     if args.demo and args.tokenizer:
