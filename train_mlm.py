@@ -3,7 +3,7 @@
     python train_mlm.py --demo                     # minutes on a laptop: no network, no GPU
     python train_mlm.py --steps 100000             # the paper's 10 % budget, on text from the hub
     python train_mlm.py --data texts/ --vocab-size 8192 --steps 5000 --hidden-size 256 ...
-    python train_mlm.py --init out/mlm --out out/mine --data mine/   # trains a trained model on
+    python train_mlm.py --init out/mlm ...         # starts from a trained model, on other text
     python train_mlm.py ... --resume               # goes on after the newest checkpoint
     torchrun --nproc-per-node 8 train_mlm.py ...   # the same run, shared by eight GPUs
 
