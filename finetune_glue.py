@@ -87,7 +87,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "names the columns: label, and one or two of text")
     add("--tasks", nargs="+", default=["all"], type=str.lower, choices=(*TASKS, "all", "own"),
         metavar="NAME", help=f"all, or any of {', '.join(TASKS)}; or own: labels of your own")
-    add("--regression", action="store_true", help="own labels are numbers, not names of classes")
+    add("--regression", action="store_true", 
+        help="own labels are numbers, not names of classes; learned best where they lie around 0 "
+        "with a spread of about 1")
     add("--seeds", type=positive, default=5,
         help="runs per task, with the seeds 0, 1, ... (%(default)s)")
     add("--budget", choices=("10", "25", "50", "100"), default="10",
@@ -127,12 +129,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.ablation and args.psm is not None:
         parser.error("--ablation chooses the PSM")
-    if "own" in args.tasks and (set(args.tasks) != {"own"} or not args.data_dir):
+    is_own = "own" in args.tasks
+    if is_own and (args.tasks != ["own"] or not args.data_dir):
         parser.error("--tasks own is a command of its own and needs --data-dir")
-    if args.regression and "own" not in args.tasks:
+    if args.regression and not is_own:
         parser.error("--regression is for --tasks own")
-    chosen = TASKS if "all" in args.tasks else args.tasks
-    args.tasks = [name for name in (*TASKS, "own") if name in chosen]
+    if not is_own:
+        args.tasks = [name for name in TASKS if name in args.tasks or "all" in args.tasks]
     return args
 
 
