@@ -560,9 +560,11 @@ def digests_of_data(args: argparse.Namespace) -> dict[str, str]:
     for name in tqdm(args.tasks, desc="reading", unit="task", leave=False, delay=5):
         task = TASKS[name]
         digest = hashlib.sha256()
-        quoted = 0
+        quoted = 0  # how many texts are
         if name == "own":
+            # a result and a saved model hold these names
             digest.update(repr((task.folder, task.labels)).encode())
+
         for split, expected in task.sizes.items():
             is_test = split.startswith("test")
             if is_test and not args.predict:
@@ -585,6 +587,7 @@ def digests_of_data(args: argparse.Namespace) -> dict[str, str]:
                     digest.update(repr(example).encode())
         digests[name] = digest.hexdigest()[:16]
 
+        # own texts that were perhaps not written as they are read
         if quoted:
             tqdm.write(
                 f"{args.data_dir}: texts that begin and end with a quotation mark: {quoted}. The "
