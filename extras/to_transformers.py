@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None):
     # read everything first, so that nothing is written where something is missing
     try:
         model = mabert.PretrainedModel.from_pretrained(args.folder)
-        names = class_names(args.folder / "labels.json", model.config.num_labels)
+        names = mabert.class_names(args.folder / "labels.json", model.config.num_labels)
         tokenizer = train_mlm.load_tokenizer(str(args.folder / "tokenizer.json"))
         args.out.mkdir(parents=True)
     except FileExistsError:
@@ -75,16 +75,6 @@ def main(argv: list[str] | None = None):
     for file in (Path(mabert.__file__), Path(__file__).with_name("modeling_mabert.py")):
         shutil.copy(file, args.out)
     print(f'{auto_class}.from_pretrained("{args.out}", trust_remote_code=True) reads the model')
-
-
-def class_names(file: Path, count: int) -> list[str]:
-    """The names of a classifier's classes, from labels.json if there is one."""
-    if not file.exists():
-        return [f"class {i}" for i in range(count)]
-    names = json.loads(file.read_text(encoding="utf-8"))
-    if len(names) != count:
-        raise ValueError(f"{file}: {len(names)} names for {count} classes")
-    return names
 
 
 def config_fields(config: mabert.MaBERTConfig, auto_class: str, names: list[str]) -> dict:
