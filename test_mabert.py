@@ -4365,7 +4365,7 @@ def parse(script: str, words: list[str], monkeypatch):
 def test_the_readmes_python_examples_run(monkeypatch, capsys):
     monkeypatch.setattr(mabert, "LAYERS", dict(mabert.LAYERS))  # an example adds a letter
     save_a_demo()
-    guesses, own_layer = code_blocks(ROOT / "README.md", "python")
+    guesses, own_layer, own_head = code_blocks(ROOT / "README.md", "python")
 
     # five guesses for a mask, and two embeddings
     exec(guesses, {})
@@ -4379,6 +4379,10 @@ def test_the_readmes_python_examples_run(monkeypatch, capsys):
     kinds = [type(layer).__name__ for layer in model.encoder.layers]
     assert kinds == ["MambaLayer", "MambaLayer", "PostNormLayer"] * 2
     assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, model.config.vocab_size)
+
+    # a head of one's own
+    exec(own_head, names)
+    assert names["model"](torch.tensor([[5, 6, 7]])).shape == (1, 3, 9)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
