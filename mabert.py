@@ -716,9 +716,10 @@ def use_triton(u: Tensor, backend: str | None) -> bool:
 
 
 def needs_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for them; it and torch.compile know the kernels as custom ops.
+    """Whether autograd records what is done to these tensors.
 
-    Where neither is at work, the functions of the ops are called, which takes the CPU less time.
+    If so, and under torch.compile, the kernels run as custom ops. Elsewhere the function of an op
+    is called without the op, which takes the CPU less time.
     """
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
