@@ -47,8 +47,8 @@ import json
 import logging
 import math
 import re
+import shutil
 import sys
-import tempfile
 import textwrap
 import zipfile
 from pathlib import Path
@@ -2242,12 +2242,15 @@ def save_model(model: PretrainedModel, folder: Path):
     weights = model.state_dict(prefix=prefix)
     config = json.dumps(dataclasses.asdict(model.config), indent=2) + "\n"
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as partial:
-        torch.save(weights, Path(partial, "model.pt"))
-        Path(partial, "config.json").write_text(config)
-        for file in Path(partial).iterdir():
+    partial = folder / ".partial"  # there may be one, of a save that was killed
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        torch_save(weights, partial / "model.pt")
+        (partial / "config.json").write_text(config)
+        for file in partial.iterdir():
             file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(partial)
 
 
 def load_model(model_class: type, folder: Path, overrides: dict) -> PretrainedModel:
@@ -2257,7 +2260,8 @@ def load_model(model_class: type, folder: Path, overrides: dict) -> PretrainedMo
     has in another shape, is new; a warning says what was not loaded. Called on PretrainedModel
     itself, it chooses the class by the weights. overrides replace fields of the config (num_labels,
     pooling, psm, dropout, …), which the encoder's weights must fit. Nothing in the files is
-    executed. Raises FileNotFoundError, or ValueError where a file is damaged or does not fit.
+    executed. Raises FileNotFoundError, or ValueError where a file is damaged, does not fit, or has
+    weights that are not finite.
     """
     # read
     config = read_config(folder / "config.json", overrides)
@@ -2310,10 +2314,16 @@ def read_config(file: Path, overrides: dict) -> MaBERTConfig:
 
 def read_weights(file: Path) -> dict[str, Tensor]:
     weights = torch_load(existing(file))
-    for weight in weights.values():
-        if not (isinstance(weight, Tensor) and weight.is_floating_point()):
+    for name, weight in weights.items():
+        is_weight = isinstance(name, str) and isinstance(weight, Tensor)
+        if not (is_weight and weight.is_floating_point()):
             raise ValueError(
                 f"{file} is damaged or not written by save_pretrained: not all of it is weights"
+            )
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"{file} has weights that are not finite: the training that made it diverged, and "
+                "a lower --lr helps there"
             )
     return weights
 
@@ -2324,6 +2334,14 @@ def existing(file: Path) -> Path:
             f"{file} is missing: give a local folder that save_pretrained wrote"
         )
     return file
+
+
+def torch_save(values: dict, file: Path):
+    """torch.save, which does not say that a disk is full: OSError where it fails."""
+    try:
+        torch.save(values, file)
+    except RuntimeError as error:
+        raise OSError(f"cannot write {file}: is the disk full? ({error})") from error
 
 
 def torch_load(file: Path) -> dict:
@@ -2364,20 +2382,23 @@ def main(argv: list[str] | None = None):
         cls_id, sep_id, mask_id = map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[MASK]"))
 
         # run the model; not every tokenizer.json adds special tokens by itself
-        tokens = tokenizer.encode(args.text, add_special_tokens=False).ids
+        text = args.text.encode(errors="replace").decode()  # a shell passes any bytes on
+        tokens = tokenizer.encode(text, add_special_tokens=False).ids
         ids = torch.tensor([[cls_id, *tokens, sep_id]])
         output = model(ids)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"mabert.py: {error}")
 
-    # print
-    if isinstance(model, MaBERTForSequenceClassification):
-        print_classes(output.logits[0], names)
-    elif isinstance(model, MaBERTForMaskedLM) and mask_id in ids:
-        print_guesses(output.logits[ids == mask_id], tokenizer)
-    else:
-        encoder = getattr(model, "encoder", model)
-        print_embedding(encoder(ids)[0].mean(dim=0))
+        # print
+        if isinstance(model, MaBERTForSequenceClassification):
+            print_classes(output.logits[0], names)
+        elif isinstance(model, MaBERTForMaskedLM) and mask_id in ids:
+            print_guesses(output.logits[ids == mask_id], tokenizer)
+        else:
+            encoder = getattr(model, "encoder", model)
+            print_embedding(encoder(ids)[0].mean(dim=0))
+
+    # RuntimeError: the scan_backend of the config cannot run here
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"mabert.py: {error}")
 
 
 def load_tokenizer(file: Path):
@@ -2390,6 +2411,7 @@ def load_tokenizer(file: Path):
     if None in map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[MASK]")):
         raise ValueError(f"{file} lacks [CLS], [SEP] or [MASK]")
     tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 
@@ -2419,7 +2441,8 @@ def print_guesses(logits: Tensor, tokenizer):
         best = probabilities.topk(5)
         guesses = []
         for probability, token in zip(best.values.tolist(), best.indices.tolist()):
-            guesses.append(f"{tokenizer.id_to_token(token)} {probability:.4f}")
+            word = tokenizer.id_to_token(token) or f"id {token}"  # the model may have more ids
+            guesses.append(f"{word} {probability:.4f}")
         print("[MASK]:", ", ".join(guesses))
 
 
@@ -2429,4 +2452,5 @@ def print_embedding(x: Tensor):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
     main()
