@@ -22,7 +22,6 @@ import hashlib
 import itertools
 import json
 import logging
-import sys
 import textwrap
 import time
 from collections.abc import Iterator

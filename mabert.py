@@ -2365,27 +2365,38 @@ def torch_load(file: Path) -> dict:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None):
-    """Runs a trained model on a text. A masked language model gives five guesses for each [MASK],
-    or, where there is none, the text's embedding: the mean of its hidden states. A classifier gives
-    the probability of each class, by its name in labels.json, or the value of a regression."""
+    """Runs a trained model on a text, or on a pair of them. A masked language model gives five
+    guesses for each [MASK], or, where there is none, the text's embedding: the mean of its hidden
+    states. A classifier gives the probability of each class, by its name in labels.json, or the
+    value of a regression."""
     # read the arguments, the model and its tokenizer
     parser = argparse.ArgumentParser(description=" ".join(main.__doc__.split()))
     parser.add_argument(
         "folder", type=Path, help="written by train_mlm.py, or by finetune_glue.py --save"
     )
     parser.add_argument("text", help="in quotation marks")
+    parser.add_argument("second", nargs="?", help="the second text, for a classifier of pairs")
     args = parser.parse_args(argv)
+    texts = [args.text] if args.second is None else [args.text, args.second]
     try:
         model = PretrainedModel.from_pretrained(args.folder)
         tokenizer = load_tokenizer(args.folder / "tokenizer.json")
         names = class_names(args.folder / "labels.json", model.config.num_labels)
         cls_id, sep_id, mask_id = map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[MASK]"))
 
-        # run the model; not every tokenizer.json adds special tokens by itself
-        text = args.text.encode(errors="replace").decode()  # a shell passes any bytes on
-        tokens = tokenizer.encode(text, add_special_tokens=False).ids
-        ids = torch.tensor([[cls_id, *tokens, sep_id]])
-        output = model(ids)
+        # the row: not every tokenizer.json adds special tokens by itself
+        ids = [cls_id]
+        types = [0]
+        for i, text in enumerate(texts):
+            text = text.encode(errors="replace").decode()  # a shell passes any bytes on
+            tokens = tokenizer.encode(text, add_special_tokens=False).ids
+            ids += [*tokens, sep_id]
+            types += [i] * (len(tokens) + 1)
+
+        # run the model
+        ids = torch.tensor([ids])
+        types = torch.tensor([types])
+        output = model(ids, token_type_ids=types)
 
         # print
         if isinstance(model, MaBERTForSequenceClassification):
@@ -2394,7 +2405,7 @@ def main(argv: list[str] | None = None):
             print_guesses(output.logits[ids == mask_id], tokenizer)
         else:
             encoder = getattr(model, "encoder", model)
-            print_embedding(encoder(ids)[0].mean(dim=0))
+            print_embedding(encoder(ids, token_type_ids=types)[0].mean(dim=0))
 
     # RuntimeError: the scan_backend of the config cannot run here
     except (ImportError, OSError, RuntimeError, ValueError) as error:

@@ -1358,6 +1358,19 @@ def test_the_command_answers(model_class, changes, text, numbers, capsys):
         assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == printed
 
 
+def test_the_command_reads_a_pair_of_texts_as_fine_tuning_does(capsys):
+    save_model("asked", Classifier, num_labels=3)
+    mabert.main(["asked", "w1 w2", "w3"])
+    printed = capsys.readouterr().out
+
+    pair = train_mlm.load_tokenizer("asked/tokenizer.json").encode("w1 w2", "w3")
+    ids, types = torch.tensor([pair.ids]), torch.tensor([pair.type_ids])
+    logits = Classifier.from_pretrained("asked")(ids, token_type_ids=types).logits[0]
+    expected = [f"{probability:.4f}" for probability in logits.softmax(0).tolist()]
+    assert re.findall(r"\d\.\d{4}", printed) == expected
+    assert types.sum() == 2  # w3 [SEP]
+
+
 # ---- Models for transformers ----
 
 
