@@ -979,9 +979,7 @@ def run_all(args: argparse.Namespace, command: str):
     # the checkpoint, and what to make of it
     config = load_model(args.checkpoint).config
     if "classifier.weight" in torch_load(Path(args.checkpoint, "model.pt")):
-        print(
-            f"{args.checkpoint} is a classifier: where its head fits a task, training begins there"
-        )
+        print(f"{args.checkpoint} is a classifier: its head is kept for tasks that it fits")
     tokenizer = truncating_tokenizer(args, config)
     chosen = chosen_variants(args, config)
 

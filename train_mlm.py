@@ -484,7 +484,7 @@ def is_readable(file: Path) -> bool:
 def files_below(path: Path, out: str) -> Iterator[Path]:
     """All files of a folder and its sub-folders, linked ones too, but nothing that is hidden.
 
-    The run's own folder, --out, has no text.
+    The run's own folder, --out, is left out.
     """
     visited = set()
     for folder, subfolders, names in os.walk(path, followlinks=True):
@@ -1357,7 +1357,7 @@ def rows_of_phases(
         first_step = max(round(begin), phases[-1].first_step + 1) if phases else 0
         phases.append(Phase(first_step, Rows(tokens, segments, length, vocabulary)))
         if first_step >= args.steps:
-            print(f"of {args.steps} steps none has rows of {length} tokens")
+            print(f"rows of {length} tokens get none of the {args.steps} steps")
         begin += share * args.steps
     return phases
 
@@ -2226,11 +2226,12 @@ def run_program(main: Callable[[list[str]], None]):
 
     Characters that the terminal lacks become question marks.
     """
-    if sys.stdout is None:  # it is closed
+    if None in (sys.stdout, sys.stderr):  # closed
         return main(sys.argv[1:])
-    raw = Stdout(sys.stdout.fileno(), "w", closefd=False)
+    raw = Stdout(os.dup(1), "w")
     options = dict(encoding=sys.stdout.encoding, errors="replace", line_buffering=True)
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), **options)
+    os.dup2(2, 1)  # what `tokenizers` prints by itself goes to stderr: it panics where it cannot
     main(sys.argv[1:])
     if raw.error:
         raise SystemExit(f"all is done, but not all of it could be printed: {raw.error}")
