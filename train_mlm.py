@@ -1221,24 +1221,24 @@ def batches_ahead(
 # ---- What training reads, and the held-out loss ----
 
 
-class Given(NamedTuple):
-    """What --init gives."""
+class InitialModel(NamedTuple):
+    """What a run with --init starts from."""
 
     model: MaBERTForMaskedLM
     tokenizer: Tokenizer
-    digest: str  # of the weights as they were given, before any training
+    digest: str  # of its file of weights, before any training
 
 
-def read_given(args: argparse.Namespace, checkpoint: Path | None) -> Given | None:
+def load_initial_model(args: argparse.Namespace, checkpoint: Path | None) -> InitialModel | None:
     """The model of --init, with positions for the longest rows; None without --init.
 
-    A folder that is gone is needed no longer once there is a checkpoint, which has its fields, its
-    tokenizer and its digest, and newer weights.
+    If that folder is gone, the checkpoint to resume from stands in for it: it has the same fields
+    and tokenizer, the digest, and newer weights. SystemExit where the folder cannot be used.
     """
     if not args.init:
         return None
 
-    # where from
+    # the folder to read
     folder = Path(args.init)
     digest = None
     if checkpoint and not folder.exists():
@@ -1272,17 +1272,17 @@ def read_given(args: argparse.Namespace, checkpoint: Path | None) -> Given | Non
         model.encoder.resize_positions(longest)
         print(f"{folder}: its {positions} positions are stretched to {longest}")
 
-    # the digest, unless the checkpoint knows it
+    # the digest, unless the checkpoint had it
     if digest is None:
         content = (folder / "model.pt").read_bytes()
         digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-    return Given(model, tokenizer, digest)
+    return InitialModel(model, tokenizer, digest)
 
 
 class Data(NamedTuple):
     """What training reads."""
 
-    given: Given | None  # with --init
+    initial: InitialModel | None  # with --init
     config: MaBERTConfig  # of the model
     tokenizer: Tokenizer
     vocabulary: Vocabulary
@@ -1300,11 +1300,14 @@ def prepare(args: argparse.Namespace, checkpoint: Path | None = None) -> Data:
     then read the same.
     """
     # tokenizer and tokens
-    given = read_given(args, checkpoint)
+    initial = load_initial_model(args, checkpoint)
     prepared = None
     if RANK == 0:
         sources = text_sources(args)
-        tokenizer = given.tokenizer if given else choose_tokenizer(args, sources, checkpoint)
+        if initial:
+            tokenizer = initial.tokenizer
+        else:
+            tokenizer = choose_tokenizer(args, sources, checkpoint)
         prepared = tokenizer.to_str(), token_folder(args, sources, tokenizer)
     tokenizer_json, folder = gathered(prepared)[0]  # the others wait here for the first
     tokenizer = in_our_form(Tokenizer.from_str(tokenizer_json))
@@ -1312,8 +1315,8 @@ def prepare(args: argparse.Namespace, checkpoint: Path | None = None) -> Data:
 
     # the model's config
     vocabulary = special_ids(tokenizer)
-    if given:
-        config = given.model.config
+    if initial:
+        config = initial.model.config
     else:
         config = model_config(args, vocabulary_size(tokenizer), vocabulary.pad)
 
@@ -1334,7 +1337,7 @@ def prepare(args: argparse.Namespace, checkpoint: Path | None = None) -> Data:
     baselines = guessing_losses(tokens, held, held_out[2], vocabulary)
     print(f"held-out loss on {len(held_out[0])} rows of {len(held_rows)}")
     return Data(
-        given=given,
+        initial=initial,
         config=config,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
@@ -1506,7 +1509,7 @@ def identity_of(args: argparse.Namespace, data: Data) -> dict:
     """All that a run is a function of; a checkpoint of another run cannot be resumed."""
     # the model and its training
     identity = dataclasses.asdict(data.config)
-    identity["init"] = data.given and data.given.digest
+    identity["init"] = data.initial and data.initial.digest
     identity |= {name: getattr(args, name) for name in IDENTITY}
 
     # the tokenizer and the text
@@ -1677,7 +1680,7 @@ def make_model(
 
     # the same weights in every process
     torch.manual_seed(args.seed)
-    model = data.given.model if data.given else MaBERTForMaskedLM(data.config)
+    model = data.initial.model if data.initial else MaBERTForMaskedLM(data.config)
     model = model.to(device)
 
     # what changes the cost alone
