@@ -39,7 +39,15 @@ from time import perf_counter
 from typing import NamedTuple
 
 import train_mlm  # before torch, which reads OpenMP's settings when it loads
-from train_mlm import bounded, describe_machine, is_out_of_memory, load_tokenizer, write_atomically
+from train_mlm import (
+    bounded,
+    describe_machine,
+    is_out_of_memory,
+    load_tokenizer,
+    path_name,
+    run_program,
+    write_atomically,
+)
 
 # isort: split
 import torch
@@ -1477,7 +1485,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="for the runs of a measure at a length (default: 600; on a CPU 60)")
     efficiency.add_argument("--fastest", action="store_true",
         help="the best of torch.compile, CUDA graphs and neither, with FlashAttention")
-    efficiency.add_argument("--out", metavar="NAME",
+    efficiency.add_argument("--out", type=path_name, metavar="NAME",
         help="write NAME.md and, if MaBERT is among the models, NAME.png (needs matplotlib)")
 
     # scan
@@ -1497,11 +1505,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     drift.set_defaults(bench=bench_drift)
     drift.add_argument("--pads", nargs="+", type=bounded(int, 0, 2**16), default=[0, 1, 8, 64, 512],
         help="of the longest row; shorter ones are padded to its length (%(default)s)")
-    drift.add_argument("--checkpoint", metavar="FOLDER",
+    drift.add_argument("--checkpoint", type=path_name, metavar="FOLDER",
         help="a trained model, instead of random weights")
-    drift.add_argument("--sentences", metavar="FILE",
+    drift.add_argument("--sentences", type=path_name, metavar="FILE",
         help=f"{SENTENCES} rows of CoLA's dev.tsv or of a text file, instead of random ones")
-    drift.add_argument("--out", metavar="NAME",
+    drift.add_argument("--out", type=path_name, metavar="NAME",
         help="write NAME.md and NAME.png (needs matplotlib)")
 
     # step
@@ -1545,4 +1553,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

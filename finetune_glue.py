@@ -22,7 +22,6 @@ import hashlib
 import itertools
 import json
 import logging
-import sys
 import textwrap
 import time
 from collections.abc import Iterator
@@ -38,7 +37,9 @@ from train_mlm import (  # before torch, which reads train_mlm's settings for th
     learning_rate,
     load_tokenizer,
     make_optimizer,
+    path_name,
     psm_stages,
+    run_program,
     shuffled_batches,
     vocabulary_size,
     write_atomically,
@@ -52,7 +53,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from mabert import POOLINGS, MaBERTConfig
+from mabert import POOLINGS, MaBERTConfig, torch_load
 from mabert import MaBERTForSequenceClassification as Classifier
 
 # ---- Arguments ----
@@ -78,9 +79,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     # what is read, what is run, what is written
     positive = bounded(int, 1)
     add = parser.add_argument
-    add("--checkpoint", required=True,
+    add("--checkpoint", type=path_name, required=True,
         help="a folder of train_mlm.py, with config.json, model.pt and tokenizer.json")
-    add("--data-dir",
+    add("--data-dir", type=path_name,
         help="a folder with the benchmark's own download (CoLA/train.tsv, ...) or a clone of "
         f"{HUB_DATA} with its README.md; if not given, {HUB_DATA} from the hub. With --tasks own: "
         "a folder with train.tsv and dev.tsv (and test.tsv for --predict), in which the first line "
@@ -95,7 +96,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--budget", choices=("10", "25", "50", "100"), default="10",
         help="per cent of the paper's pretraining: the row of its tables to compare with "
         "(%(default)s); --ablation and --poolings compare with those at 100")
-    add("--out", default="out/glue", help="the folder of results (%(default)s)")
+    add("--out", type=path_name, default="out/glue", help="the folder of results (%(default)s)")
     add("--save", action="store_true", help="keep the fine-tuned models")
     add("--predict", action="store_true",
         help="write predictions for the test sets (the benchmark's submission files), with the "
@@ -607,15 +608,9 @@ def load_model(folder: str | Path, **changes) -> Classifier:
     """A model with a head for classes or scores; `changes` replace fields of its config."""
     logging.getLogger("mabert").setLevel(logging.ERROR)  # that the head is new goes without saying
     try:
-        model = Classifier.from_pretrained(folder, **changes).to(DEVICE)
+        return Classifier.from_pretrained(folder, **changes).to(DEVICE)
     except (OSError, ValueError) as error:
         raise SystemExit(f"cannot load {folder}: {error}") from error
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise SystemExit(
-            f"{folder} has weights that are not finite: the training that made it diverged, "
-            "and a lower --lr helps there"
-        )
-    return model
 
 
 def truncating_tokenizer(args: argparse.Namespace, config: MaBERTConfig) -> Tokenizer:
@@ -801,7 +796,7 @@ def sweep(
         file = folder.with_name(f"{folder.name}.json")
 
         # is its result there, and its model, if that is asked for?
-        result = read_result(file)
+        result = read_result(file, settings, seed)
         submits = args.predict and seed == 0 and variant is chosen[0]
         needs_model = args.save or submits
         is_saved = (folder / "tokenizer.json").exists()  # the last file that save_model writes
@@ -849,17 +844,29 @@ def digest_files(folder: str, names: tuple[str, ...]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
-def read_result(file: Path) -> dict | None:
-    """A run's result; None where there is none. A damaged file is named, and counts as none."""
+def read_result(file: Path, settings: dict, seed: int) -> dict | None:
+    """The result of the run of these settings and this seed; None where there is none.
+
+    A file that is damaged, or that holds something else, is named and counts as none.
+    """
+    task = settings["task"]
     needed = ("task", "seed", "scores", "rows", "seconds", "config", "settings", "machine")
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
         if missing := [key for key in needed if key not in result]:
             raise ValueError(f"it has no {', '.join(missing)}")
+
+        # the name alone does not say what is in a file
+        if (result["task"], result["seed"], result["settings"]) != (task, seed, settings):
+            raise ValueError("it is of another run")
+        for title, metric in itertools.product(TASKS[task].splits("dev"), TASKS[task].metrics):
+            score = result["scores"][title][metric]
+            if not -1 <= score <= 1:
+                raise ValueError(f"its {metric} is {score}")
         return result
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         tqdm.write(f"{file} is damaged ({error!r}): that run is made again")
         return None
 
@@ -971,6 +978,8 @@ def run_all(args: argparse.Namespace, command: str):
     """Makes the runs that the arguments ask for, and writes and prints their tables."""
     # the checkpoint, and what to make of it
     config = load_model(args.checkpoint).config
+    if "classifier.weight" in torch_load(Path(args.checkpoint, "model.pt")):
+        print(f"{args.checkpoint} is a classifier: its head is kept for tasks that it fits")
     tokenizer = truncating_tokenizer(args, config)
     chosen = chosen_variants(args, config)
 
@@ -1023,4 +1032,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

@@ -47,8 +47,8 @@ import json
 import logging
 import math
 import re
+import shutil
 import sys
-import tempfile
 import textwrap
 import zipfile
 from pathlib import Path
@@ -2243,12 +2243,15 @@ def save_model(model: PretrainedModel, folder: Path):
     weights = model.state_dict(prefix=prefix)
     config = json.dumps(dataclasses.asdict(model.config), indent=2) + "\n"
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as partial:
-        torch.save(weights, Path(partial, "model.pt"))
-        Path(partial, "config.json").write_text(config)
-        for file in Path(partial).iterdir():
+    partial = folder / ".partial"  # there may be one, of a save that was killed
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        torch_save(weights, partial / "model.pt")
+        (partial / "config.json").write_text(config)
+        for file in partial.iterdir():
             file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(partial)
 
 
 def load_model(model_class: type, folder: Path, overrides: dict) -> PretrainedModel:
@@ -2258,7 +2261,8 @@ def load_model(model_class: type, folder: Path, overrides: dict) -> PretrainedMo
     has in another shape, is new; a warning says what was not loaded. Called on PretrainedModel
     itself, it chooses the class by the weights. overrides replace fields of the config (num_labels,
     pooling, psm, dropout, …), which the encoder's weights must fit. Nothing in the files is
-    executed. Raises FileNotFoundError, or ValueError where a file is damaged or does not fit.
+    executed. Raises FileNotFoundError, or ValueError where a file is damaged, does not fit, or has
+    weights that are not finite.
     """
     # read
     config = read_config(folder / "config.json", overrides)
@@ -2311,10 +2315,16 @@ def read_config(file: Path, overrides: dict) -> MaBERTConfig:
 
 def read_weights(file: Path) -> dict[str, Tensor]:
     weights = torch_load(existing(file))
-    for weight in weights.values():
-        if not (isinstance(weight, Tensor) and weight.is_floating_point()):
+    for name, weight in weights.items():
+        is_weight = isinstance(name, str) and isinstance(weight, Tensor)
+        if not (is_weight and weight.is_floating_point()):
             raise ValueError(
                 f"{file} is damaged or not written by save_pretrained: not all of it is weights"
+            )
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"{file} has weights that are not finite: the training that made it diverged, and "
+                "a lower --lr helps there"
             )
     return weights
 
@@ -2325,6 +2335,14 @@ def existing(file: Path) -> Path:
             f"{file} is missing: give a local folder that save_pretrained wrote"
         )
     return file
+
+
+def torch_save(values: dict, file: Path):
+    """torch.save, which does not say that a disk is full: OSError where it fails."""
+    try:
+        torch.save(values, file)
+    except RuntimeError as error:
+        raise OSError(f"cannot write {file}: is the disk full? ({error})") from error
 
 
 def torch_load(file: Path) -> dict:
@@ -2348,37 +2366,51 @@ def torch_load(file: Path) -> dict:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None):
-    """Runs a trained model on a text. A masked language model gives five guesses for each [MASK],
-    or, where there is none, the text's embedding: the mean of its hidden states. A classifier gives
-    the probability of each class, by its name in labels.json, or the value of a regression."""
+    """Runs a trained model on a text, or on a pair of them. A masked language model gives five
+    guesses for each [MASK], or, where there is none, the text's embedding: the mean of its hidden
+    states. A classifier gives the probability of each class, by its name in labels.json, or the
+    value of a regression."""
     # read the arguments, the model and its tokenizer
     parser = argparse.ArgumentParser(description=" ".join(main.__doc__.split()))
     parser.add_argument(
         "folder", type=Path, help="written by train_mlm.py, or by finetune_glue.py --save"
     )
     parser.add_argument("text", help="in quotation marks")
+    parser.add_argument("second", nargs="?", help="the second text, for a classifier of pairs")
     args = parser.parse_args(argv)
+    texts = [args.text] if args.second is None else [args.text, args.second]
     try:
         model = PretrainedModel.from_pretrained(args.folder)
         tokenizer = load_tokenizer(args.folder / "tokenizer.json")
         names = class_names(args.folder / "labels.json", model.config.num_labels)
         cls_id, sep_id, mask_id = map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[MASK]"))
 
-        # run the model; not every tokenizer.json adds special tokens by itself
-        tokens = tokenizer.encode(args.text, add_special_tokens=False).ids
-        ids = torch.tensor([[cls_id, *tokens, sep_id]])
-        output = model(ids)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"mabert.py: {error}")
+        # the row: not every tokenizer.json adds special tokens by itself
+        ids = [cls_id]
+        types = [0]
+        for i, text in enumerate(texts):
+            text = text.encode(errors="replace").decode()  # a shell passes any bytes on
+            tokens = tokenizer.encode(text, add_special_tokens=False).ids
+            ids += [*tokens, sep_id]
+            types += [i] * (len(tokens) + 1)
 
-    # print
-    if isinstance(model, MaBERTForSequenceClassification):
-        print_classes(output.logits[0], names)
-    elif isinstance(model, MaBERTForMaskedLM) and mask_id in ids:
-        print_guesses(output.logits[ids == mask_id], tokenizer)
-    else:
-        encoder = getattr(model, "encoder", model)
-        print_embedding(encoder(ids)[0].mean(dim=0))
+        # run the model
+        ids = torch.tensor([ids])
+        types = torch.tensor([types])
+        output = model(ids, token_type_ids=types)
+
+        # print
+        if isinstance(model, MaBERTForSequenceClassification):
+            print_classes(output.logits[0], names)
+        elif isinstance(model, MaBERTForMaskedLM) and mask_id in ids:
+            print_guesses(output.logits[ids == mask_id], tokenizer)
+        else:
+            encoder = getattr(model, "encoder", model)
+            print_embedding(encoder(ids, token_type_ids=types)[0].mean(dim=0))
+
+    # RuntimeError: the scan_backend of the config cannot run here
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"mabert.py: {error}")
 
 
 def load_tokenizer(file: Path):
@@ -2391,6 +2423,7 @@ def load_tokenizer(file: Path):
     if None in map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[MASK]")):
         raise ValueError(f"{file} lacks [CLS], [SEP] or [MASK]")
     tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 
@@ -2420,7 +2453,8 @@ def print_guesses(logits: Tensor, tokenizer):
         best = probabilities.topk(5)
         guesses = []
         for probability, token in zip(best.values.tolist(), best.indices.tolist()):
-            guesses.append(f"{tokenizer.id_to_token(token)} {probability:.4f}")
+            word = tokenizer.id_to_token(token) or f"id {token}"  # the model may have more ids
+            guesses.append(f"{word} {probability:.4f}")
         print("[MASK]:", ", ".join(guesses))
 
 
@@ -2430,4 +2464,5 @@ def print_embedding(x: Tensor):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
     main()

@@ -1231,15 +1231,22 @@ def test_a_saved_model_computes_the_same_and_a_failed_save_changes_nothing(
 ):
     def full_disk(state, path):
         put(path, b"half")
-        raise OSError(28, "No space left on device")
+        raise RuntimeError("unexpected pos 64 vs 0")  # torch.save's words for it
 
-    # save; then fail to save another
+    def killed(state, path):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    # save, after a save that was killed; then fail to save another
     config = tiny("MTM", psm=("scan",), causal_conv=True, pooling="attn", num_labels=3)
     model = build(model_class, replace(config, dropout=0.5), torch.float32).eval()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", killed)
+        assert forked(model.save_pretrained, "saved") == -signal.SIGKILL
     model.save_pretrained("saved")
     monkeypatch.setattr(torch, "save", full_disk)
     other = build(model_class, config, seed=1)
-    refused(other.save_pretrained, "saved", said="No space", error=OSError)
+    said = "cannot write saved/.*model.pt: is the disk full"
+    refused(other.save_pretrained, "saved", said=said, error=OSError)
     assert sorted(os.listdir("saved")) == ["config.json", "model.pt"]
 
     # load
@@ -1295,7 +1302,8 @@ def one_becomes_two(file: bytes) -> bytes:
 DAMAGED = [  # file, its contents or what they come from, overrides, the message
     *((file, None, {}, f"{file} is missing") for file in ("config.json", "model.pt")),
     *(("config.json", text, {}, "config.json .*is no valid config")
-      for text in (b"{", b"[]", b"\xff{}", b'{"hidden_size": "16"}', b'{"colour": 1}')),
+      for text in (b"{", b"[]", b"\xff{}", b"null",
+                   b'{"hidden_size": "16"}', b'{"colour": 1}')),
     *(("config.json", bytes, overrides, message) for overrides, message in (
         (dict(colour="red"), "'colour'"),
         (dict(pooling="max"), "MaBERTConfig.pooling"),
@@ -1304,8 +1312,9 @@ DAMAGED = [  # file, its contents or what they come from, overrides, the message
         (dict(pattern="MTM"), "does not fit.*Missing key.*layers.2"))),
     *(("model.pt", contents, {}, "model.pt is damaged") for contents in (
         lambda file: file[: len(file) // 2], b"", b"no checkpoint", one_becomes_two,
-        [1, 2], {"model": {}, "step": 5}, {"x": Trap()},
+        [1, 2], [torch.ones(3)], {0: torch.ones(3)}, {"model": {}, "step": 5}, {"x": Trap()},
         weights(torch.Tensor.int), weights(lambda w: w + 0j))),
+    ("model.pt", weights(lambda w: w * math.nan), {}, "model.pt has weights that are not finite"),
 ]  # fmt: skip
 
 
@@ -1332,6 +1341,7 @@ COMMANDS = [  # whose folder, a text, the numbers that are printed
     (MaBERTForMaskedLM, {}, "w1 [MASK] w3", best_five),
     (MaBERTForMaskedLM, {}, "w1 w2 w3", embedding),
     (MaBERT, {}, "w1 [MASK] w3", embedding),
+    (MaBERT, {}, "w1 \udcff w3", embedding),  # a byte that is not UTF-8, as Python has it
     (Classifier, dict(num_labels=3), "w1 w2 w3", lambda m, ids: m(ids).logits[0].softmax(0)),
     (Classifier, dict(num_labels=1), "w1 w2 w3", lambda m, ids: m(ids).logits[0]),
 ]
@@ -1340,22 +1350,52 @@ COMMANDS = [  # whose folder, a text, the numbers that are printed
 @pytest.mark.parametrize("model_class, changes, text, numbers", COMMANDS)
 def test_the_command_answers(model_class, changes, text, numbers, capsys):
     save_model("asked", model_class, **changes)
+    tokenizer = train_mlm.Tokenizer.from_file("asked/tokenizer.json")
+    tokenizer.enable_padding(length=9)  # which must not matter
+    tokenizer.enable_truncation(2)
+    tokenizer.save("asked/tokenizer.json")
     mabert.main(["asked", text])
     printed = capsys.readouterr().out
 
     # the numbers are the model's
     model = model_class.from_pretrained("asked")
-    ids = torch.tensor([[2, 6, 4 if "[MASK]" in text else 7, 8, 3]])
+    second = {"[MASK]": 4, "w2": 7, "\udcff": 1}[text.split()[1]]
+    ids = torch.tensor([[2, 6, second, 8, 3]])
     expected = [f"{number:.4f}" for number in numbers(model, ids).tolist()]
     assert re.findall(r"-?\d+\.\d{4}", printed) == expected
 
-    # so are the words, and a process prints the same
+    # so are the words, and a process prints the same, but for letters that its terminal lacks
     if numbers is best_five:
         best = model(ids).logits[0, 2].topk(5).indices.tolist()
         vocabulary = [*train_mlm.SPECIAL_TOKENS, *WORDLIST]
         assert re.findall(r"(\S+) 0\.", printed) == [vocabulary[i] for i in best]
-        command = [sys.executable, str(ROOT / "mabert.py"), "asked", text]
-        assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == printed
+        put("asked/tokenizer.json", tokenizer.to_str().replace('"w', '"é').replace("éord", "word"))
+        command = [sys.executable, str(ROOT / "mabert.py"), "asked", text.replace("w", "é")]
+        terminal = os.environ | dict(PYTHONIOENCODING="ascii")
+        said = subprocess.check_output(command, text=True, env=terminal)
+        assert said == printed.replace("w", "?")
+
+
+def test_a_guess_that_the_tokenizer_lacks_is_printed_by_its_id(capsys):
+    words_tokenizer(WORDS).save(MODEL)  # fewer tokens than the model has
+    model = MaBERTForMaskedLM.from_pretrained("model")
+    model.decoder_bias.data[40] = 100
+    model.save_pretrained("model")
+    mabert.main(["model", "the [MASK] sees"])
+    assert "[MASK]: id 40 1.0000, " in capsys.readouterr().out
+
+
+def test_the_command_reads_a_pair_of_texts_as_fine_tuning_does(capsys):
+    save_model("asked", Classifier, num_labels=3)
+    mabert.main(["asked", "w1 w2", "w3"])
+    printed = capsys.readouterr().out
+
+    pair = train_mlm.load_tokenizer("asked/tokenizer.json").encode("w1 w2", "w3")
+    ids, types = torch.tensor([pair.ids]), torch.tensor([pair.type_ids])
+    logits = Classifier.from_pretrained("asked")(ids, token_type_ids=types).logits[0]
+    expected = [f"{probability:.4f}" for probability in logits.softmax(0).tolist()]
+    assert re.findall(r"\d\.\d{4}", printed) == expected
+    assert types.sum() == 2  # w3 [SEP]
 
 
 # ---- Models for transformers ----
@@ -2058,6 +2098,10 @@ TEXTS = [  # files below texts/, flags, the documents
     ({"../all/a.txt": "one", "b": Path("../all"), "c.txt": Path("../d")}, "", ["one"]),
     ({"../d": "one", "c.txt": Path("../d")}, "", ["one"]),
     ({"a.txt": "one", "b/a.txt": "two", "b/loop": Path("..")}, "", ["one", "two"]),
+    # the run's folder is left out, but for texts in it that are named
+    ({"a.txt": "one", "b/run/c.txt": "two"}, "--out texts/b/run", ["one"]),
+    ({"a.txt": "one", "b": Path("../run"), "../run/c.txt": "two"}, "--out run", ["one"]),
+    ({"a.txt": "one", "b/c.txt": "two"}, "--out texts --data texts/b texts/a.txt", ["two", "one"]),
     # any name of a file
     *(({f"{x}.txt": "one"}, f"--data {shlex.quote(f'texts/{x}.txt')}", ["one"]) for x in NAMES),
 ]  # fmt: skip
@@ -2153,6 +2197,9 @@ def test_what_lies_there_unread_is_said(capsys):
     assert "text: 1 file(s), 0.0 MB; 3 others there are not read" in said
     documents("--data texts/a.txt --cache cache")
     assert "text: 1 file(s), 0.0 MB\n" in capsys.readouterr().out
+    put("texts/run/args.json", "{}")
+    documents("--data texts --out texts/run --cache cache")
+    assert "text: texts/run is not read, since it is --out\n" in capsys.readouterr().out
 
 
 # Tokens
@@ -2427,6 +2474,26 @@ def test_tokens_are_kept_in_the_users_cache_folder(monkeypatch):
     assert train_mlm.parse_args([]).cache == "/home/someone/.cache/mabert"
 
 
+NAMES_OF_FILES = [  # a script's parser, what it needs besides, its flags
+    (train_mlm, "", "--out --data --tokenizer --cache"),
+    (finetune_glue, "--checkpoint x", "--checkpoint --data-dir --out"),
+    (bench, "drift", "--checkpoint --sentences --out"),
+    (bench, "efficiency", "--out"),
+]
+
+
+@pytest.mark.parametrize(("script", "needed", "flags"), NAMES_OF_FILES)
+def test_names_of_files_are_not_empty_and_may_begin_with_a_tilde(
+    script, needed, flags, monkeypatch
+):
+    monkeypatch.setenv("HOME", "/home/someone")
+    for flag in flags.split():
+        argv = [*needed.split(), flag]
+        value = vars(script.parse_args([*argv, "~/x"]))[flag[2:].replace("-", "_")]
+        assert value in ("/home/someone/x", ["/home/someone/x"])
+        refused(script.parse_args, [*argv, ""], said=f"argument {flag}: the name is empty")
+
+
 def test_a_batch_that_two_processes_cannot_share_is_refused(monkeypatch):
     monkeypatch.setattr(train_mlm, "PROCESSES", 2)
     said = "no multiple of --micro-batch-size 32 × 2 process"
@@ -2440,8 +2507,10 @@ LONGER = """--steps 40 --save-every 10 --log-every 7 --eval-every 20 --micro-bat
     --dropout 0.1 --bucket --resume"""
 
 
-def test_a_run_of_one_step_may_have_more_lengths_than_steps():
+def test_a_run_of_one_step_may_have_more_lengths_than_steps(capsys):
     pretrain("--steps 1 --save-every 5 --length-schedule 16:0.3 24:0.3 32:0.4")
+    unused = re.findall("rows of (.*) tokens get none of the 1 steps", capsys.readouterr().out)
+    assert unused == ["24", "32"]
     assert trained()[1][-1]["step"] == "1"
     assert Path("run/step-0000001").exists()
 
@@ -2491,7 +2560,10 @@ def test_a_full_disk_is_explained_and_leaves_what_was_whole(writer, monkeypatch)
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     monkeypatch.setattr(train_mlm, writer, limited)
-    said = "(File too large|unexpected pos|failed writing).*\nFinished checkpoints .* are kept"
+    said = {
+        "write_tokens": r"^\[Errno 27\] File too large",
+        "save_checkpoint": "^cannot write run/step-0000006.partial/.*: is the disk full",
+    }[writer] + r".*\nFinished checkpoints \(in run\) and prepared text \(in cache\) are kept"
     refused(pretrain, f"{SHORT} --resume --cache cache", said=said)
 
     # its checkpoints are as they were
@@ -2640,6 +2712,39 @@ def test_processes_ask_each_other_for_signals_every_ten_steps_or_once_a_second(
     assert asked == steps and clock.step == steps[-1]
 
 
+OUTPUTS = [  # a file to print to, or None for a reader that has left; its encoding; what is said
+    ("printed", "ascii", None),
+    ("/dev/full", "utf-8", "No space left"),
+    (None, "utf-8", "Broken pipe"),
+]
+
+
+@pytest.mark.parametrize(("file", "encoding", "said"), OUTPUTS)
+def test_what_cannot_be_printed_ends_no_training(file, encoding, said):
+    def train():
+        # standard output, of this process and of Python
+        if file:
+            output = os.open(file, os.O_WRONLY | os.O_CREAT)
+        else:
+            reader, output = os.pipe()
+            os.close(reader)
+        os.dup2(output, 1)
+        sys.stdout = open(1, "w", encoding=encoding)
+
+        # train
+        sys.argv = ["train_mlm.py", *arguments("--vocab-size 100 --cache cache --steps 1")]
+        program = partial(train_mlm.run_program, train_mlm.main)
+        if said:
+            refused(program, said=f"not all of it could be printed: .*{said}")
+        else:
+            program()
+
+    assert forked(train) == 0
+    assert MaBERTForMaskedLM.from_pretrained("run")
+    if file == "printed":
+        assert "M parameters, on 1 ? cpu" in Path(file).read_text()  # ×
+
+
 def test_a_second_ctrl_c_ends_at_once(monkeypatch):
     handlers = {}
     monkeypatch.setattr(train_mlm.signal, "signal", handlers.__setitem__)
@@ -2669,6 +2774,7 @@ def test_runs_on_the_same_text_share_a_trained_tokenizer_and_its_tokens(monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(train_mlm, "train_tokenizer", None)
         patch.setattr(train_mlm, "write_tokens", None)
+        patch.setattr(train_mlm, "make_cache_folder", None)  # the cache may be read-only
         pretrain(f"{flags} --out second")
     assert Path("second/tokenizer.json").read_text() == trained_one
     assert "trained on this text before" in capsys.readouterr().out
@@ -2747,6 +2853,27 @@ def test_a_young_run_that_was_stopped_starts_again(monkeypatch, capsys):
     assert Path("run/log.csv").exists()
     pretrain(f"{SHORT} --resume")
     assert "from step 0 on" in capsys.readouterr().out
+
+
+def test_links_to_checkpoints_are_removed_like_checkpoints():
+    pretrain(SHORT)
+    run = Path("run")
+    shutil.rmtree(run / "step-0000006")
+    (run / "step-0000002").rename("elsewhere")
+    (run / "step-0000002").symlink_to(Path("elsewhere").absolute())
+    (run / "step-0000006").symlink_to("nowhere")
+
+    # beyond --keep, and in the place of a new one
+    pretrain(f"{SHORT} --resume --keep 2")
+    assert checkpoints() == ["0000004", "0000006"]
+    assert not (run / "step-0000006").is_symlink()
+    assert Path("elsewhere/model.pt").exists()
+
+    # by --overwrite
+    (run / "step-0000002").symlink_to(Path("elsewhere").absolute())
+    pretrain("--steps 1 --overwrite")
+    assert checkpoints() == ["0000001"]
+    assert Path("elsewhere/model.pt").exists()
 
 
 def test_checkpoints_are_found_and_sorted_by_number():
@@ -3277,15 +3404,37 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(runs_of):
     assert [run["seed"] for run in runs] == [0, 1] and runs[0] == json.loads(before)
 
 
+OTHER_RESULTS = [  # what a result file says instead
+    dict(task="mrpc"),
+    dict(seed=1),
+    dict(settings={}),
+    dict(scores={}),
+    *(dict(scores=dict(CoLA=dict(matthews=score))) for score in (7, -7, math.nan, "0.5")),
+]
+
+
 def test_a_damaged_result_is_named_and_its_run_made_again(runs_of, capsys):
     assert runs_of("--seeds 1") == [0]
     (file,) = Path("out").glob("cola-*-seed0.json")
     before = file.read_bytes()
-    for damage in (before[:100], b"{}", b"[]", b"\xff"):
+    others = [json.dumps(json.loads(before) | other).encode() for other in OTHER_RESULTS]
+    for damage in (before[:100], b"{}", b"[]", b"\xff", *others):
         file.write_bytes(damage)
         assert runs_of("--seeds 1") == [0]
         assert f"{file} is damaged" in capsys.readouterr().out
         assert json.loads(file.read_text())["scores"] == json.loads(before)["scores"]
+
+
+def test_a_classifier_that_is_fine_tuned_again_is_named(runs_of, capsys):
+    save_model("classifier", Classifier)
+    for checkpoint, count in (("model", 0), ("classifier", 1)):
+        runs_of(f"--seeds 1 --checkpoint {checkpoint}")
+        assert capsys.readouterr().out.count("is a classifier: its head is kept") == count
+
+
+def test_a_full_disk_ends_a_sweep_in_one_line(runs_of, monkeypatch):
+    monkeypatch.setattr(torch, "save", raising(RuntimeError("unexpected pos 64 vs 0")))
+    refused(runs_of, "--save", said="^cannot go on: cannot write out/.*model.pt: is the disk full")
 
 
 def test_a_run_is_made_again_where_its_model_is_needed_and_was_not_saved(runs_of):
@@ -4328,6 +4477,9 @@ REFUSALS = [
      {"model/labels.json": '["late" "lost"]'}),
     (f"mabert model '{'w1 ' * 31}'",
      r"^mabert.py: a row has 33 real tokens; max_position is 32[^\n]*$"),
+    ("mabert model w1", r"^mabert.py: backend='triton' cannot run here [^\n]*$",
+     {"model/config.json": lambda x: x.replace(b'backend": null', b'backend": "triton"')}),
+    ("train --seed 18446744073709551616", "--seed: 18446744073709551616 must be"),
     ("train --length-schedule 128:0.9 512:0.2", "sum to 1"),
     ("train --length-schedule 4:1", "4 must be finite and in"),
     ("train --length-schedule 128", "invalid length_share value: '128'"),
@@ -4348,6 +4500,7 @@ REFUSALS = [
     ("train --data nowhere", "nowhere is or has no"),
     ("train --data a.md", r"a.md is or has no", {"a.md": "one"}),
     ("train --data .a", "is or has no", {".a/.b/c.txt": "one"}),
+    ("train --data a --out a", "a is or has no", {"a/a.txt": "one"}),
     ("train --data a.txt", r"too short: 100 tokens give \d+ training rows",
      {"a.txt": "the cat sees a dog\n" * 20}),
     ("train --data a.txt", "the corpus is empty", {"a.txt": "\n \n"}),

@@ -44,6 +44,7 @@ import errno
 import functools
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -87,7 +88,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from mabert import PSM_STAGES, MaBERTConfig, MaBERTForMaskedLM, PretrainedModel, torch_load
+from mabert import (
+    PSM_STAGES,
+    MaBERTConfig,
+    MaBERTForMaskedLM,
+    PretrainedModel,
+    torch_load,
+    torch_save,
+)
 
 # torchrun tells each of its processes which one it is
 RANK = int(os.environ.get("RANK", 0))
@@ -150,6 +158,13 @@ def bounded(number_type: type, low: float, high: float = math.inf):
     return parse
 
 
+def path_name(text: str) -> str:
+    """A type for argparse: the name of a file or folder, which a quoted ~ may begin."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return os.path.expanduser(text)
+
+
 def psm_stages(text: str) -> tuple[str, ...]:
     """A type for argparse: stages of padding-safe masking, joined by +, or none."""
     stages = () if text == "none" else tuple(text.split("+"))
@@ -176,12 +191,12 @@ def add_flags_of_the_run(parser: argparse.ArgumentParser):
     # its folder
     positive = bounded(int, 1)
     group = parser.add_argument_group("the run")
-    group.add_argument("--out", default="out/mlm", help="the run's folder")
+    group.add_argument("--out", type=path_name, default="out/mlm", help="the run's folder")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true",
         help="go on after the newest checkpoint in --out, if there is one")
     either.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
-    group.add_argument("--seed", type=bounded(int, 0), default=0,
+    group.add_argument("--seed", type=bounded(int, 0, 2**64), default=0,
         help="of weights, order, masks and dropout")
 
     # how often something is written
@@ -201,7 +216,7 @@ def add_flags_of_the_text(parser: argparse.ArgumentParser):
     either = group.add_mutually_exclusive_group()
     either.add_argument("--demo", action="store_true",
         help="a small model on text that every Python carries; replaces out/demo")
-    either.add_argument("--data", nargs="+", metavar="PATH",
+    either.add_argument("--data", nargs="+", type=path_name, metavar="PATH",
         help=".txt files, or .json, .jsonl, .parquet with a column 'text', or folders of them; "
         "without it English Wikipedia and BookCorpus from the hub")
     group.add_argument("--sample-by", choices=("document", "paragraph", "line"), default="document",
@@ -209,18 +224,18 @@ def add_flags_of_the_text(parser: argparse.ArgumentParser):
 
     # its tokens
     either = group.add_mutually_exclusive_group()
-    either.add_argument("--tokenizer",
+    either.add_argument("--tokenizer", type=path_name,
         help=f"a tokenizer.json or a name on the hub; without --vocab-size, {HUB_TOKENIZER}")
     either.add_argument("--vocab-size", type=bounded(int, 100, MAX_VOCAB + 1),
         help="train a tokenizer of so many pieces on the text")
-    group.add_argument("--cache", default=default_cache(), metavar="FOLDER",
+    group.add_argument("--cache", type=path_name, default=default_cache(), metavar="FOLDER",
         help="where token ids are kept, two bytes each, for the next runs on the same text")
 
 
 def add_flags_of_the_model(parser: argparse.ArgumentParser):
     defaults = MaBERTConfig()
     group = parser.add_argument_group("model")
-    group.add_argument("--init", metavar="FOLDER",
+    group.add_argument("--init", type=path_name, metavar="FOLDER",
         help="start from a trained model, or a step of a run: its fields, weights and tokenizer; "
         "positions are stretched to the longest row. Only --dropout may change a field")
 
@@ -363,7 +378,7 @@ def text_sources(args: argparse.Namespace) -> list[Source]:
     if args.demo:
         return [demo_source()]
     if args.data:
-        return file_sources(find_files(args.data), args.sample_by)
+        return file_sources(find_files(args.data, args.out), args.sample_by)
     return hub_sources()
 
 
@@ -437,13 +452,13 @@ def hub_sources() -> list[Source]:
 # Files
 
 
-def find_files(paths: list[str]) -> list[Path]:
+def find_files(paths: list[str], out: str) -> list[Path]:
     """The files that --data names, each once; SystemExit where a path has none."""
     files = {}  # real path -> path as given: a file may be named twice, or linked
     unread = 0
     for path in map(Path, paths):
         # all that is there, and what of that we read
-        candidates = [path] if path.is_file() else sorted(files_below(path))
+        candidates = [path] if path.is_file() else sorted(files_below(path, out))
         readable = [file for file in candidates if is_readable(file)]
         unread += len(candidates) - len(readable)
         if not readable:
@@ -466,13 +481,20 @@ def is_readable(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES and file.is_file() and file.stat().st_size > 0
 
 
-def files_below(path: Path) -> Iterator[Path]:
-    """All files of a folder and its sub-folders, linked ones too, but nothing that is hidden."""
+def files_below(path: Path, out: str) -> Iterator[Path]:
+    """All files of a folder and its sub-folders, linked ones too, but nothing that is hidden.
+
+    The run's own folder, --out, is left out.
+    """
     visited = set()
     for folder, subfolders, names in os.walk(path, followlinks=True):
-        # a link may lead back to where we come from
         place = os.path.realpath(folder)
-        if place in visited:
+        is_out = place == os.path.realpath(out)
+        if is_out:
+            print(f"text: {folder} is not read, since it is --out")
+
+        # a link may lead back to where we come from
+        if is_out or place in visited:
             subfolders.clear()
             continue
         visited.add(place)
@@ -1199,24 +1221,24 @@ def batches_ahead(
 # ---- What training reads, and the held-out loss ----
 
 
-class Given(NamedTuple):
-    """What --init gives."""
+class InitialModel(NamedTuple):
+    """What a run with --init starts from."""
 
     model: MaBERTForMaskedLM
     tokenizer: Tokenizer
-    digest: str  # of the weights as they were given, before any training
+    digest: str  # of its file of weights, before any training
 
 
-def read_given(args: argparse.Namespace, checkpoint: Path | None) -> Given | None:
+def load_initial_model(args: argparse.Namespace, checkpoint: Path | None) -> InitialModel | None:
     """The model of --init, with positions for the longest rows; None without --init.
 
-    A folder that is gone is needed no longer once there is a checkpoint, which has its fields, its
-    tokenizer and its digest, and newer weights.
+    If that folder is gone, the checkpoint to resume from stands in for it: it has the same fields
+    and tokenizer, the digest, and newer weights. SystemExit where the folder cannot be used.
     """
     if not args.init:
         return None
 
-    # where from
+    # the folder to read
     folder = Path(args.init)
     digest = None
     if checkpoint and not folder.exists():
@@ -1250,17 +1272,17 @@ def read_given(args: argparse.Namespace, checkpoint: Path | None) -> Given | Non
         model.encoder.resize_positions(longest)
         print(f"{folder}: its {positions} positions are stretched to {longest}")
 
-    # the digest, unless the checkpoint knows it
+    # the digest, unless the checkpoint had it
     if digest is None:
         content = (folder / "model.pt").read_bytes()
         digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-    return Given(model, tokenizer, digest)
+    return InitialModel(model, tokenizer, digest)
 
 
 class Data(NamedTuple):
     """What training reads."""
 
-    given: Given | None  # with --init
+    initial: InitialModel | None  # with --init
     config: MaBERTConfig  # of the model
     tokenizer: Tokenizer
     vocabulary: Vocabulary
@@ -1278,11 +1300,14 @@ def prepare(args: argparse.Namespace, checkpoint: Path | None = None) -> Data:
     then read the same.
     """
     # tokenizer and tokens
-    given = read_given(args, checkpoint)
+    initial = load_initial_model(args, checkpoint)
     prepared = None
     if RANK == 0:
         sources = text_sources(args)
-        tokenizer = given.tokenizer if given else choose_tokenizer(args, sources, checkpoint)
+        if initial:
+            tokenizer = initial.tokenizer
+        else:
+            tokenizer = choose_tokenizer(args, sources, checkpoint)
         prepared = tokenizer.to_str(), token_folder(args, sources, tokenizer)
     tokenizer_json, folder = gathered(prepared)[0]  # the others wait here for the first
     tokenizer = in_our_form(Tokenizer.from_str(tokenizer_json))
@@ -1290,8 +1315,8 @@ def prepare(args: argparse.Namespace, checkpoint: Path | None = None) -> Data:
 
     # the model's config
     vocabulary = special_ids(tokenizer)
-    if given:
-        config = given.model.config
+    if initial:
+        config = initial.model.config
     else:
         config = model_config(args, vocabulary_size(tokenizer), vocabulary.pad)
 
@@ -1312,7 +1337,7 @@ def prepare(args: argparse.Namespace, checkpoint: Path | None = None) -> Data:
     baselines = guessing_losses(tokens, held, held_out[2], vocabulary)
     print(f"held-out loss on {len(held_out[0])} rows of {len(held_rows)}")
     return Data(
-        given=given,
+        initial=initial,
         config=config,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
@@ -1334,6 +1359,8 @@ def rows_of_phases(
         # in a short run too, each length but the last gets a step at least
         first_step = max(round(begin), phases[-1].first_step + 1) if phases else 0
         phases.append(Phase(first_step, Rows(tokens, segments, length, vocabulary)))
+        if first_step >= args.steps:
+            print(f"rows of {length} tokens get none of the {args.steps} steps")
         begin += share * args.steps
     return phases
 
@@ -1482,7 +1509,7 @@ def identity_of(args: argparse.Namespace, data: Data) -> dict:
     """All that a run is a function of; a checkpoint of another run cannot be resumed."""
     # the model and its training
     identity = dataclasses.asdict(data.config)
-    identity["init"] = data.given and data.given.digest
+    identity["init"] = data.initial and data.initial.digest
     identity |= {name: getattr(args, name) for name in IDENTITY}
 
     # the tokenizer and the text
@@ -1503,8 +1530,8 @@ def save_checkpoint(
     try:
         model.save_pretrained(partial)
         write_atomically(partial / "tokenizer.json", tokenizer.to_str(pretty=True))
-        torch.save(training, partial / "training.pt")
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, if any
+        torch_save(training, partial / "training.pt")
+        remove(folder)  # a damaged one, if any
         os.replace(partial, folder)
     finally:
         # what an error leaves would fill the disk for nothing
@@ -1513,7 +1540,15 @@ def save_checkpoint(
     # later checkpoints are damaged, or the run would not be here: they do not count
     written = [old for old in step_folders(out) if step_of(old) <= step]
     for old in written[:-keep]:
-        shutil.rmtree(old)
+        remove(old)
+
+
+def remove(path: Path):
+    """Removes a folder, a file or a link, if it is there; what a link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def step_folders(out: Path) -> list[Path]:
@@ -1645,7 +1680,7 @@ def make_model(
 
     # the same weights in every process
     torch.manual_seed(args.seed)
-    model = data.given.model if data.given else MaBERTForMaskedLM(data.config)
+    model = data.initial.model if data.initial else MaBERTForMaskedLM(data.config)
     model = model.to(device)
 
     # what changes the cost alone
@@ -2069,7 +2104,7 @@ def run_in(out: Path, args: argparse.Namespace, replaced: list[Path]):
     # everything is there: what an old run has left can go
     if RANK == 0:
         for path in [*replaced, *out.glob("step-[0-9]*.partial")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
         write_atomically(out / "tokenizer.json", data.tokenizer.to_str(pretty=True))
 
     # train
@@ -2107,12 +2142,12 @@ def explain(error: Exception, args: argparse.Namespace) -> str | None:
             f"\n{message}"
         )
 
-    # the disk; where it is full, torch.save does not say so
-    is_saving = re.search("iostream|StreamWriter|inline_container", message)
-    if is_saving:
-        message += "\nIs the disk full?"
-    if is_saving or isinstance(error, OSError):
-        return f"{message}\nFinished checkpoints and prepared text are kept; --resume goes on"
+    # the disk
+    if isinstance(error, OSError):
+        return (
+            f"{message}\nFinished checkpoints (in {args.out}) and prepared text (in {args.cache}) "
+            "are kept; --resume goes on"
+        )
 
     # the connection between processes
     if PROCESSES > 1 and "gloo" in message:
@@ -2173,5 +2208,37 @@ def describe_machine(device: str | None = None) -> str:
     return ", ".join(parts)
 
 
-if __name__ == "__main__":
+class Stdout(io.FileIO):
+    """Standard output that ends no program. `error`: why something could not be written, or None.
+
+    A reader may have left (`| head`), or the disk is full.
+    """
+
+    error = None
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            return len(data)
+
+
+def run_program(main: Callable[[list[str]], None]):
+    """Calls main with the command's arguments; SystemExit says at the end what was not printed.
+
+    Characters that the terminal lacks become question marks.
+    """
+    if None in (sys.stdout, sys.stderr):  # closed
+        return main(sys.argv[1:])
+    raw = Stdout(os.dup(1), "w")
+    options = dict(encoding=sys.stdout.encoding, errors="replace", line_buffering=True)
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), **options)
+    os.dup2(2, 1)  # what `tokenizers` prints by itself goes to stderr: it panics where it cannot
     main(sys.argv[1:])
+    if raw.error:
+        raise SystemExit(f"all is done, but not all of it could be printed: {raw.error}")
+
+
+if __name__ == "__main__":
+    run_program(main)
