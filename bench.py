@@ -1284,7 +1284,7 @@ def bench_drift(args):
 
 WARM_UP = 2  # steps of each row length that do not count
 WAITING = "waiting for data"
-PEAKS = {  # TFLOP/s of dense bf16 products, by NVIDIA's data sheets; names are patterns
+PEAKS = {  # part of a GPU's name: TFLOP/s of dense bf16 products, by NVIDIA's data sheets
     "H100 80GB HBM3$": 989,
     "H200$": 989,
     "A100": 312,

@@ -1,5 +1,5 @@
-"""Fine-tunes a pretrained MaBERT on GLUE, and puts the paper's scores beside the measured ones; or
-on labels of one's own.
+"""Fine-tunes a pretrained MaBERT on GLUE, where it puts the paper's scores beside the measured
+ones, or on labels of one's own.
 
     python finetune_glue.py --checkpoint out/mlm --tasks all --seeds 5   # data from the hub
     python finetune_glue.py --checkpoint out/mlm --tasks cola rte --data-dir glue/   # from a folder
@@ -88,7 +88,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "names the columns: label, and one or two of text")
     add("--tasks", nargs="+", default=["all"], type=str.lower, choices=(*TASKS, "all", "own"),
         metavar="NAME", help=f"all, or any of {', '.join(TASKS)}; or own: labels of your own")
-    add("--regression", action="store_true", 
+    add("--regression", action="store_true",
         help="own labels are numbers, not names of classes; learned best where they lie around 0 "
         "with a spread of about 1")
     add("--seeds", type=positive, default=5,
@@ -459,15 +459,15 @@ def own_task(folder: str, is_regression: bool) -> Task:
         )
 
     # the classes
-    place = header.index("label")
-    labels = {cells[place] for _, cells in lines if len(cells) == len(header)}
+    label_column = header.index("label")
+    labels = {cells[label_column] for _, cells in lines if len(cells) == len(header)}
     labels = sorted(label for label in labels if label.strip())
     classes = () if is_regression else tuple(labels)
-    if len(classes) == 1:
-        raise SystemExit(f"{where} has one label only, {classes[0]}; there must be two or more")
+    listed = textwrap.shorten(", ".join(classes), 200, placeholder=" ...")
+    if not is_regression and len(classes) < 2:
+        raise SystemExit(f"{where} has too few different labels: {listed or 'none'}")
 
     # say how the folder was understood
-    listed = textwrap.shorten(", ".join(classes), 200, placeholder=" ...")
     kinds = f"{len(classes)} classes: {listed}" if classes else "labels are numbers"
     print(f"{where}: text in {' and '.join(texts)}; {kinds}")
 
@@ -477,7 +477,7 @@ def own_task(folder: str, is_regression: bool) -> Task:
         sentences=texts,
         labels=classes,
         metrics=("accuracy", "macro_f1") if classes else ("pearson", "spearman"),
-        scores=(-1e30, 1e30),
+        scores=(-1e30, 1e30),  # any finite number
     )
 
 
@@ -488,12 +488,12 @@ def read_examples(name: str, split: str, data_dir: str | None) -> Examples:
     where, lines = open_split(name, split, data_dir)
 
     # the columns
-    place, header = next(lines, ("header", []))
+    header_line, header = next(lines, ("header", []))
     same = {} if name == "own" else SAME_COLUMN
     columns = [same.get(column, column) for column in header]
     needed = {*task.sentences} if is_test else {*task.sentences, "label"}
     if missing := ", ".join(sorted(needed - {*columns})):
-        raise SystemExit(f"{where}, {place}: no column {missing}, only {', '.join(header)}")
+        raise SystemExit(f"{where}, {header_line}: no column {missing}, only {', '.join(header)}")
 
     # the lines. QQP is known for malformed ones: those to learn from are left out, and in those
     # to be predicted a question may be empty.
@@ -561,9 +561,9 @@ def digests_of_data(args: argparse.Namespace) -> dict[str, str]:
     for name in tqdm(args.tasks, desc="reading", unit="task", leave=False, delay=5):
         task = TASKS[name]
         digest = hashlib.sha256()
-        quoted = 0  # how many texts are
+        quoted = 0  # texts that begin and end with a quotation mark
         if name == "own":
-            # a result and a saved model hold these names
+            # results and saved models have the names of the folder and the classes
             digest.update(repr((task.folder, task.labels)).encode())
 
         for split, expected in task.sizes.items():
@@ -588,7 +588,7 @@ def digests_of_data(args: argparse.Namespace) -> dict[str, str]:
                     digest.update(repr(example).encode())
         digests[name] = digest.hexdigest()[:16]
 
-        # own texts that were perhaps not written as they are read
+        # marks of texts that were quoted when they were written would be read as text
         if quoted:
             tqdm.write(
                 f"{args.data_dir}: texts that begin and end with a quotation mark: {quoted}. The "
@@ -719,7 +719,8 @@ def predict(model: Classifier, data: Encoded, args: argparse.Namespace) -> np.nd
     logits = np.zeros((len(data.tokens), model.config.num_labels), dtype=np.float32)
     batches = batches_of_like_length(data, 4 * args.batch_size, 0)
     for indices in tqdm(batches, desc="predicting", leave=False, delay=5):
-        # scores in float32: in bf16 many would be equal, which changes Spearman's correlation
+        # scores in float32: in bf16 many would be equal, which changes Spearman's correlation; and
+        # a new context for each batch, since one of autocast serves once
         with nullcontext() if is_regression else autocast(DEVICE):
             output = model(*padded_batch(data, indices, pad, args.padding_side))
         logits[indices] = output.logits.float().cpu().numpy()
@@ -856,7 +857,7 @@ def read_result(file: Path, settings: dict, seed: int) -> dict | None:
         if missing := [key for key in needed if key not in result]:
             raise ValueError(f"it has no {', '.join(missing)}")
 
-        # the name alone does not say what is in a file
+        # a file may have been renamed or edited
         if (result["task"], result["seed"], result["settings"]) != (task, seed, settings):
             raise ValueError("it is of another run")
         for title, metric in itertools.product(TASKS[task].splits("dev"), TASKS[task].metrics):
@@ -979,7 +980,7 @@ def run_all(args: argparse.Namespace, command: str):
     # the checkpoint, and what to make of it
     config = load_model(args.checkpoint).config
     if "classifier.weight" in torch_load(Path(args.checkpoint, "model.pt")):
-        print(f"{args.checkpoint} is a classifier: its head is kept for tasks that it fits")
+        print(f"{args.checkpoint} is a classifier: its head is kept for tasks with as many classes")
     tokenizer = truncating_tokenizer(args, config)
     chosen = chosen_variants(args, config)
 

@@ -256,8 +256,8 @@ class SelfAttention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (b, heads, l, width)
 
         if mask is not None:
-            # In a row that is all padding, pads attend to all, since False == False: a softmax over
-            # nothing may be NaN.
+            # With a real token in the row, any() is True and the mask stays. In a row of pads alone
+            # it is False, and all pads attend to each other: a softmax over nothing may be NaN.
             mask = mask == mask.any(dim=-1, keepdim=True)
             mask = mask[:, None, None]  # (b, 1, 1, l)
 
@@ -504,7 +504,7 @@ class MaBERTForMaskedLM(PretrainedModel):
         places = places.to(x.device, non_blocking=True)
         x = x.flatten(0, 1).index_select(0, places)  # (labelled, h)
 
-        loss, logits = self.predict_labelled(x, labels)
+        loss, logits = self.loss_and_logits(x, labels)
         if reduction == "mean":
             loss = loss / max(1, labels.numel())
         return Output(loss, logits)
@@ -512,18 +512,22 @@ class MaBERTForMaskedLM(PretrainedModel):
     def predict(self, x: Tensor) -> Tensor:
         """Hidden states (..., h) -> logits over the vocabulary (..., vocab)."""
         words = self.encoder.word_embeddings.weight  # (vocab, h)
+        bias = self.decoder_bias
         vocab = words.shape[0]
 
-        # a GPU is faster with a multiple of 64 words, so zeros stand for those that are missing
-        missing = -vocab % 64
-        words = F.pad(words, (0, 0, 0, missing))
-        bias = F.pad(self.decoder_bias, (0, missing))
+        # GPUs multiply faster where the vocabulary is a multiple of 64: add words of zeros, and cut
+        # off their logits
+        extra = -vocab % 64
+        if extra:
+            words = F.pad(words, (0, 0, 0, extra))
+            bias = F.pad(bias, (0, extra))
         return F.linear(self.transform(x), words, bias)[..., :vocab]
 
-    def predict_labelled(self, x: Tensor, labels: Tensor) -> Output:
-        """Hidden states (labelled, h) -> the summed loss, in float32 at least, and the logits.
+    def loss_and_logits(self, x: Tensor, labels: Tensor) -> Output:
+        """Hidden states and labels (labelled, h), (labelled,) -> the summed loss, and the logits.
 
-        train_mlm.py compiles this function: the logits in float32 then never exist as a whole.
+        The loss is in float32 at least. Compiled, as in train_mlm.py, this function keeps no
+        float32 copy of the logits in memory.
         """
         logits = self.predict(x)  # (labelled, vocab)
         return Output(F.cross_entropy(in_float32(logits), labels, reduction="sum"), logits)
@@ -664,9 +668,10 @@ def selective_scan(
 
     # The kernels take 16 states at most. With more, y is a sum over groups of 16 in float32:
     # SiLU(z) gates each part, and D joins the first.
-    scan = _scan_triton if keep or torch.compiler.is_compiling() else _scan_forward
     out_dtype = u.dtype if n <= MAX_STATES else torch.float32
     options = (mask, delta_softplus, _chunk_length(n), keep, out_dtype)
+    # autograd and torch.compile need the custom op; its plain function takes the CPU less time
+    scan = _scan_triton if keep or torch.compiler.is_compiling() else _scan_forward
     y = 0
     for i in range(0, n, MAX_STATES):
         group = slice(i, i + MAX_STATES)
@@ -686,6 +691,7 @@ def short_convolution(
     own convolution, which on a GPU goes through memory several times, to pad, transpose and copy.
     """
     if use_triton(u, backend):
+        # the custom op or its plain function, as in `selective_scan`
         if needs_gradients(u, weight, bias) or torch.compiler.is_compiling():
             return _conv_triton(u, weight, bias, left)
         return _convolution_forward(u, weight, bias, left)
@@ -716,11 +722,7 @@ def use_triton(u: Tensor, backend: str | None) -> bool:
 
 
 def needs_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is done to these tensors.
-
-    If so, and under torch.compile, the kernels run as custom ops. Elsewhere the function of an op
-    is called without the op, which takes the CPU less time.
-    """
+    """Whether autograd will ask for the gradient of one of these tensors."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
@@ -752,9 +754,9 @@ def needs_gradients(*tensors: Tensor | None) -> bool:
 # state before it, and then traversed from its end. (What autograd and torch.compile need to know of
 # the ops comes after the kernels, for both scans.)
 
-# The names of custom ops are shared by the whole process. They begin with this module's name, so
-# that two copies of this file can be imported side by side, with its dots and hyphens replaced.
-OPERATIONS = re.sub(r"\W", "_", __name__, flags=re.ASCII)
+# The namespace of our custom ops, which the whole process shares: this module's name, with _ for
+# all that is no letter or digit. So two copies of this file can be imported side by side.
+NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 LOOP_CHUNK = 16  # steps; with n = 16 the kept states are then as many numbers as u
 LOOP_BUFFER = 2**19  # numbers in a buffer, for each thread: 2 MB; the backward pass has three
@@ -818,7 +820,7 @@ def _chunk_states(buffers, u, delta, A2, B, bias, mask, state, softplus):
     return dt, decays, states
 
 
-@torch.library.custom_op(f"{OPERATIONS}::scan_loop", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::scan_loop", mutates_args=())
 def _scan_loop(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
     bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int, keep: bool,
@@ -864,7 +866,7 @@ def _scan_loop(
     return y, kept
 
 
-@torch.library.custom_op(f"{OPERATIONS}::scan_loop_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::scan_loop_backward", mutates_args=())
 def _scan_loop_backward(
     dy: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     z: Tensor | None, bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int,
@@ -1844,10 +1846,10 @@ def _scan_forward(
     return y, kept
 
 
-_scan_triton = torch.library.custom_op(f"{OPERATIONS}::scan_triton", _scan_forward, mutates_args=())
+_scan_triton = torch.library.custom_op(f"{NAMESPACE}::scan_triton", _scan_forward, mutates_args=())
 
 
-@torch.library.custom_op(f"{OPERATIONS}::scan_triton_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::scan_triton_backward", mutates_args=())
 def _scan_triton_backward(
     dy: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     z: Tensor | None, bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int,
@@ -2037,11 +2039,11 @@ def _convolution_forward(u: Tensor, weight: Tensor, bias: Tensor, left: int) -> 
 
 
 _conv_triton = torch.library.custom_op(
-    f"{OPERATIONS}::convolution", _convolution_forward, mutates_args=()
+    f"{NAMESPACE}::convolution", _convolution_forward, mutates_args=()
 )
 
 
-@torch.library.custom_op(f"{OPERATIONS}::convolution_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::convolution_backward", mutates_args=())
 def _conv_triton_backward(
     dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, left: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -2338,7 +2340,7 @@ def existing(file: Path) -> Path:
 
 
 def torch_save(values: dict, file: Path):
-    """torch.save, which does not say that a disk is full: OSError where it fails."""
+    """torch.save, but with an OSError where it fails: its own error does not speak of the disk."""
     try:
         torch.save(values, file)
     except RuntimeError as error:
@@ -2379,6 +2381,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("second", nargs="?", help="the second text, for a classifier of pairs")
     args = parser.parse_args(argv)
     texts = [args.text] if args.second is None else [args.text, args.second]
+    if len(texts) == 2 and Path(args.text).is_dir():  # a shell's * has found several
+        parser.error(f"{args.text} is a folder: give one folder, then the text")
     try:
         model = PretrainedModel.from_pretrained(args.folder)
         tokenizer = load_tokenizer(args.folder / "tokenizer.json")
@@ -2389,7 +2393,7 @@ def main(argv: list[str] | None = None):
         ids = [cls_id]
         types = [0]
         for i, text in enumerate(texts):
-            text = text.encode(errors="replace").decode()  # a shell passes any bytes on
+            text = text.encode(errors="replace").decode()  # bytes that are not UTF-8 become "?"
             tokens = tokenizer.encode(text, add_special_tokens=False).ids
             ids += [*tokens, sep_id]
             types += [i] * (len(tokens) + 1)

@@ -1803,7 +1803,7 @@ def test_a_compiled_head_keeps_no_logits_in_float32():
     """The logits are the largest tensor of a training step."""
     model = build(MaBERTForMaskedLM, tiny(vocab_size=500), torch.float32)
     backend = "aot_eager_decomp_partition"  # keeps what inductor keeps, and compiles nothing
-    head = torch.compile(model.predict_labelled, dynamic=True, backend=backend)
+    head = torch.compile(model.loss_and_logits, dynamic=True, backend=backend)
     x = torch.randn(33, 16, requires_grad=True)
     labels = torch.randint(500, (33,))
 
@@ -1812,7 +1812,7 @@ def test_a_compiled_head_keeps_no_logits_in_float32():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = head(x, labels).loss
     assert [x.dtype for x in kept if x.shape in ((33, 500), (33, 512))] == [torch.bfloat16]
-    assert relative(loss, model.predict_labelled(x, labels).loss) < 1e-2
+    assert relative(loss, model.loss_and_logits(x, labels).loss) < 1e-2
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(monkeypatch):
@@ -3732,7 +3732,8 @@ OWN_REFUSALS = [  # a file of own/, its contents, flags, what is said
     ("train", "w1\tlate\nw2\tlost\n", "", "own/train.tsv, line 1: the columns are w1, late; there"),
     ("train", "label\tidx\nlate\t0\n", "", "own/train.tsv, line 1: .* one or two of text"),
     ("train", "a\tb\tc\tlabel\n1\t2\t3\tlate\n", "", "train.tsv, line 1: .* are a, b, c, label"),
-    ("train", OWN[:18], "", "own/train.tsv has one label only, late"),
+    ("train", OWN[:18], "", "own/train.tsv has too few different labels: late"),
+    ("train", "text\tlabel\nw1\t \n", "", "own/train.tsv has too few different labels: none"),
     ("train", OWN + "w3\t \n", "", "own/train.tsv, line 4: label ' '; expected late, lost "),
     ("train", OWN + " \tlate\n", "", "own/train.tsv, line 4: text is ' ', no sentence"),
     ("train", OWN + "w3\tw4\tlate\n", "", "own/train.tsv, line 4: 3 columns instead of 2"),

@@ -116,7 +116,7 @@ MAX_VOCAB = 65_535  # token ids are stored as uint16
 # Flags that are fields of MaBERTConfig, of the same name and type
 MODEL = ("pattern", "hidden_size", "num_heads", "intermediate_size", "d_state", "dropout")
 
-# What a run with --init takes from that folder; of these flags only --dropout may stand beside it
+# Flags that are refused beside --init, all but --dropout: the model and tokenizer are there already
 SET_BY_INIT = ("demo", "tokenizer", "vocab_size", *MODEL, "psm", "causal_conv")
 
 # The paper's model and protocol in small; the flags not named here keep their defaults
@@ -159,7 +159,7 @@ def bounded(number_type: type, low: float, high: float = math.inf):
 
 
 def path_name(text: str) -> str:
-    """A type for argparse: the name of a file or folder, which a quoted ~ may begin."""
+    """A type for argparse: a path. A ~ at its start becomes the home folder, also in quotes."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     return os.path.expanduser(text)
@@ -303,7 +303,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
 
-    # with --init these flags are None, unless they stand beside it
+    # With --init, parse again with None as the default of these flags: what is not None was given.
     if args.init:
         parser.set_defaults(**dict.fromkeys(SET_BY_INIT))
         args = parser.parse_args(argv)
@@ -441,7 +441,7 @@ def hub_sources() -> list[Source]:
         except Exception as error:  # of many kinds, most with the reason one level down
             error = error.__cause__ or error
             if getattr(error, "errno", None) == errno.ENOSPC:
-                raise error from None
+                raise error from None  # `explain` knows what to say
             raise SystemExit(f"cannot load {name}: {error!r}\n{WITHOUT_HUB}") from error
         size = corpus.data.nbytes
         key = f"{name} {config} {len(corpus)} {size}"
@@ -1226,7 +1226,7 @@ class InitialModel(NamedTuple):
 
     model: MaBERTForMaskedLM
     tokenizer: Tokenizer
-    digest: str  # of its file of weights, before any training
+    digest: str  # of its model.pt, which is part of the run's identity
 
 
 def load_initial_model(args: argparse.Namespace, checkpoint: Path | None) -> InitialModel | None:
@@ -1397,7 +1397,8 @@ def guessing_losses(
     return float(by_frequency), by_chance
 
 
-# PyTorch's kernels for attention, the fastest first; one that does not take a mask is passed over
+# PyTorch's kernels for attention, in the order in which they are tried; one that does not take a
+# mask is passed over
 ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -1431,7 +1432,7 @@ def held_out_loss(model: MaBERTForMaskedLM, data: Data, micro_batch_size: int) -
             total += model(inputs, real, labels=labels, reduction="sum").loss.item()
     model.train()
 
-    # and divide by the number of masked tokens
+    # the mean, if it is finite
     if not math.isfinite(total):
         raise SystemExit(f"the held-out loss is {total}: a lower --lr or more --warmup-steps helps")
     return total / (data.held_out[2] != IGNORED).sum()
@@ -1694,6 +1695,7 @@ def make_model(
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{data.config.pattern}, {parameters / 1e6:.1f} M parameters, on {PROCESSES} × {device}")
 
+    # compile and share it
     if args.compile:
         compile_model(model, args)
     shared = DistributedDataParallel(model) if PROCESSES > 1 else model
@@ -1705,18 +1707,20 @@ def compile_model(model: MaBERTForMaskedLM, args: argparse.Namespace):
 
     Batches of all sizes and lengths share a graph, but for those of a single row.
     """
-    print("compiling the model, a minute or more; --no-compile does without", flush=True)
+    print("compiling the model takes minutes; --no-compile does without", flush=True)
     model.encoder.compile(dynamic=True)
-    model.predict_labelled = torch.compile(model.predict_labelled, dynamic=True)
+    model.loss_and_logits = torch.compile(model.loss_and_logits, dynamic=True)
 
     # the first call compiles
     try:
         rehearse(model, args)
     except Exception as error:  # a compiler may lack anything, and fail in any way
+        if is_out_of_memory(error):
+            raise
         reason = textwrap.shorten(str(error), 300)
         print(f"compiling failed, so the model runs without it: {reason}")
         model.encoder.compile(disable=True)
-        del model.predict_labelled
+        del model.loss_and_logits  # the class's method is back
         model.zero_grad()
 
 
@@ -1906,7 +1910,7 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
     if torch.cuda.is_available():
         rehearse(model, args)
 
-    # only now does --out hold a run: a model that cannot be built leaves just a tokenizer there
+    # from here on --out counts as a run; before, it has just a tokenizer
     if RANK == 0:
         write_atomically(out / "args.json", json.dumps(vars(args), indent=2) + "\n")
 
@@ -2209,9 +2213,9 @@ def describe_machine(device: str | None = None) -> str:
 
 
 class Stdout(io.FileIO):
-    """Standard output that ends no program. `error`: why something could not be written, or None.
+    """Standard output on which a failed write raises nothing, but is kept in `error`.
 
-    A reader may have left (`| head`), or the disk is full.
+    A full disk, or a reader that has ended (`| head`), must not stop a training.
     """
 
     error = None
@@ -2225,16 +2229,19 @@ class Stdout(io.FileIO):
 
 
 def run_program(main: Callable[[list[str]], None]):
-    """Calls main with the command's arguments; SystemExit says at the end what was not printed.
+    """Calls main with the command's arguments.
 
-    Characters that the terminal lacks become question marks.
+    Characters that the terminal lacks become question marks. If something could not be printed,
+    SystemExit at the end says why.
     """
     if None in (sys.stdout, sys.stderr):  # closed
         return main(sys.argv[1:])
     raw = Stdout(os.dup(1), "w")
     options = dict(encoding=sys.stdout.encoding, errors="replace", line_buffering=True)
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), **options)
-    os.dup2(2, 1)  # what `tokenizers` prints by itself goes to stderr: it panics where it cannot
+    os.dup2(
+        2, 1
+    )  # `tokenizers` writes there by itself, and panics if that fails: let it use stderr
     main(sys.argv[1:])
     if raw.error:
         raise SystemExit(f"all is done, but not all of it could be printed: {raw.error}")

@@ -1,10 +1,11 @@
-"""What a quarter of an hour of a GPU can tell, as Markdown; the parts in the order of their worth.
+"""Measurements for a quarter of an hour on a GPU, as Markdown; the most wanted come first.
 
     python results/gpu.py --data texts/ --vocab-size 30522 > out/gpu.md
 
-Run it in the repository's folder; the flags are those of train_mlm.py. First come the kernels for
-attention and the product of the head; then, by the commands below, training steps, the scan, the
-tests of the kernels, and efficiency. What is finished is printed, even if the rest is not reached.
+Run it in the repository's folder, with the extras test and bench installed; the flags are those of
+train_mlm.py. First come the kernels for attention and the product of the head; then, by the
+commands below, training steps, the scan, the tests of the kernels, and efficiency. What is finished
+is printed, even if the rest is not reached.
 """
 
 import functools
@@ -35,6 +36,7 @@ COMMANDS = """
 
 def time_table(calls: dict) -> str:
     """Milliseconds of each call, medians of calls in turns, or why one failed."""
+    # interleaved_medians names its calls by tuples
     timed = {(name,): functools.partial(bench.wall_ms, call) for name, call in calls.items()}
     body = []
     for (name,), ms in bench.interleaved_medians(timed, rounds=30, seconds=20).items():
@@ -71,7 +73,7 @@ def attention(device: str, rows: int = 64, length: int = 512) -> str:
     with torch.profiler.profile() as profile:
         calls["as in train_mlm.py"]()
     kernels = sorted(profile.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
-    return f"{text}\n\nThe longest: {', '.join(kernel.key for kernel in kernels[:3])}"
+    return f"{text}\n\nKernels that took longest: {', '.join(kernel.key for kernel in kernels[:3])}"
 
 
 # ---- The head ----
@@ -82,11 +84,14 @@ def multiply(x, weight, dy):
 
 
 def head(device: str, labelled: int = 4915) -> str:
-    """A table of its product with BERT's vocabulary, and with a multiple of 64."""
+    """A table of its product with BERT's 30,522 words, and with 30,528, a multiple of 64.
+
+    `labelled`: tokens to predict, by default 15 % of 64 × 512.
+    """
     calls = {}
     for words in (30522, 30528):
         sizes = ((labelled, 768), (words, 768), (labelled, words))
-        tensors = [random(*size, device=device) for size in sizes]
+        tensors = [random(*size, device=device) for size in sizes]  # x, words, the logits' gradient
         calls[f"{words} words"] = functools.partial(multiply, *tensors)
     return time_table(calls)
 
