@@ -2154,8 +2154,15 @@ def test_of_a_run_that_is_overwritten_nothing_is_left(monkeypatch):
     assert {file.name for file in Path("run").iterdir()} == left
 
 
-@pytest.mark.parametrize("writer", ["write_tokens", "save_checkpoint"])
-def test_a_full_disk_is_explained_and_leaves_what_was_whole(writer, monkeypatch):
+FULL_DISKS = [  # who writes, the bytes that fit into a file, what is said
+    ("write_tokens", 20_000, r"\[Errno 27\] File too large"),
+    # the weights fit, the optimizer's state does not
+    ("save_checkpoint", 300_000, "cannot write run/step-0000006.partial/training.pt: is the disk"),
+]
+
+
+@pytest.mark.parametrize(("writer", "fits", "said"), FULL_DISKS)
+def test_a_full_disk_is_explained_and_leaves_what_was_whole(writer, fits, said, monkeypatch):
     """A limit on the size of files stands in for a full disk."""
     import resource
 
@@ -2167,17 +2174,14 @@ def test_a_full_disk_is_explained_and_leaves_what_was_whole(writer, monkeypatch)
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(*inputs):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fits, most))
         try:
             return write(*inputs)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     monkeypatch.setattr(train_mlm, writer, limited)
-    said = {
-        "write_tokens": r"^\[Errno 27\] File too large",
-        "save_checkpoint": "^cannot write run/step-0000006.partial/.*: is the disk full",
-    }[writer] + r".*\nFinished checkpoints \(in run\) and prepared text \(in cache\) are kept"
+    said = rf"^{said}.*\nFinished checkpoints \(in run\) and prepared text \(in cache\) are kept"
     refused(pretrain, f"{SHORT} --resume --cache cache", said=said)
 
     # its checkpoints are as they were
