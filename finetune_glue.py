@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import textwrap
 import time
 from collections.abc import Iterator
@@ -89,8 +90,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--tasks", nargs="+", default=["all"], type=str.lower, choices=(*TASKS, "all", "own"),
         metavar="NAME", help=f"all, or any of {', '.join(TASKS)}; or own: labels of your own")
     add("--regression", action="store_true",
-        help="own labels are numbers, not names of classes; learned best where they lie around 0 "
-        "with a spread of about 1")
+        help="own labels are numbers, not names of classes; they are learned best with a mean of 0 "
+        "and a standard deviation of 1")
     add("--seeds", type=positive, default=5,
         help="runs per task, with the seeds 0, 1, ... (%(default)s)")
     add("--budget", choices=("10", "25", "50", "100"), default="10",
@@ -132,7 +133,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--ablation chooses the PSM")
     is_own = "own" in args.tasks
     if is_own and (args.tasks != ["own"] or not args.data_dir):
-        parser.error("--tasks own is a command of its own and needs --data-dir")
+        parser.error("--tasks own stands alone and needs --data-dir")
     if args.regression and not is_own:
         parser.error("--regression is for --tasks own")
     if not is_own:
@@ -160,7 +161,7 @@ class Task(NamedTuple):
     sentences: tuple[str, ...] = ("sentence1", "sentence2")  # the columns that hold the text
     labels: tuple[str, ...] = ("0", "1")  # as the benchmark writes them, in the hub's order
     metrics: tuple[str, ...] = ("accuracy",)  # the first is the one that the paper has
-    scores: tuple[float, float] = (0, 5)  # the lowest and highest score, where there are no labels
+    scores: tuple[float, float] = (0, 5)  # of a regression: the lowest and the highest
 
     def splits(self, kind: str) -> dict[str, str]:
         """The splits of a kind, "dev" or "test", by their titles in results and submissions."""
@@ -452,10 +453,10 @@ def own_task(folder: str, is_regression: bool) -> Task:
     where, lines = open_split("own", "train", folder)
     _, header = next(lines, ("", []))
     texts = tuple(column for column in header if column not in NO_TEXT)
-    if "label" not in header or len(texts) not in (1, 2):
+    if "label" not in header or len(texts) not in (1, 2) or len({*header}) < len(header):
         raise SystemExit(
             f"{where}, line 1: the columns are {', '.join(header)}; there must be one called "
-            "label and one or two of text (index and idx are left aside)"
+            "label and one or two of text, of different names (index and idx are left aside)"
         )
 
     # the classes
@@ -477,7 +478,7 @@ def own_task(folder: str, is_regression: bool) -> Task:
         sentences=texts,
         labels=classes,
         metrics=("accuracy", "macro_f1") if classes else ("pearson", "spearman"),
-        scores=(-1e30, 1e30),  # any finite number
+        scores=(-math.inf, math.inf),
     )
 
 
@@ -541,13 +542,13 @@ def parse_label(task: Task, label) -> int | float:
             return task.labels.index(label)
         if label in range(len(task.labels)):  # on the hub
             return label
-        expected = ", ".join(task.labels)
+        expected = textwrap.shorten(", ".join(task.labels), 200, placeholder=" ...")
     else:
         low, high = task.scores
         with suppress(TypeError, ValueError):
-            if low <= float(label) <= high:
+            if low <= float(label) <= high and math.isfinite(float(label)):
                 return float(label)
-        expected = f"a number from {low} to {high}"
+        expected = f"a number from {low} to {high}" if math.isfinite(high) else "a number"
     raise ValueError(f"label {label!r}; expected {expected}")
 
 
@@ -1015,6 +1016,11 @@ def run_all(args: argparse.Namespace, command: str):
     print(f"\n{table}\n\nin {out}.md and .json; each run's {beside} beside them")
     if args.predict:
         print(f"predictions: {predictions_folder(args)}")
+    if args.save:
+        last = runs[-1]
+        folder = run_folder(args.out, last["settings"], last["seed"])
+        texts = " ".join(f'"{column}"' for column in TASKS[last["task"]].sentences)
+        print(f"try the last model: python mabert.py {folder} {texts}")
 
 
 def main(argv: list[str]):

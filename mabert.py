@@ -2437,8 +2437,8 @@ def class_names(file: Path, count: int) -> list[str]:
         return [f"class {i}" for i in range(count)]
     try:
         names = json.loads(file.read_text(encoding="utf-8"))
-        if len(names) != count:
-            raise ValueError(f"{len(names)} names for {count} classes")
+        if not (isinstance(names, list) and len(names) == count):
+            raise ValueError(f"it must be a list of {count} names")
         return names
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
