@@ -3839,7 +3839,7 @@ def test_own_labels_with_quoted_texts_are_warned_about_once(capsys):
         put(f"own/{split}.tsv", OWN + '"w1 w2"\tlate\n"w3\tlost\n"\tlost\n')
     finetune("--tasks own --data-dir own --epochs 1")
     printed = capsys.readouterr().out
-    assert printed.count("quotation mark: 4. ") == printed.count("quotation") == 1
+    assert printed.count(": 4 texts begin and end with a quotation mark") == 1
 
 
 def test_own_labels_of_other_names_are_another_run(runs_of):
@@ -4704,7 +4704,7 @@ def test_the_commands_of_the_pages_are_run_or_parsed(page, monkeypatch, capsys):
     for words in shell_commands(page):
         if words[:2] == ["python", "mabert.py"]:
             save_a_demo()
-            save_model("out/glue/own-*-seed0/", Classifier)  # a shell would expand the star
+            save_model("out/authors/own-*-seed0", Classifier)  # a shell would expand the star
             shutil.copytree("out/demo", "out/theirs", dirs_exist_ok=True)  # what a user downloads
             mabert.main(words[2:])
             is_masked = "[MASK]" in words[3]
