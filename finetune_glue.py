@@ -592,8 +592,8 @@ def digests_of_data(args: argparse.Namespace) -> dict[str, str]:
         # marks of texts that were quoted when they were written would be read as text
         if quoted:
             tqdm.write(
-                f"{args.data_dir}: {quoted} texts begin and end with a quotation mark, which is read "
-                "as text. README says how to write cells that are not quoted"
+                f"{args.data_dir}: {quoted} texts begin and end with a quotation mark, which is "
+                "read as text. README says how to write cells that are not quoted"
             )
     return digests
 
