@@ -716,13 +716,15 @@ def predict(model: Classifier, data: Encoded, args: argparse.Namespace) -> np.nd
     """Classes or scores, (examples,). FloatingPointError where one is not finite."""
     model.eval()
     pad = model.config.pad_token_id
+
+    # scores in float32: in bf16 many would be equal, which changes Spearman's correlation
     is_regression = model.config.num_labels == 1
+    precision = nullcontext() if is_regression else autocast(DEVICE)
+
     logits = np.zeros((len(data.tokens), model.config.num_labels), dtype=np.float32)
     batches = batches_of_like_length(data, 4 * args.batch_size, 0)
     for indices in tqdm(batches, desc="predicting", leave=False, delay=5):
-        # scores in float32: in bf16 many would be equal, which changes Spearman's correlation; and
-        # a new context for each batch, since one of autocast serves once
-        with nullcontext() if is_regression else autocast(DEVICE):
+        with precision:
             output = model(*padded_batch(data, indices, pad, args.padding_side))
         logits[indices] = output.logits.float().cpu().numpy()
 

@@ -1792,7 +1792,7 @@ def _strided(**tensors: Tensor | None) -> dict:
 def _kernel_parameters(A: Tensor, D: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In float32: log2(e) A (n, d), D and bias (d,)."""
     A2 = A.new_empty(A.shape[::-1], dtype=torch.float32)
-    torch.div(A.float().T, math.log(2), out=A2)  # transposed and divided in one launch
+    torch.div(A.float().T, math.log(2), out=A2)  # in one launch; no gradient is asked for here
     return A2, D.float().contiguous(), bias.float().contiguous()
 
 
@@ -2340,10 +2340,12 @@ def existing(file: Path) -> Path:
 
 
 def torch_save(values: dict, file: Path):
-    """torch.save, but with an OSError where it fails: its own error does not speak of the disk."""
+    """torch.save, but with an OSError where writing fails: its own error does not name the disk."""
     try:
         torch.save(values, file)
     except RuntimeError as error:
+        if "CUDA" in str(error):  # of a kernel that ran before
+            raise
         raise OSError(f"cannot write {file}: is the disk full? ({error})") from error
 
 

@@ -1737,18 +1737,6 @@ def test_runs_repeat_and_these_flags_change_nothing_but_cost(monkeypatch):
     assert (none, two) == (0, 2)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # there may be no GPU
-def test_attention_has_the_fast_kernels_first_on_a_gpu_alone():
-    order = torch._C._get_sdp_priority_order
-    usual = order()
-    for _ in range(2):
-        with train_mlm.autocast(torch.device("cpu")):
-            assert order() == usual
-        with train_mlm.autocast(torch.device("cuda")):
-            assert order()[:4] == [int(backend) for backend in train_mlm.ATTENTION] != usual[:4]
-    assert order() == usual
-
-
 def test_a_run_compiles_by_default_where_there_is_a_gpu(monkeypatch):
     for gpu in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)

@@ -83,7 +83,6 @@ from tokenizers import (
     processors,
     trainers,
 )
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
@@ -1397,24 +1396,9 @@ def guessing_losses(
     return float(by_frequency), by_chance
 
 
-# PyTorch's kernels for attention, in the order in which they are tried; one that does not take a
-# mask is passed over
-ATTENTION = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
-
-@contextlib.contextmanager
 def autocast(device: torch.device):
-    """On a GPU bf16, and the first of the kernels above that can run; nothing elsewhere."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.autocast("cuda", dtype=torch.bfloat16), sdpa_kernel(ATTENTION, set_priority=True):
-        yield
+    """bf16 on a GPU, nothing elsewhere."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 @torch.no_grad()
@@ -1705,7 +1689,8 @@ def make_model(
 def compile_model(model: MaBERTForMaskedLM, args: argparse.Namespace):
     """Compiles the encoder, and the head with its loss; where that fails, the model stays as it is.
 
-    Batches of all sizes and lengths share a graph, but for those of a single row.
+    One graph serves batches of all sizes and lengths in training, and one in evaluation; a single
+    row has its own.
     """
     print("compiling the model takes minutes; --no-compile does without", flush=True)
     model.encoder.compile(dynamic=True)
@@ -2239,9 +2224,10 @@ def run_program(main: Callable[[list[str]], None]):
     raw = Stdout(os.dup(1), "w")
     options = dict(encoding=sys.stdout.encoding, errors="replace", line_buffering=True)
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), **options)
-    os.dup2(
-        2, 1
-    )  # `tokenizers` writes there by itself, and panics if that fails: let it use stderr
+
+    # `tokenizers` prints to descriptor 1 by itself, and panics if that fails: let it use stderr
+    os.dup2(2, 1)
+
     main(sys.argv[1:])
     if raw.error:
         raise SystemExit(f"all is done, but not all of it could be printed: {raw.error}")

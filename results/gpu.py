@@ -8,6 +8,7 @@ commands below, training steps, the scan, the tests of the kernels, and efficien
 is printed, even if the rest is not reached.
 """
 
+import contextlib
 import functools
 import shlex
 import subprocess
@@ -22,7 +23,7 @@ import train_mlm
 # isort: split
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 COMMANDS = """
     bench.py step FLAGS --no-compile
@@ -44,36 +45,40 @@ def time_table(calls: dict) -> str:
     return bench.table(["forward and backward", "ms"], body)
 
 
-def random(*size: int, device: str) -> torch.Tensor:
+def random_bf16(*size: int, device: str) -> torch.Tensor:
     return torch.randn(size, dtype=torch.bfloat16, device=device, requires_grad=True)
 
 
 # ---- Attention of a T layer in training ----
 
 
-def attend(backends: list, q, k, v, dy, mask):
-    """Forward and backward by the first of the backends that can."""
-    with sdpa_kernel(backends, set_priority=True):
+def attend(backends: list | None, q, k, v, dy, mask):
+    """Forward and backward by one of these backends; None leaves the choice to PyTorch."""
+    with sdpa_kernel(backends) if backends else contextlib.nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.1)
     torch.autograd.grad(y, (q, k, v), dy)
 
 
 def attention(device: str, rows: int = 64, length: int = 512) -> str:
-    """A table of PyTorch's kernels, each alone and as train_mlm.py asks for them; and the name of
-    what then ran on the GPU."""
-    tensors = [random(rows, 12, length, 64, device=device) for _ in range(4)]
+    """A table of PyTorch's kernels, and which of them PyTorch chooses by itself."""
+    tensors = [random_bf16(rows, 12, length, 64, device=device) for _ in range(4)]
     mask = torch.ones(rows, 1, 1, length, dtype=torch.bool, device=device)
-    choices = {backend.name: [backend] for backend in train_mlm.ATTENTION}
-    choices["as in train_mlm.py"] = train_mlm.ATTENTION
+
+    # time each
+    choices = {"PyTorch's choice": None}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):
+        choices[backend.name] = [backend]
     calls = {}
     for name, backends in choices.items():
         calls[name] = functools.partial(attend, backends, *tensors, mask)
     text = time_table(calls)
 
+    # name the choice
     with torch.profiler.profile() as profile:
-        calls["as in train_mlm.py"]()
+        calls["PyTorch's choice"]()
     kernels = sorted(profile.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
-    return f"{text}\n\nKernels that took longest: {', '.join(kernel.key for kernel in kernels[:3])}"
+    longest = ", ".join(kernel.key for kernel in kernels[:3])
+    return f"{text}\n\nKernels that took longest in PyTorch's choice: {longest}"
 
 
 # ---- The head ----
@@ -91,7 +96,9 @@ def head(device: str, labelled: int = 4915) -> str:
     calls = {}
     for words in (30522, 30528):
         sizes = ((labelled, 768), (words, 768), (labelled, words))
-        tensors = [random(*size, device=device) for size in sizes]  # x, words, the logits' gradient
+        tensors = [
+            random_bf16(*size, device=device) for size in sizes
+        ]  # x, words, the logits' gradient
         calls[f"{words} words"] = functools.partial(multiply, *tensors)
     return time_table(calls)
 
