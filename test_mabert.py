@@ -2361,6 +2361,130 @@ def test_another_run_is_not_resumed():
     pretrain(f"{SHORT} --data moved.txt --resume")
 
 
+# A run that starts from a trained model
+
+ADAPTED = """--init start --out run --data corpus.txt --sample-by line --length-schedule 16:1
+    --steps 6 --batch-size 32 --micro-batch-size 16 --lr 5e-3 --log-every 2 --save-every 2"""
+
+
+def save_start(seed=5, model_class=MaBERTForMaskedLM, **changes) -> MaBERTConfig:
+    """A model of 32 positions for the words of the corpus, in the folder "start"; its config.
+
+    Some of its fields have no flag, and its vocabulary is larger than its tokenizer's.
+    """
+    variant = dict(d_conv=3, expand=1, psm=("pre",), causal_conv=True)
+    config = replace(tiny("MT", **variant | changes), dropout=0.2)
+    build(model_class, config, torch.float32, seed).save_pretrained("start")
+    tokenizer = json.loads(words_tokenizer(WORDS).to_str()) | dict(post_processor=None)
+    put("start/tokenizer.json", json.dumps(tokenizer))
+    return config
+
+
+def adapt(flags=""):
+    train_mlm.main(f"{ADAPTED} {flags}".split())
+
+
+@pytest.mark.parametrize("schedule, positions", [("16:1", 32), ("16:0.5 48:0.5", 48)])
+def test_a_run_starts_from_the_model_of_init_and_its_loss(schedule, positions, capsys):
+    config = save_start()
+    flags = f"--length-schedule {schedule} --dropout 0.1"
+    adapt(flags)
+    assert ("its 32 positions are stretched to 48" in capsys.readouterr().out) == (positions > 32)
+
+    # its fields and its tokenizer
+    model = MaBERTForMaskedLM.from_pretrained("run")
+    assert model.config == replace(config, max_position=positions, dropout=0.1)
+    tokenizers = [train_mlm.load_tokenizer(f"{name}/tokenizer.json") for name in ("start", "run")]
+    assert tokenizers[0].to_str() == tokenizers[1].to_str()
+
+    # the loss before the first step is that of the model on the same rows; then it falls
+    start = MaBERTForMaskedLM.from_pretrained("start")
+    start.encoder.resize_positions(positions)
+    data = train_mlm.prepare(train_mlm.parse_args(f"{ADAPTED} {flags}".split()))
+    inputs, real, labels = map(torch.from_numpy, data.held_out)
+    with torch.no_grad():
+        loss = start(inputs, real, labels=labels).loss.item()
+    losses = [float(line["held_out_loss"] or "nan") for line in trained()[1]]
+    assert losses[0] == pytest.approx(loss, abs=1e-4)
+    assert losses[-1] < loss - 0.2
+
+
+def test_a_step_of_a_run_can_be_the_start_of_another():
+    save_start()
+    adapt()
+    adapt("--init run/step-0000002 --out second --steps 1 --lr 1e-30")
+    weights, _ = trained("second")
+    of_the_step = MaBERTForMaskedLM.from_pretrained("run/step-0000002").state_dict().values()
+    assert torch.equal(weights, torch.cat([weight.flatten() for weight in of_the_step]))
+
+
+def test_a_run_goes_on_without_the_folder_of_init_but_not_with_another():
+    save_start()
+    adapt()
+    weights, log = trained()
+
+    # with dropout, bit by bit
+    shutil.move("start", "moved")
+    for step in ("0000004", "0000006"):
+        shutil.rmtree(f"run/step-{step}")
+    adapt("--resume")
+    weights_again, log_again = trained()
+    assert torch.equal(weights_again, weights)
+    assert log_again == log
+
+    # a copy is no difference, but other weights are, and so are none
+    adapt("--resume --init moved")
+    save_start(seed=6)
+    refused(adapt, "--resume", said="another run: init was .* and is now ")
+    refused(pretrain, "--resume", said="another run: .*init was .* and is now None")
+
+    # without a checkpoint, or with that of a run without --init, the folder is needed
+    missing = "^--init: nowhere/config.json is missing"
+    refused(adapt, "--init nowhere --out second --resume", said=missing)
+    pretrain("--steps 1 --out third")
+    refused(adapt, "--init nowhere --out third --resume", said=missing)
+
+
+FLAGS_REFUSED_BESIDE_INIT = """--pattern=MT|--hidden-size 32|--num-heads 2|--intermediate-size 64
+    |--d-state 4|--psm none|--causal-conv|--no-causal-conv|--tokenizer words.json|--vocab-size 100
+    |--demo"""
+
+
+def test_flags_of_the_model_and_its_tokenizer_are_refused_beside_init():
+    for flags in re.split(r"\s*\|", FLAGS_REFUSED_BESIDE_INIT):
+        name = re.match(r"--(?:no-)?([a-z-]+)", flags)[1]
+        said = rf"not allowed with --init: --{name}\. "
+        refused(train_mlm.parse_args, ["--init", "start", *flags.split()], said=said)
+
+
+def test_a_folder_without_a_pretrained_model_and_its_tokenizer_is_refused():
+    save_start(model_class=Classifier)
+    refused(adapt, said="^--init: start holds a MaBERTForSequenceClassification, which has no head")
+    save_start(vocab_size=20)
+    refused(adapt, said="^--init: start's tokenizer has 25 tokens, its model 20")
+    save_start()
+    refused(adapt, "--dropout inf", said="^--init: .*MaBERTConfig.dropout is inf")
+
+    # a file is missing
+    for file, said in {
+        "tokenizer.json": "cannot load the tokenizer start/tokenizer.json",
+        "model.pt": "^--init: start/model.pt is missing",
+        "config.json": "^--init: start/config.json is missing",
+    }.items():
+        Path("start", file).unlink()
+        refused(adapt, said=said)
+
+
+def test_a_run_does_not_replace_the_folder_that_it_starts_from():
+    save_start()
+    Path("link").symlink_to("start")
+    before = Path("start/model.pt").read_bytes()
+    refused(adapt, "--out start", said="start holds a run or a model already")
+    for flags in ("--out start", "--out link", "--out start --init link", "--out ."):
+        refused(adapt, f"{flags} --overwrite", said="^--overwrite: .* is or holds the folder")
+    assert Path("start/model.pt").read_bytes() == before
+
+
 # ---- Fine-tuning on GLUE ----
 
 GLUE_METRICS = [  # name, what it equals, how many values labels have

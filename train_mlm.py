@@ -3,6 +3,7 @@
     python train_mlm.py --demo                     # minutes on a laptop: no network, no GPU
     python train_mlm.py --steps 100000             # the paper's 10 % budget, on text from the hub
     python train_mlm.py --data texts/ --vocab-size 8192 --steps 5000 --hidden-size 256 ...
+    python train_mlm.py --init out/mlm --out out/mine --data mine/   # trains a trained model on
     python train_mlm.py ... --resume               # goes on after the newest checkpoint
     torchrun --nproc-per-node 8 train_mlm.py ...   # the same run, shared by eight GPUs
 
@@ -24,9 +25,10 @@ is no random state to save, and a run that is stopped and resumed is the run tha
     2 order      --seed, the first step of the phase, the epoch   Batches.row_indices
     3 dropout    --seed, the step, the micro-batch                train_step
 
-The weights are drawn once, from --seed. Held-out rows are masked with seed 0 in every run. Steps
-count from 0 where a batch, its seeds and its learning rate are looked up. In the log, in names of
-checkpoints and in messages they count from 1: there a step is the number of finished steps.
+The weights are drawn once, from --seed, or are those of --init. Held-out rows are masked with seed
+0 in every run. Steps count from 0 where a batch, its seeds and its learning rate are looked up. In
+the log, in names of checkpoints and in messages they count from 1: there a step is the number of
+finished steps.
 
 A run writes to its folder (--out) config.json, model.pt and tokenizer.json, which
 `from_pretrained(out)` reads, beside log.csv, args.json and a folder for each of the last
@@ -84,7 +86,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from mabert import PSM_STAGES, MaBERTConfig, MaBERTForMaskedLM, torch_load
+from mabert import PSM_STAGES, MaBERTConfig, MaBERTForMaskedLM, PretrainedModel, torch_load
 
 # torchrun tells each of its processes which one it is
 RANK = int(os.environ.get("RANK", 0))
@@ -104,6 +106,9 @@ MAX_VOCAB = 65_535  # token ids are stored as uint16
 
 # Flags that are fields of MaBERTConfig, of the same name and type
 MODEL = ("pattern", "hidden_size", "num_heads", "intermediate_size", "d_state", "dropout")
+
+# What a run with --init takes from that folder; of these flags only --dropout may stand beside it
+SET_BY_INIT = ("demo", "tokenizer", "vocab_size", *MODEL, "psm", "causal_conv")
 
 # The paper's model and protocol in small; the flags not named here keep their defaults
 DEMO = dict(
@@ -213,6 +218,9 @@ def add_flags_of_the_text(parser: argparse.ArgumentParser):
 def add_flags_of_the_model(parser: argparse.ArgumentParser):
     defaults = MaBERTConfig()
     group = parser.add_argument_group("model")
+    group.add_argument("--init", metavar="FOLDER",
+        help="start from a trained model, or a step of a run: its fields, weights and tokenizer; "
+        "positions are stretched to the longest row. Only --dropout may change a field")
 
     # fields that are flags as they are
     for name in MODEL:
@@ -275,6 +283,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
+
+    # with --init these flags are None, unless they stand beside it
+    if args.init:
+        parser.set_defaults(**dict.fromkeys(SET_BY_INIT))
+        args = parser.parse_args(argv)
+        names = [name for name in SET_BY_INIT if getattr(args, name) is not None]
+        flags = [f"--{name.replace('_', '-')}" for name in names if name != "dropout"]
+        if flags:
+            parser.error(
+                f"not allowed with --init: {', '.join(flags)}. The model and its tokenizer are "
+                "those of its folder"
+            )
+
+    # what depends on other flags
     if args.demo and args.tokenizer:
         args.vocab_size = None
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
@@ -288,10 +310,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         )
     if not math.isclose(sum(share for _, share in args.length_schedule), 1):
         parser.error("--length-schedule: the shares must sum to 1, as in 128:0.9 512:0.1")
-    try:
-        model_config(args, vocab_size=100, pad_token_id=0)
-    except ValueError as error:
-        parser.error(str(error))
+    if not args.init:
+        try:
+            model_config(args, vocab_size=100, pad_token_id=0)
+        except ValueError as error:
+            parser.error(str(error))
     return args
 
 
@@ -1172,9 +1195,69 @@ def batches_ahead(
 # ---- What training reads, and the held-out loss ----
 
 
+class Given(NamedTuple):
+    """What --init gives."""
+
+    model: MaBERTForMaskedLM
+    tokenizer: Tokenizer
+    digest: str  # of the weights as they were given, before any training
+
+
+def read_given(args: argparse.Namespace, checkpoint: Path | None) -> Given | None:
+    """The model of --init, with positions for the longest rows; None without --init.
+
+    A folder that is gone is needed no longer once there is a checkpoint, which has its fields, its
+    tokenizer and its digest, and newer weights.
+    """
+    if not args.init:
+        return None
+
+    # where from
+    folder = Path(args.init)
+    digest = None
+    if checkpoint and not folder.exists():
+        _, training = read_checkpoint(checkpoint)
+        digest = training["identity"].get("init")  # None: the run began without --init
+        folder = checkpoint if digest else folder
+
+    # the model
+    overrides = {} if args.dropout is None else dict(dropout=args.dropout)
+    try:
+        model = PretrainedModel.from_pretrained(folder, **overrides).train()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--init: {error}") from error
+    if not isinstance(model, MaBERTForMaskedLM):
+        raise SystemExit(
+            f"--init: {folder} holds a {type(model).__name__}, which has no head to predict masked "
+            "tokens: give the pretrained model that it was made from"
+        )
+
+    # its tokenizer
+    tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
+    size = vocabulary_size(tokenizer)
+    most = model.config.vocab_size
+    if size > most:
+        raise SystemExit(f"--init: {folder}'s tokenizer has {size} tokens, its model {most}")
+
+    # positions for longer rows
+    longest = max(length for length, _ in args.length_schedule)
+    positions = model.config.max_position
+    if longest > positions:
+        model.encoder.resize_positions(longest)
+        print(f"{folder}: its {positions} positions are stretched to {longest}")
+
+    # the digest, unless the checkpoint knows it
+    if digest is None:
+        content = (folder / "model.pt").read_bytes()
+        digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+    return Given(model, tokenizer, digest)
+
+
 class Data(NamedTuple):
     """What training reads."""
 
+    given: Given | None  # with --init
+    config: MaBERTConfig  # of the model
     tokenizer: Tokenizer
     vocabulary: Vocabulary
     phases: list[Phase]  # one for each length of --length-schedule
@@ -1191,17 +1274,24 @@ def prepare(args: argparse.Namespace, checkpoint: Path | None = None) -> Data:
     then read the same.
     """
     # tokenizer and tokens
+    given = read_given(args, checkpoint)
     prepared = None
     if RANK == 0:
         sources = text_sources(args)
-        tokenizer = choose_tokenizer(args, sources, checkpoint)
+        tokenizer = given.tokenizer if given else choose_tokenizer(args, sources, checkpoint)
         prepared = tokenizer.to_str(), token_folder(args, sources, tokenizer)
     tokenizer_json, folder = gathered(prepared)[0]  # the others wait here for the first
     tokenizer = in_our_form(Tokenizer.from_str(tokenizer_json))
     tokens = read_tokens(folder, tokenizer)
 
-    # rows
+    # the model's config
     vocabulary = special_ids(tokenizer)
+    if given:
+        config = given.model.config
+    else:
+        config = model_config(args, vocabulary_size(tokenizer), vocabulary.pad)
+
+    # rows
     seen, held = split_held_out(tokens)
     phases = rows_of_phases(args, tokens, seen, vocabulary)
     held_rows = Rows(tokens, held, args.length_schedule[0][0], vocabulary)
@@ -1217,7 +1307,17 @@ def prepare(args: argparse.Namespace, checkpoint: Path | None = None) -> Data:
     held_out = mask_held_out(held_rows, args.mask_rate)
     baselines = guessing_losses(tokens, held, held_out[2], vocabulary)
     print(f"held-out loss on {len(held_out[0])} rows of {len(held_rows)}")
-    return Data(tokenizer, vocabulary, phases, held_rows, held_out, baselines, tokens.checksum)
+    return Data(
+        given=given,
+        config=config,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        phases=phases,
+        held_rows=held_rows,
+        held_out=held_out,
+        baselines=baselines,
+        checksum=tokens.checksum,
+    )
 
 
 def rows_of_phases(
@@ -1363,8 +1463,8 @@ def write_atomically(file: Path, text: str):
 def identity_of(args: argparse.Namespace, data: Data) -> dict:
     """All that a run is a function of; a checkpoint of another run cannot be resumed."""
     # the model and its training
-    config = model_config(args, vocabulary_size(data.tokenizer), data.vocabulary.pad)
-    identity = dataclasses.asdict(config)
+    identity = dataclasses.asdict(data.config)
+    identity["init"] = data.given and data.given.digest
     identity |= {name: getattr(args, name) for name in IDENTITY}
 
     # the tokenizer and the text
@@ -1527,8 +1627,8 @@ def make_model(
 
     # the same weights in every process
     torch.manual_seed(args.seed)
-    config = model_config(args, vocabulary_size(data.tokenizer), data.vocabulary.pad)
-    model = MaBERTForMaskedLM(config).to(device)
+    model = data.given.model if data.given else MaBERTForMaskedLM(data.config)
+    model = model.to(device)
 
     # what changes the cost alone
     if args.activation_checkpointing:
@@ -1541,7 +1641,7 @@ def make_model(
 
     # say what will run
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.pattern}, {parameters / 1e6:.1f} M parameters, on {PROCESSES} × {device}")
+    print(f"{data.config.pattern}, {parameters / 1e6:.1f} M parameters, on {PROCESSES} × {device}")
     shared = DistributedDataParallel(model) if PROCESSES > 1 else model
     return model, shared, make_optimizer(model, args.weight_decay)
 
@@ -1886,8 +1986,14 @@ def run(args: argparse.Namespace):
         args.resume = True
         args.overwrite = False
 
-    # all that a run writes, and --out holds already
+    # the model that a run starts from is not removed by it
     out = Path(args.out)
+    if args.init and args.overwrite and Path(args.init).resolve().is_relative_to(out.resolve()):
+        raise SystemExit(
+            f"--overwrite: {out} is or holds the folder of --init: choose another --out"
+        )
+
+    # all that a run writes, and --out holds already
     names = ("log.csv", "loss.png", "args.json", "config.json", "model.pt")
     old = [out / name for name in names if (out / name).exists()] + step_folders(out)
     is_demo = args.demo and args.out == DEMO["out"]
