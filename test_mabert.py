@@ -3773,6 +3773,13 @@ def test_context_reads_a_book_that_was_not_trained_on(
     line = next(line for line in page.split("\n") if line.startswith("| MT, 128 |"))
     assert line.split(" | ")[3] == f"{context.mean_and_deviation(losses)} |"
 
+    # and so is the change in longer rows
+    name = "MT, 128"
+    runs = [context.read_books(Path(f"runs/MT-128-seed{seed}"), book) for seed in (0, 1)]
+    changes = [run["stretched", 128] - run["stretched", 64] for run in runs]
+    change = torch.cat(changes).mean().item()
+    assert f"{change:+.3f} ± " in page.split("The change from rows of 64")[1].split(name)[1]
+
     # again, without a step
     monkeypatch.setattr(train_mlm, "train_step", None)
     monkeypatch.setattr(context, "token_losses", None)

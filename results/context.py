@@ -290,6 +290,31 @@ def length_table(results: dict[str, list[dict]], how: str, lengths: tuple[int, .
     return bench.table(["rows of", *lengths], body)
 
 
+def mean_over_seeds(by_seed: list[dict], how: str, length: int) -> np.ndarray:
+    """The loss of each masked token, as the mean over runs: (masked tokens,)."""
+    return np.mean([run[how, length].double().numpy() for run in by_seed], axis=0)
+
+
+def change_table(results: dict[str, list[dict]], book: Book) -> str:
+    """By how much the loss of the same tokens differs from that in rows of SHORT tokens.
+
+    Tokens near each other are not independent; the standard error is that of blocks.
+    """
+    block, _ = np.nonzero(book.labels != train_mlm.IGNORED)
+    lengths = [length for length in LENGTHS if length != SHORT]
+    body = []
+    for name, by_seed in results.items():
+        cells = []
+        for length in lengths:
+            losses = mean_over_seeds(by_seed, "stretched", length)
+            change = losses - mean_over_seeds(by_seed, "stretched", SHORT)  # (masked tokens,)
+            by_block = np.bincount(block, change) / np.bincount(block)
+            error = by_block.std(ddof=1) / len(by_block) ** 0.5
+            cells.append(f"{change.mean():+.3f} ± {error:.3f}")
+        body.append([name, *cells])
+    return bench.table(["rows of", *lengths], body)
+
+
 # How many tokens of context: from one of these to below the next
 CONTEXT = (0, 1, 2, 4, 8, 16, 32, 62)
 
@@ -309,16 +334,12 @@ def context_table(results: dict[str, list[dict]], book: Book) -> str:
     # a line for each model and side: the mean over all seeds
     body = []
     for name, by_seed in results.items():
-        mean = {
-            length: np.mean([run["stretched", length].numpy() for run in by_seed], axis=0)
-            for length in LENGTHS[:2]
-        }
+        short, long = (mean_over_seeds(by_seed, "stretched", length) for length in LENGTHS[:2])
         for side, (is_in_half, context) in sides.items():
             cells = []
             for low, high in itertools.pairwise(CONTEXT):
                 chosen = is_in_half & (low <= context) & (context < high)
-                short, long = (losses[chosen].mean() for losses in mean.values())
-                cells.append(f"{short:.2f} → {long:.2f}")
+                cells.append(f"{short[chosen].mean():.2f} → {long[chosen].mean():.2f}")
             body.append([f"{name}, {side}", *cells])
 
     ranges = [f"{low} to {high - 1}" for low, high in itertools.pairwise(CONTEXT)]
@@ -329,12 +350,9 @@ def context_table(results: dict[str, list[dict]], book: Book) -> str:
 def held_out_by_step(folder: Path) -> dict[int, float]:
     """{step: the held-out loss of train_mlm.py}, of the steps after which it was computed."""
     with open(folder / "log.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
-    return {
-        int(line["step"]): float(line["held_out_loss"])
-        for line in lines[1:]
-        if line["held_out_loss"]
-    }
+        _, *lines = csv.DictReader(file)  # without that of before the first step
+    evaluated = [line for line in lines if line["held_out_loss"]]
+    return {int(line["step"]): float(line["held_out_loss"]) for line in evaluated}
 
 
 def context_page(results: dict[str, list[dict]], folders: dict[str, list[Path]], book: Book) -> str:
@@ -352,6 +370,10 @@ The loss of {masked} masked tokens of {book.ids.size}, in nats, the same in rows
 Positions are stretched where a model has too few:
 
 {length_table(results, "stretched", LENGTHS)}
+
+The change from rows of {SHORT}, with the standard error over {len(book.ids)} blocks of text:
+
+{change_table(results, book)}
 
 Positions repeated:
 
