@@ -1,9 +1,11 @@
-"""Fine-tunes a pretrained MaBERT on GLUE, and puts the paper's scores beside the measured ones.
+"""Fine-tunes a pretrained MaBERT on GLUE, and puts the paper's scores beside the measured ones; or
+on labels of one's own.
 
     python finetune_glue.py --checkpoint out/mlm --tasks all --seeds 5   # data from the hub
     python finetune_glue.py --checkpoint out/mlm --tasks cola rte --data-dir glue/   # from a folder
     python finetune_glue.py --checkpoint out/mlm --ablation --padding-side left   # Table 3
     python finetune_glue.py --checkpoint out/mlm --poolings   # Table B4
+    python finetune_glue.py --checkpoint out/mlm --tasks own --data-dir mine/ --save   # own labels
 
 In order: arguments · tasks and metrics · the paper's scores · reading · one run · all runs.
 
@@ -21,6 +23,7 @@ import itertools
 import json
 import logging
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -66,7 +69,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="python finetune_glue.py --checkpoint FOLDER [--tasks NAME ...] [--seeds N] ...: "
         "--help lists all flags",
-        description="Fine-tune a pretrained MaBERT on GLUE. Defaults are BERT's protocol.",
+        description="Fine-tune a pretrained MaBERT on GLUE, or on labels of your own. Defaults are "
+        "BERT's protocol.",
         allow_abbrev=False,
     )
 
@@ -78,9 +82,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="a folder of train_mlm.py, with config.json, model.pt and tokenizer.json")
     add("--data-dir",
         help="a folder with the benchmark's own download (CoLA/train.tsv, ...) or a clone of "
-        f"{HUB_DATA} with its README.md; if not given, {HUB_DATA} from the hub")
-    add("--tasks", nargs="+", default=["all"], type=str.lower, choices=(*TASKS, "all"),
-        metavar="NAME", help=f"all, or any of {', '.join(TASKS)}")
+        f"{HUB_DATA} with its README.md; if not given, {HUB_DATA} from the hub. With --tasks own: "
+        "a folder with train.tsv and dev.tsv (and test.tsv for --predict), in which the first line "
+        "names the columns: label, and one or two of text")
+    add("--tasks", nargs="+", default=["all"], type=str.lower, choices=(*TASKS, "all", "own"),
+        metavar="NAME", help=f"all, or any of {', '.join(TASKS)}; or own: labels of your own")
+    add("--regression", action="store_true", 
+        help="own labels are numbers, not names of classes; learned best where they lie around 0 "
+        "with a spread of about 1")
     add("--seeds", type=positive, default=5,
         help="runs per task, with the seeds 0, 1, ... (%(default)s)")
     add("--budget", choices=("10", "25", "50", "100"), default="10",
@@ -89,8 +98,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--out", default="out/glue", help="the folder of results (%(default)s)")
     add("--save", action="store_true", help="keep the fine-tuned models")
     add("--predict", action="store_true",
-        help="write the benchmark's submission files, with the models of the first seed and, of "
-        "several variants, the first")
+        help="write predictions for the test sets (the benchmark's submission files), with the "
+        "models of the first seed and, of several variants, the first")
 
     # variants of the model
     variants = parser.add_argument_group("variants")
@@ -120,7 +129,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.ablation and args.psm is not None:
         parser.error("--ablation chooses the PSM")
-    args.tasks = [name for name in TASKS if name in args.tasks or "all" in args.tasks]
+    is_own = "own" in args.tasks
+    if is_own and (args.tasks != ["own"] or not args.data_dir):
+        parser.error("--tasks own is a command of its own and needs --data-dir")
+    if args.regression and not is_own:
+        parser.error("--regression is for --tasks own")
+    if not is_own:
+        args.tasks = [name for name in TASKS if name in args.tasks or "all" in args.tasks]
     return args
 
 
@@ -139,11 +154,12 @@ SET_TITLES = {
 
 
 class Task(NamedTuple):
-    folder: str  # in the benchmark's download
-    sizes: dict[str, int]  # how many examples the benchmark has in each split
+    folder: str  # in the benchmark's download, and the name in tables
+    sizes: dict[str, int]  # how many examples the benchmark has in each split; 0: any number
     sentences: tuple[str, ...] = ("sentence1", "sentence2")  # the columns that hold the text
     labels: tuple[str, ...] = ("0", "1")  # as the benchmark writes them, in the hub's order
     metrics: tuple[str, ...] = ("accuracy",)  # the first is the one that the paper has
+    scores: tuple[float, float] = (0, 5)  # the lowest and highest score, where there are no labels
 
     def splits(self, kind: str) -> dict[str, str]:
         """The splits of a kind, "dev" or "test", by their titles in results and submissions."""
@@ -195,6 +211,12 @@ def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
     return float(2 * both / max(1, predicted.sum() + labels.sum()))
 
 
+def macro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The mean over the classes, those that occur, of each one's F1."""
+    classes = np.union1d(predicted, labels)
+    return float(np.mean([f1(predicted == i, labels == i) for i in classes]))
+
+
 def pearson(predicted: np.ndarray, labels: np.ndarray) -> float:
     """Pearson's correlation; 0 where one of the two is constant."""
     if np.ptp(predicted) == 0 or np.ptp(labels) == 0:
@@ -217,6 +239,7 @@ def ranks(x: np.ndarray) -> np.ndarray:
 METRICS = {
     "accuracy": accuracy,
     "f1": f1,
+    "macro_f1": macro_f1,
     "matthews": pearson,  # Matthews' correlation is Pearson's of classes 0 and 1
     "pearson": pearson,
     "spearman": spearman,
@@ -314,7 +337,7 @@ def chosen_variants(args: argparse.Namespace, config: MaBERTConfig) -> list[Vari
 #
 # A split of a task ("train", "dev_matched", "test_ax", …) is a .tsv file of the benchmark's own
 # download or a table of the hub's data set. Either is read as lines of cells, names of columns
-# first.
+# first. Files with labels of one's own are read as the benchmark's.
 
 
 class Examples(NamedTuple):
@@ -338,6 +361,7 @@ SAME_COLUMN = {
     "hypothesis": "sentence2",
     "idx": "index",  # every task on the hub
 }
+NO_TEXT = ("label", "index", "idx", "")  # with own labels; pandas calls its index ""
 COLA_HEADER = ["source", "label", "mark", "sentence"]  # CoLA's train.tsv and dev.tsv lack one
 
 Lines = Iterator[tuple[str, list]]  # of each line: its number as messages say it, and its cells
@@ -345,6 +369,13 @@ Lines = Iterator[tuple[str, list]]  # of each line: its number as messages say i
 
 def open_split(name: str, split: str, data_dir: str | None) -> tuple[str, Lines]:
     """(where a split of a task is, its lines). The benchmark's own file comes before the hub's."""
+    # own labels
+    if name == "own":
+        path = Path(data_dir, f"{split}.tsv")
+        if not path.exists():
+            raise SystemExit(f"--data-dir: there is no {path}")
+        return f"{path}", tsv_lines(path, has_header=True)
+
     # its names in the benchmark's download and on the hub
     tsv = f"{TASKS[name].folder}/{split}.tsv"
     subset, hub_split = name, split.replace("dev", "validation")
@@ -373,7 +404,7 @@ def open_split(name: str, split: str, data_dir: str | None) -> tuple[str, Lines]
 
 
 def tsv_lines(path: Path, has_header: bool) -> Lines:
-    """The lines of a .tsv file of the benchmark.
+    """The lines of a .tsv file.
 
     Cells are never quoted: a quotation mark is part of its sentence. Only a line feed ends a line,
     since sentences have characters at which `splitlines` would cut. MRPC's files begin with a
@@ -411,6 +442,44 @@ def hub_lines(source: str, subset: str, hub_split: str) -> Lines:
         ) from error
 
 
+def own_task(folder: str, is_regression: bool) -> Task:
+    """The task of one's own labels: its columns and classes are those of the folder's train.tsv.
+
+    SystemExit where they cannot be used. The other lines are checked by `read_examples`.
+    """
+    # the columns
+    where, lines = open_split("own", "train", folder)
+    _, header = next(lines, ("", []))
+    texts = tuple(column for column in header if column not in NO_TEXT)
+    if "label" not in header or len(texts) not in (1, 2):
+        raise SystemExit(
+            f"{where}, line 1: the columns are {', '.join(header)}; there must be one called "
+            "label and one or two of text (index and idx are left aside)"
+        )
+
+    # the classes
+    place = header.index("label")
+    labels = {cells[place] for _, cells in lines if len(cells) == len(header)}
+    labels = sorted(label for label in labels if label.strip())
+    classes = () if is_regression else tuple(labels)
+    if len(classes) == 1:
+        raise SystemExit(f"{where} has one label only, {classes[0]}; there must be two or more")
+
+    # say how the folder was understood
+    listed = textwrap.shorten(", ".join(classes), 200, placeholder=" ...")
+    kinds = f"{len(classes)} classes: {listed}" if classes else "labels are numbers"
+    print(f"{where}: text in {' and '.join(texts)}; {kinds}")
+
+    return Task(
+        folder=Path(folder).resolve().name,
+        sizes=dict(train=0, dev=0, test=0),
+        sentences=texts,
+        labels=classes,
+        metrics=("accuracy", "macro_f1") if classes else ("pearson", "spearman"),
+        scores=(-1e30, 1e30),
+    )
+
+
 def read_examples(name: str, split: str, data_dir: str | None) -> Examples:
     """The examples of a split of a task. SystemExit names the first line that cannot be used."""
     task = TASKS[name]
@@ -418,11 +487,12 @@ def read_examples(name: str, split: str, data_dir: str | None) -> Examples:
     where, lines = open_split(name, split, data_dir)
 
     # the columns
-    _, header = next(lines, ("header", []))
-    columns = [SAME_COLUMN.get(column, column) for column in header]
+    place, header = next(lines, ("header", []))
+    same = {} if name == "own" else SAME_COLUMN
+    columns = [same.get(column, column) for column in header]
     needed = {*task.sentences} if is_test else {*task.sentences, "label"}
     if missing := ", ".join(sorted(needed - {*columns})):
-        raise SystemExit(f"{where} has no column {missing}, only {', '.join(header)}")
+        raise SystemExit(f"{where}, {place}: no column {missing}, only {', '.join(header)}")
 
     # the lines. QQP is known for malformed ones: those to learn from are left out, and in those
     # to be predicted a question may be empty.
@@ -439,7 +509,7 @@ def read_examples(name: str, split: str, data_dir: str | None) -> Examples:
             example = dict(zip(columns, cells))
             texts = parse_sentences(task, example, may_be_empty)
             if is_test:
-                index.append(int(example.get("index", number)))
+                index.append(number if name == "own" else int(example.get("index", number)))
             else:
                 labels.append(parse_label(task, example["label"]))
             sentences.append(texts)
@@ -470,12 +540,13 @@ def parse_label(task: Task, label) -> int | float:
             return task.labels.index(label)
         if label in range(len(task.labels)):  # on the hub
             return label
-        expected = f"{', '.join(task.labels)} (0 to {len(task.labels) - 1})"
+        expected = ", ".join(task.labels)
     else:
+        low, high = task.scores
         with suppress(TypeError, ValueError):
-            if 0 <= float(label) <= 5:
+            if low <= float(label) <= high:
                 return float(label)
-        expected = "a number from 0 to 5"
+        expected = f"a number from {low} to {high}"
     raise ValueError(f"label {label!r}; expected {expected}")
 
 
@@ -487,8 +558,14 @@ def digests_of_data(args: argparse.Namespace) -> dict[str, str]:
     """
     digests = {}
     for name in tqdm(args.tasks, desc="reading", unit="task", leave=False, delay=5):
+        task = TASKS[name]
         digest = hashlib.sha256()
-        for split, expected in TASKS[name].sizes.items():
+        quoted = 0  # how many texts are
+        if name == "own":
+            # a result and a saved model hold these names
+            digest.update(repr((task.folder, task.labels)).encode())
+
+        for split, expected in task.sizes.items():
             is_test = split.startswith("test")
             if is_test and not args.predict:
                 continue
@@ -498,8 +575,10 @@ def digests_of_data(args: argparse.Namespace) -> dict[str, str]:
             count = len(examples.sentences)
             if examples.skipped:
                 tqdm.write(f"{name} {split}: {examples.skipped} malformed rows skipped")
-            if count != expected:
+            if expected and count != expected:
                 tqdm.write(f"{name} {split} has {count} rows; the benchmark has {expected}")
+            if name == "own":
+                quoted += sum(is_quoted(text) for text in itertools.chain(*examples.sentences))
 
             # digest what results depend on
             if not is_test:
@@ -507,7 +586,18 @@ def digests_of_data(args: argparse.Namespace) -> dict[str, str]:
                 for example in zip(examples.sentences, examples.labels.tolist()):
                     digest.update(repr(example).encode())
         digests[name] = digest.hexdigest()[:16]
+
+        # own texts that were perhaps not written as they are read
+        if quoted:
+            tqdm.write(
+                f"{args.data_dir}: texts that begin and end with a quotation mark: {quoted}. The "
+                "marks are read as part of the text; write cells without (README says how)"
+            )
     return digests
+
+
+def is_quoted(text: str) -> bool:
+    return text.startswith('"') and text.endswith('"')
 
 
 # ---- One run ----
@@ -727,7 +817,7 @@ def sweep(
                 # run, and write the result last: where it is, the model is
                 result, model = finetune(name, seed, variant, data[name], args)
                 if needs_model:
-                    save_model(folder, model, args)
+                    save_model(folder, model, TASKS[name].labels, args)
                 result |= dict(settings=settings, machine=machine)
                 write_atomically(file, json.dumps(result, indent=2) + "\n")
 
@@ -785,17 +875,19 @@ def encode_task(name: str, tokenizer: Tokenizer, args: argparse.Namespace) -> di
     return data
 
 
-def save_model(folder: Path, model: Classifier, args: argparse.Namespace):
-    """Writes a model and its tokenizer, as `python mabert.py` takes them."""
+def save_model(folder: Path, model: Classifier, labels: tuple[str, ...], args: argparse.Namespace):
+    """Writes a model, its classes' names and its tokenizer, as `python mabert.py` takes them."""
     model.save_pretrained(folder)
+    if labels:
+        write_atomically(folder / "labels.json", json.dumps(labels, ensure_ascii=False) + "\n")
     tokenizer = load_tokenizer(str(Path(args.checkpoint, "tokenizer.json")))  # which cuts nothing
     write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
 
 
 def write_submission(name: str, model: Classifier, tokenizer: Tokenizer, args: argparse.Namespace):
-    """Writes a task's files for the benchmark: labels as it writes them, or scores from 0 to 5."""
+    """Writes the predictions for a task's test sets: labels by their names, or scores."""
     task = TASKS[name]
-    folder = Path(args.out, "submission")
+    folder = predictions_folder(args)
     folder.mkdir(exist_ok=True)
     for title, split in task.splits("test").items():
         # predict
@@ -805,9 +897,13 @@ def write_submission(name: str, model: Classifier, tokenizer: Tokenizer, args: a
         # write
         lines = ["index\tprediction\n"]
         for index, value in zip(examples.index, predicted):
-            cell = task.labels[value] if task.labels else f"{value.clip(0, 5):.3f}"
+            cell = task.labels[value] if task.labels else value.clip(*task.scores)
             lines.append(f"{index}\t{cell}\n")
         write_atomically(folder / f"{title}.tsv", "".join(lines))
+
+
+def predictions_folder(args: argparse.Namespace) -> Path:
+    return Path(args.out, "predictions" if args.tasks == ["own"] else "submission")
 
 
 def score_lines(args: argparse.Namespace, results: dict[Variant, list[dict]]) -> list[dict]:
@@ -819,7 +915,7 @@ def score_lines(args: argparse.Namespace, results: dict[Variant, list[dict]]) ->
             for variant, runs in results.items():
                 line = dict(task=title, metric=metric, variant=variant.name, paper=None)
                 line["scores"] = [r["scores"][title][metric] for r in runs if r["task"] == name]
-                if metric == task.metrics[0]:
+                if metric == task.metrics[0] and name != "own":
                     line["paper"] = dict(zip(PAPER_SETS, variant.paper)).get(title)
                 lines.append(line)
 
@@ -880,6 +976,10 @@ def run_all(args: argparse.Namespace, command: str):
     config = load_model(args.checkpoint).config
     tokenizer = truncating_tokenizer(args, config)
     chosen = chosen_variants(args, config)
+
+    # the data; own labels are one more task
+    if args.tasks == ["own"]:
+        TASKS["own"] = own_task(args.data_dir, args.regression)
     digests = digests_of_data(args)
     if args.ablation and psm_changes_nothing(config, args.padding_side):
         print(
@@ -907,7 +1007,7 @@ def run_all(args: argparse.Namespace, command: str):
     beside = "result and model" if args.save else "result"
     print(f"\n{table}\n\nin {out}.md and .json; each run's {beside} beside them")
     if args.predict:
-        print(f"for the benchmark: {out.with_name('submission')}")
+        print(f"predictions: {predictions_folder(args)}")
 
 
 def main(argv: list[str]):

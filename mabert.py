@@ -46,6 +46,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import sys
 import tempfile
 import textwrap
@@ -727,6 +728,10 @@ def use_triton(u: Tensor, backend: str | None) -> bool:
 # state before it, and then traversed from its end. (What autograd and torch.compile need to know of
 # the ops comes after the kernels, for both scans.)
 
+# The names of custom ops are shared by the whole process. They begin with this module's name, so
+# that two copies of this file can be imported side by side, with its dots and hyphens replaced.
+OPERATIONS = re.sub(r"\W", "_", __name__, flags=re.ASCII)
+
 LOOP_CHUNK = 16  # steps; with n = 16 the kept states are then as many numbers as u
 LOOP_BUFFER = 2**19  # numbers in a buffer, for each thread: 2 MB; the backward pass has three
 
@@ -789,7 +794,7 @@ def _chunk_states(buffers, u, delta, A2, B, bias, mask, state, softplus):
     return dt, decays, states
 
 
-@torch.library.custom_op("mabert::scan_loop", mutates_args=())
+@torch.library.custom_op(f"{OPERATIONS}::scan_loop", mutates_args=())
 def _scan_loop(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
     bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int, keep: bool,
@@ -835,7 +840,7 @@ def _scan_loop(
     return y, kept
 
 
-@torch.library.custom_op("mabert::scan_loop_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATIONS}::scan_loop_backward", mutates_args=())
 def _scan_loop_backward(
     dy: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     z: Tensor | None, bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int,
@@ -1780,7 +1785,7 @@ def _segment_starts_of(phase_1, inputs: dict, A2: Tensor, grid: tuple, sizes: di
     return ends
 
 
-@torch.library.custom_op("mabert::scan_triton", mutates_args=())
+@torch.library.custom_op(f"{OPERATIONS}::scan_triton", mutates_args=())
 def _scan_triton(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
     bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int, keep: bool,
@@ -1810,7 +1815,7 @@ def _scan_triton(
     return y, kept
 
 
-@torch.library.custom_op("mabert::scan_triton_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATIONS}::scan_triton_backward", mutates_args=())
 def _scan_triton_backward(
     dy: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     z: Tensor | None, bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int,
@@ -1991,7 +1996,7 @@ def _run_convolution(kernel, x: Tensor, weight: Tensor, left: int, **pointers):
         kernel[grid](**_strided(x=x), weight_ptr=weight, **pointers, **sizes)
 
 
-@torch.library.custom_op("mabert::convolution", mutates_args=())
+@torch.library.custom_op(f"{OPERATIONS}::convolution", mutates_args=())
 def _conv_triton(u: Tensor, weight: Tensor, bias: Tensor, left: int) -> Tensor:
     """`short_convolution` by its kernel."""
     y = u.new_empty(u.shape)
@@ -2000,7 +2005,7 @@ def _conv_triton(u: Tensor, weight: Tensor, bias: Tensor, left: int) -> Tensor:
     return y
 
 
-@torch.library.custom_op("mabert::convolution_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATIONS}::convolution_backward", mutates_args=())
 def _conv_triton_backward(
     dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, left: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -2280,7 +2285,9 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 def existing(file: Path) -> Path:
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: give a folder that save_pretrained wrote")
+        raise FileNotFoundError(
+            f"{file} is missing: give a local folder that save_pretrained wrote"
+        )
     return file
 
 
@@ -2307,7 +2314,7 @@ def torch_load(file: Path) -> dict:
 def main(argv: list[str] | None = None):
     """Runs a trained model on a text. A masked language model gives five guesses for each [MASK],
     or, where there is none, the text's embedding: the mean of its hidden states. A classifier gives
-    the probability of each class, or the value of a regression."""
+    the probability of each class, by its name in labels.json, or the value of a regression."""
     # read the arguments, the model and its tokenizer
     parser = argparse.ArgumentParser(description=" ".join(main.__doc__.split()))
     parser.add_argument(
@@ -2318,6 +2325,7 @@ def main(argv: list[str] | None = None):
     try:
         model = PretrainedModel.from_pretrained(args.folder)
         tokenizer = load_tokenizer(args.folder / "tokenizer.json")
+        names = class_names(args.folder / "labels.json", model.config.num_labels)
         cls_id, sep_id, mask_id = map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[MASK]"))
 
         # run the model; not every tokenizer.json adds special tokens by itself
@@ -2329,7 +2337,7 @@ def main(argv: list[str] | None = None):
 
     # print
     if isinstance(model, MaBERTForSequenceClassification):
-        print_classes(output.logits[0])
+        print_classes(output.logits[0], names)
     elif isinstance(model, MaBERTForMaskedLM) and mask_id in ids:
         print_guesses(output.logits[ids == mask_id], tokenizer)
     else:
@@ -2350,12 +2358,25 @@ def load_tokenizer(file: Path):
     return tokenizer
 
 
-def print_classes(logits: Tensor):
+def class_names(file: Path, count: int) -> list[str]:
+    """The names of a classifier's classes, from labels.json if there is one."""
+    if not file.exists():
+        return [f"class {i}" for i in range(count)]
+    try:
+        names = json.loads(file.read_text(encoding="utf-8"))
+        if len(names) != count:
+            raise ValueError(f"{len(names)} names for {count} classes")
+        return names
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def print_classes(logits: Tensor, names: list[str]):
     if len(logits) == 1:
         print(f"value: {logits.item():.4f}")
         return
-    for i, probability in enumerate(logits.softmax(dim=0).tolist()):
-        print(f"class {i}: {probability:.4f}")
+    for name, probability in zip(names, logits.softmax(dim=0).tolist()):
+        print(f"{name}: {probability:.4f}")
 
 
 def print_guesses(logits: Tensor, tokenizer):

@@ -314,6 +314,8 @@ def put(file, contents):
 
 # What every test finds in a folder of its own
 
+MODEL = "model/tokenizer.json"
+WEIGHTS = "model/model.pt"
 WORDS = """the a cat dog bird sees likes hears red green small big house tree and or not quickly
     slowly today""".split()
 WORDLIST = [f"w{i}" for i in range(40)]
@@ -413,6 +415,7 @@ def in_a_folder_of_its_own(request, given, tmp_path, monkeypatch):
     if DEVICE == "cpu" and request.node.get_closest_marker("gpu"):
         pytest.skip("needs a CUDA device")
     shutil.copytree(given, tmp_path, symlinks=True, dirs_exist_ok=True)
+    monkeypatch.setattr(finetune_glue, "TASKS", dict(finetune_glue.TASKS))  # --tasks own adds one
     monkeypatch.chdir(tmp_path)
 
 
@@ -736,6 +739,41 @@ def test_scan_ops_are_registered_soundly(op):
         (no_gradients, mask, True, False, torch.bfloat16),
     ):
         torch.library.opcheck(op, (*tensors.values(), mask_, softplus, 16, keep, dtype))
+
+
+def test_a_changed_copy_of_the_file_leaves_this_one_as_it_is(tmp_path, monkeypatch):
+    """Names of custom ops are shared by the process: a copy must not take those of this file."""
+    source = (ROOT / "mabert.py").read_text()
+    without_D = source.replace("v.addcmul_(u_, D)", "pass")
+    (tmp_path / "a-copy.py").write_text(without_D)
+    monkeypatch.syspath_prepend(tmp_path)
+    a_copy = importlib.import_module("a-copy")
+
+    inputs = scan_inputs()
+    exact = reference_scan(**inputs)
+    assert relative(loop(**inputs), exact) < 1e-12
+    assert relative(a_copy.selective_scan(**inputs, backend="loop"), exact) > 1e-3
+    del sys.modules["a-copy"]
+
+
+@interpreted
+def test_every_launch_of_the_kernels_in_a_layer_fuses_multiplications(monkeypatch):
+    """Triton 3.10 fuses multiplications and additions only where it is told to."""
+    launches = []
+    kernel_class = type(mabert._outputs)
+    run = kernel_class.run
+
+    def recorded(kernel, *args, **options):
+        launches.append((kernel.__name__, options.get("enable_fp_fusion")))
+        return run(kernel, *args, **options)
+
+    monkeypatch.setattr(kernel_class, "run", recorded)
+    monkeypatch.setattr(mabert, "_segment_length", lambda *_: 16)  # all phases of the scan
+    mixer = MambaMixer(tiny("M", scan_backend="triton")).to(DEVICE)
+    mixer(torch.randn(1, 33, 16, device=DEVICE)).sum().backward()
+    names = {name for name, _ in launches}
+    assert {"_pack", "_segment_starts", "_convolution", "_gradients"} <= names
+    assert all(fused for _, fused in launches)
 
 
 ROWS_AND_LENGTHS = [
@@ -1083,6 +1121,15 @@ def test_one_graph_serves_all_lengths():
     assert counter.frame_count <= 2  # the first length, then any
 
 
+def test_an_exported_model_takes_batches_of_any_size():
+    model = build(MaBERT, tiny("WHT")).eval()
+    ids = torch.randint(1, 60, (3, 10))
+    rows = torch.export.Dim("rows")
+    exported = torch.export.export(model, (ids, ids > 9), dynamic_shapes=({0: rows}, {0: rows}))
+    ids = torch.randint(1, 60, (5, 10))
+    assert relative(exported.module()(ids, ids > 9), model(ids, ids > 9)) < 1e-12
+
+
 needs_a_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 COMPILERS = [
     pytest.param("loop", "inductor", marks=needs_a_compiler),
@@ -1241,6 +1288,235 @@ def test_the_command_answers(model_class, changes, text, numbers, capsys):
         assert re.findall(r"(\S+) 0\.", printed) == [vocabulary[i] for i in best]
         command = [sys.executable, str(ROOT / "mabert.py"), "asked", text]
         assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == printed
+
+
+# ---- Models for transformers ----
+
+
+HF_MODELS = {  # its class in transformers: ours, and fields that are not the default
+    "AutoModel": (MaBERT, dict(pattern="MT", psm=("scan",), d_conv=3)),
+    # more tokens than the tokenizer's 45
+    "AutoModelForMaskedLM": (MaBERTForMaskedLM, dict(vocab_size=64)),
+    "AutoModelForSequenceClassification": (Classifier, dict(num_labels=3, pooling="attn")),
+}
+
+
+@pytest.fixture(scope="module")
+def to_transformers(tmp_path_factory):
+    """The script, in a process where transformers copies no code into the user's cache."""
+    pytest.importorskip("transformers")
+    import transformers.dynamic_module_utils
+
+    cache = str(tmp_path_factory.mktemp("modules"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
+        patch.setattr(sys, "path", [*sys.path, str(ROOT / "extras"), cache])
+        yield importlib.import_module("to_transformers")
+
+
+def save_for_transformers(to_transformers, auto_class, **changes) -> mabert.PretrainedModel:
+    """Our model of this kind, which lies in "ours" and, as transformers reads it, in "the-copy"."""
+    model_class, fields = HF_MODELS[auto_class]
+    save_model("ours", model_class, **fields | changes)
+    to_transformers.main(["ours", "the-copy"])
+    return model_class.from_pretrained("ours")
+
+
+def read_by_transformers(class_name, folder="the-copy", **options):
+    import transformers
+
+    reader = getattr(transformers, class_name)
+    return reader.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+def trainer(model, rows, collator=None, **options):
+    import transformers
+
+    fixed = dict(output_dir="trainer", use_cpu=True, report_to=[], save_strategy="no")
+    args = transformers.TrainingArguments(**fixed, disable_tqdm=True, **options)
+    return transformers.Trainer(model, args, collator, train_dataset=rows, eval_dataset=rows)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("auto_class", HF_MODELS)
+def test_transformers_compute_the_same_bits(auto_class, padding_side, to_transformers):
+    ours = save_for_transformers(to_transformers, auto_class)
+    theirs = read_by_transformers(auto_class)
+    assert vars(theirs.config.as_ours()) == vars(ours.config) and not theirs.training
+
+    # pairs of texts, of which the first is shorter
+    tokenizer = read_by_transformers("AutoTokenizer", padding_side=padding_side)
+    batch = tokenizer(["w1", "w2 [MASK] w3"], ["w4 w5", "w6 w7"], padding=True, return_tensors="pt")
+    pads = [0, 0]
+    first_row = [2, 6, 3, 9, 10, 3]
+    assert batch.input_ids[0].tolist() == [
+        *(pads if padding_side == "left" else []),
+        *first_row,
+        *(pads if padding_side == "right" else []),
+    ]
+    assert tokenizer.model_max_length == 32
+
+    # the output
+    expected = ours(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+    expected = getattr(expected, "logits", expected)
+    assert torch.equal(theirs(**batch)[0], expected)
+    assert not torch.equal(theirs(batch.input_ids, batch.attention_mask)[0], expected)
+    as_tuple = theirs(**batch, return_dict=False)
+    assert type(as_tuple) is tuple and torch.equal(as_tuple[0], expected)
+    refused(
+        partial(theirs, inputs_embeds=1), IDS, said="no argument inputs_embeds", error=ValueError
+    )
+
+
+def test_transformers_get_the_same_loss_and_logits_of_all_positions(to_transformers):
+    ours = save_for_transformers(to_transformers, "AutoModelForMaskedLM")
+    theirs = read_by_transformers("AutoModelForMaskedLM")
+    labels = torch.where(IDS % 2 == 0, IDS, -100)
+    output = theirs(IDS, labels=labels)
+    assert output.loss.item() == pytest.approx(ours(IDS, labels=labels).loss.item(), rel=1e-6)
+    assert torch.equal(output.logits, ours(IDS).logits)
+    assert theirs(IDS, labels=labels.fill_(-100)).loss == 0
+
+
+def test_transformers_save_a_model_with_its_code(to_transformers):
+    save_for_transformers(to_transformers, "AutoModelForSequenceClassification")
+    model = read_by_transformers("AutoModelForSequenceClassification")
+    model.classifier.bias.data += 1
+    model.save_pretrained("again")
+    shutil.rmtree("the-copy")
+    again = read_by_transformers("AutoModelForSequenceClassification", "again")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert vars(again.config.as_ours()) == vars(model.config.as_ours())
+
+
+def test_transformers_begin_a_new_head_or_model_as_we_do(to_transformers):
+    ours = save_for_transformers(to_transformers, "AutoModelForMaskedLM", hidden_size=256)
+
+    # a head that is not in the folder
+    new = read_by_transformers("AutoModelForSequenceClassification", num_labels=50)
+    assert torch.equal(new.encoder(IDS), ours.encoder(IDS))
+    for weight in (new.classifier.weight, new.pooling.score.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert not new.classifier.bias.any()
+    new.save_pretrained("classifier")
+    bias = read_by_transformers("AutoModelForMaskedLM", "classifier").decoder_bias
+    assert len(bias) == 64 and not bias.any()
+
+    # a whole model
+    import transformers
+
+    torch.manual_seed(0)
+    config = read_by_transformers("AutoConfig")
+    model = transformers.AutoModelForMaskedLM.from_config(config, trust_remote_code=True)
+    torch.manual_seed(0)
+    expected = MaBERTForMaskedLM(ours.config)
+    assert torch.equal(model.encoder(IDS), expected.encoder(IDS))
+    assert not model.decoder_bias.any()
+
+
+def test_pipelines_answer_as_the_command_does(to_transformers):
+    import transformers
+
+    def answers(task, **options):
+        pipeline = transformers.pipeline(task, "the-copy", trust_remote_code=True)
+        return pipeline("w1 [MASK] w3", **options)
+
+    # guesses for a mask, all of them
+    ours = save_for_transformers(to_transformers, "AutoModelForMaskedLM")
+    ids = torch.tensor([[2, 6, 4, 8, 3]])
+    expected = ours(ids).logits[0, 2].softmax(dim=0).topk(64)
+    guesses = answers("fill-mask", top_k=64)
+    assert [guess["token"] for guess in guesses] == expected.indices.tolist()
+    scores = [guess["score"] for guess in guesses]
+    assert scores == pytest.approx(expected.values.tolist(), rel=1e-5)
+
+    # the value of a regression; classes with their names
+    for num_labels in (1, 3):
+        shutil.rmtree("the-copy")
+        put("ours/labels.json", json.dumps(["no", "maybe", "yes"][:num_labels]))
+        ours = save_for_transformers(
+            to_transformers, "AutoModelForSequenceClassification", num_labels=num_labels
+        )
+        expected = ours(ids).logits[0]
+        if num_labels == 3:
+            expected = expected.softmax(dim=0)
+        names = dict(zip(["no", "maybe", "yes"], expected.tolist()))
+        for answer in answers("text-classification", top_k=None):
+            assert answer["score"] == pytest.approx(names.pop(answer["label"]), rel=1e-5)
+        assert not names
+
+
+def test_trainer_lowers_the_loss(to_transformers):
+    pytest.importorskip("accelerate")
+    import transformers
+
+    # eight texts, whose words follow each other in one order
+    save_for_transformers(to_transformers, "AutoModelForMaskedLM")
+    model = read_by_transformers("AutoModelForMaskedLM")
+    tokenizer = read_by_transformers("AutoTokenizer")
+    texts = [" ".join(WORDLIST[i : i + 3 + i % 5]) for i in range(8)]
+    rows = [dict(tokenizer(text)) for text in texts]
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
+    run = trainer(model, rows, collator, max_steps=40, learning_rate=2e-2)
+
+    # metrics get the logits of all positions
+    shapes = []
+    run.compute_metrics = lambda given: shapes.append(given.predictions.shape) or {}
+
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    after = run.evaluate()["eval_loss"]
+    assert after < before - 1
+    assert shapes == [(8, 9, 64)] * 2
+
+
+def test_trainer_steps_alike_with_accumulated_gradients(to_transformers):
+    pytest.importorskip("accelerate")
+    save_for_transformers(to_transformers, "AutoModelForSequenceClassification")
+    rows = [dict(input_ids=[2, 5 + i, 3], labels=i % 3) for i in range(8)]
+    plain = dict(optim="sgd", learning_rate=1.0, max_grad_norm=0, max_steps=1)
+    weights = []
+    for accumulated in (1, 4):
+        model = read_by_transformers("AutoModelForSequenceClassification")
+        sizes = dict(
+            per_device_train_batch_size=8 // accumulated, gradient_accumulation_steps=accumulated
+        )
+        trainer(model, rows, **plain, **sizes).train()
+        weights.append(model.classifier.weight)
+    assert relative(*weights) < 1e-5
+
+
+REFUSED_CONVERSIONS = [  # arguments, the message, a file and what it then has
+    ("model model", "^model is there already", WEIGHTS, bytes),
+    ("nowhere out", "^nowhere/config.json is missing: give a local folder", WEIGHTS, bytes),
+    ("model out", "model/model.pt is damaged", WEIGHTS, lambda file: file[:-1]),
+    ("model out", "cannot load the tokenizer model/tokenizer.json", MODEL, lambda _: None),
+    ("model out", "labels.json: 3 names for 2 classes", "model/labels.json", "[1, 2, 3]"),
+]
+
+
+@pytest.mark.parametrize("flags, said, file, contents", REFUSED_CONVERSIONS)
+def test_a_folder_that_transformers_could_not_read_is_not_begun(
+    flags, said, file, contents, to_transformers
+):
+    put(file, contents(Path(file).read_bytes()) if callable(contents) else contents)
+    before = sorted(os.listdir("model"))
+    refused(to_transformers.main, flags.split(), said=said)
+    assert sorted(os.listdir("model")) == before and not Path("out").exists()
+
+
+NOT_SHARED = "[.as]*"  # what README excludes from an upload
+
+
+def test_an_upload_of_a_run_leaves_out_checkpoints_and_paths():
+    from huggingface_hub.utils import filter_repo_objects
+
+    pretrain("--steps 4 --save-every 2 --eval-every 2")
+    files = [str(file.relative_to("run")) for file in Path("run").rglob("*") if file.is_file()]
+    shared = set(filter_repo_objects(files, ignore_patterns=[NOT_SHARED]))
+    assert shared - {"loss.png"} == {"config.json", "model.pt", "tokenizer.json", "log.csv"}
+    others = set(files) - shared
+    assert {".lock", "args.json", "step-0000004/model.pt"} <= others
 
 
 # ---- Pretraining ----
@@ -2511,6 +2787,18 @@ def test_glue_metrics_equal_those_of_scikit_learn_and_scipy(name, reference, val
         assert name == "accuracy" or metric(np.zeros(50), labels) == 0
 
 
+def test_macro_f1_equals_that_of_scikit_learn():
+    from sklearn.metrics import f1_score
+
+    # the second and third: a class is never predicted; one is only predicted
+    rng = np.random.default_rng(0)
+    for classes, predictable in ((2, 2), (4, 3), (3, 4)):
+        labels = rng.integers(classes, size=50)
+        predicted = rng.integers(predictable, size=50)
+        expected = f1_score(labels, predicted, average="macro")
+        assert finetune_glue.macro_f1(predicted, labels) == pytest.approx(expected)
+
+
 RTE = "index\tsentence1\tsentence2\tlabel\n"
 STSB = "sentence1\tsentence2\tscore\n"
 SST2 = "sentence\tlabel\n"
@@ -2559,11 +2847,11 @@ DAMAGED_GLUE_FILES = [
     ("cola", "test", "index\tsentence\none\tWe go.\n", ", line 2: .*'one'"),
     ("rte", "train", RTE + "0\ta\tb\tentailment\n1\ta\tb\tyes\n",
      ", line 3: label 'yes'; expected entailment, not_"),
-    ("rte", "train", PAIRS + "0\ta\tb\n", " has no column label, only index, sentence1, sent"),
+    ("rte", "train", PAIRS + "0\ta\tb\n", ", line 1: no column label, only index, sentence1, sent"),
     ("stsb", "train", STSB + "a\tb\tx\n", ", line 2: label 'x'; expected a number from 0 to 5"),
     ("stsb", "train", STSB + "a\tb\t9\n", ", line 2: label '9'; expected"),
     ("sst2", "train", SST2, " has no rows"),
-    ("sst2", "train", "", " has no column label, sentence"),
+    ("sst2", "train", "", ", header: no column label, sentence"),
     ("qqp", "train", QQP.encode() + b"1\t2\t3\t\xff\tb\t1\n", ", line 2: 'utf-8' codec"),
     ("qqp", "test", QQP_TEST + "0\tA\n", ", line 2: 2 columns instead of 3"),
     ("mnli", "train", HUB_MNLI | dict(label=[3]), ", row 0: label 3; expected entailment"),
@@ -2968,7 +3256,7 @@ def test_batches_of_like_length_give_what_single_rows_give():
 
 SUBMISSIONS = [  # task, what is predicted, what is written, in which files
     ("mnli", [1, 0, 2], ["neutral", "entailment", "contradiction"], ("MNLI-m", "MNLI-mm", "AX")),
-    ("stsb", [-1.0, 2.5, 7.0], ["0.000", "2.500", "5.000"], ("STS-B",)),
+    ("stsb", [-1.0, 2.5, 7.0], ["0.0", "2.5", "5.0"], ("STS-B",)),
 ]
 
 
@@ -3090,6 +3378,196 @@ def test_the_average_is_over_the_papers_columns():
     assert len(table.splitlines()) == 2 + 13 + 1
 
 
+# With own labels: train.tsv, flags, and what is read: sentences, labels, the classes
+OWN_FILES = [
+    # classes are sorted; a line ends as it does under Windows
+    ("text\tlabel\r\na b\tlost\r\nc\tlate\r\n", "", [("a b",), ("c",)], [1, 0], ("late", "lost")),
+    # two texts, in the order of the header; pandas' index has no name; quotation marks are text
+    ('\ufeffidx\t\tq\tlabel\tindex\ta\n0\t7\tq1\t10\tx\t"a1\n1\t8\t"q2"\t9\ty\ta2\n', "",
+     [("q1", '"a1'), ('"q2"', "a2")], [0, 1], ("10", "9")),
+    # names that have a meaning in the benchmark have none here
+    ("score\tpremise\tlabel\na\tb\tno\nc\td\tyes\n", "",
+     [("a", "b"), ("c", "d")], [0, 1], ("no", "yes")),
+    # numbers of any size
+    ("label\ttext\n-70\ta\n1e4\tb\n0.25\tc\n", "--regression",
+     [("a",), ("b",), ("c",)], [-70, 1e4, 0.25], ()),
+]  # fmt: skip
+
+
+def own_arguments(flags="") -> argparse.Namespace:
+    return finetune_glue.parse_args(glue_arguments(f"--tasks own --data-dir own {flags}"))
+
+
+@pytest.mark.parametrize("contents, flags, sentences, labels, classes", OWN_FILES)
+def test_own_labels_are_read_as_the_header_says(contents, flags, sentences, labels, classes):
+    put("own/train.tsv", contents)
+    task = finetune_glue.own_task("own", own_arguments(flags).regression)
+    finetune_glue.TASKS["own"] = task
+    examples = finetune_glue.read_examples("own", "train", "own")
+    assert examples.sentences == sentences and examples.labels.tolist() == labels
+    assert task.labels == classes
+
+    # a test set needs no labels, and its rows are counted
+    put("own/test.tsv", contents.replace("label", "other"))
+    examples = finetune_glue.read_examples("own", "test", "own")
+    assert examples.sentences == sentences and examples.index == list(range(len(sentences)))
+
+
+def test_own_labels_may_come_from_pandas():
+    import pandas
+
+    # as README says
+    texts = ['He said "no", twice.', '"Yes"\tand\nno', "a,b;c\\ d"]
+    table = pandas.DataFrame(dict(text=texts, label=["x", "y", "x"]))
+    table = table.replace(r"\s+", " ", regex=True)
+    Path("own").mkdir()
+    table.to_csv("own/train.tsv", sep="\t", index=False, quoting=csv.QUOTE_NONE)
+
+    finetune_glue.TASKS["own"] = finetune_glue.own_task("own", False)
+    examples = finetune_glue.read_examples("own", "train", "own")
+    assert [text for (text,) in examples.sentences] == [texts[0], '"Yes" and no', texts[2]]
+
+
+OWN = "text\tlabel\nw1\tlate\nw2\tlost\n"
+OWN_REFUSALS = [  # a file of own/, its contents, flags, what is said
+    ("train", None, "", "^--data-dir: there is no own/train.tsv"),
+    ("dev", None, "", "^--data-dir: there is no own/dev.tsv"),
+    ("test", None, "--predict", "^--data-dir: there is no own/test.tsv"),
+    ("train", "", "", "own/train.tsv, line 1: the columns are ; there must be one called label"),
+    ("train", "w1\tlate\nw2\tlost\n", "", "own/train.tsv, line 1: the columns are w1, late; there"),
+    ("train", "label\tidx\nlate\t0\n", "", "own/train.tsv, line 1: .* one or two of text"),
+    ("train", "a\tb\tc\tlabel\n1\t2\t3\tlate\n", "", "train.tsv, line 1: .* are a, b, c, label"),
+    ("train", OWN[:18], "", "own/train.tsv has one label only, late"),
+    ("train", OWN + "w3\t \n", "", "own/train.tsv, line 4: label ' '; expected late, lost "),
+    ("train", OWN + " \tlate\n", "", "own/train.tsv, line 4: text is ' ', no sentence"),
+    ("train", OWN + "w3\tw4\tlate\n", "", "own/train.tsv, line 4: 3 columns instead of 2"),
+    ("dev", "w1\tlate\n", "", "own/dev.tsv, line 1: no column label, text, only w1, late"),
+    ("dev", OWN + "w1\tbroken\n", "", "own/dev.tsv, line 4: label 'broken'; expected late, lost "),
+    ("dev", OWN + "\n", "", "own/dev.tsv, line 4: 1 columns instead of 2"),
+    ("test", "text\n\n", "--predict", "own/test.tsv, line 2: text is '', no sentence"),
+    ("dev", OWN, "--regression", "own/train.tsv, line 2: label 'late'; expected a number"),
+    ("train", "text\tlabel\nw1\tinf\n", "--regression", "own/train.tsv, line 2: label 'inf'; exp"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("split, contents, flags, said", OWN_REFUSALS)
+def test_own_labels_are_refused_by_file_and_line(split, contents, flags, said):
+    for name in ("train", "dev", "test"):
+        put(f"own/{name}.tsv", OWN)
+    put(f"own/{split}.tsv", contents)
+    put("own/README.md", "about this folder")  # which is no clone of the hub's data set
+    refused(finetune, f"--tasks own --data-dir own {flags}", said=said)
+    assert not Path("out").exists()
+
+
+def test_own_labels_that_are_the_benchmarks_give_its_run():
+    rng = np.random.default_rng(0)
+    for split, size in (("train", 48), ("dev", 24)):
+        lines = [RTE]
+        for i in range(size):
+            first, second = (" ".join(rng.choice(WORDLIST, 4)) for _ in range(2))
+            label = "not_entailment" if "w1" in first else "entailment"
+            lines.append(f"{i}\t{first} w{i % 3}\t{second}\t{label}\n")
+        put_glue("glue", "rte", split, "".join(lines))
+    finetune("--tasks rte --seeds 1 --epochs 1 --save")
+    finetune("--tasks own --data-dir glue/RTE --seeds 1 --epochs 1 --save")
+
+    results, models = [], []
+    for task in ("rte", "own"):
+        [file] = Path("out").glob(f"{task}-*-seed0.json")
+        results.append(json.loads(file.read_text())["scores"]["RTE"])
+        models.append(torch.load(file.with_suffix("") / "model.pt"))
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+    assert list(results[1]) == ["accuracy", "macro_f1"]
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(weight, models[1][name]) for name, weight in models[0].items())
+
+    # but it is not compared with the paper
+    args, variant = papers_variant("--tasks own --data-dir glue/RTE")
+    runs = [dict(task="own", scores={"RTE": results[1]})] * 2
+    rows = finetune_glue.score_lines(args, {variant: runs})
+    assert variant.paper and [row["paper"] for row in rows] == [None, None]
+
+
+def write_own(**sizes):
+    """A folder of texts, in which one word tells which of three labels is right."""
+    rng = np.random.default_rng(0)
+    for split, size in sizes.items():
+        lines = ["text\tlabel\n"]
+        for i in range(size):
+            words = [f"w{i % 3}", *rng.choice(WORDLIST[3:], rng.integers(3, 12))]
+            label = ("parcel late", "müde", "7")[i % 3]
+            lines.append(f"{' '.join(rng.permutation(words))}\t{label}\n")
+        put(f"own/{split}.tsv", "".join(lines))
+
+
+def test_own_labels_are_learned_from_end_to_end(capsys):
+    write_own(train=256, dev=64, test=15)
+    finetune("--tasks own --data-dir own --save --predict")
+    printed = capsys.readouterr().out
+    assert "own/train.tsv: text in text; 3 classes: 7, müde, parcel late\n" in printed
+    assert "quotation" not in printed and "the benchmark has" not in printed
+
+    # the scores
+    accuracy, macro_f1 = json.loads(Path("out/results.json").read_text())["rows"]
+    assert min(accuracy["scores"] + macro_f1["scores"]) > 0.9
+    for row, metric in ((accuracy, "accuracy"), (macro_f1, "macro_f1")):
+        score = f"{row['mean']:.3f} ± {row['sd']:.3f}"
+        line = f"| own | {metric} | pre+scan+post PSM, map | {score} | – | – |"
+        assert line in printed and line in Path("out/results.md").read_text()
+
+    # the predictions have the labels' names
+    header, *lines = Path("out/predictions/own.tsv").read_text("utf-8").splitlines()
+    expected = [f"{i}\t{('parcel late', 'müde', '7')[i % 3]}" for i in range(15)]
+    right = sum(line == other for line, other in zip(lines, expected, strict=True))
+    assert header == "index\tprediction" and right >= 14
+
+    # so does what the saved model answers
+    [folder] = (path for path in Path("out").glob("own-*-seed0") if path.is_dir())
+    mabert.main([str(folder), "w7 w1 w9"])
+    answer = dict(line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert list(answer) == ["7", "müde", "parcel late"] and max(answer, key=answer.get) == "müde"
+
+
+def test_own_labels_that_are_numbers_are_not_cut_to_the_benchmarks(capsys):
+    for split in ("train", "dev", "test"):
+        lines = [f"w{i % 2} w{5 + i % 7}\t{-12 if i % 2 else 9}\n" for i in range(64)]
+        put(f"own/{split}.tsv", "text\tlabel\n" + "".join(lines))
+    finetune("--tasks own --regression --data-dir own --seeds 1 --batch-size 4 --save --predict")
+    rows = json.loads(Path("out/results.json").read_text())["rows"]
+    assert [row["metric"] for row in rows] == ["pearson", "spearman"]
+    assert min(row["mean"] for row in rows) > 0.8
+
+    _, *lines = Path("out/predictions/own.tsv").read_text().splitlines()
+    values = [float(line.split("\t")[1]) for line in lines]
+    assert min(values) < -5 and max(values) > 5.5
+    assert not list(Path("out").glob("*/labels.json"))
+
+
+def test_own_labels_with_quoted_texts_are_warned_about_once(capsys):
+    for split in ("train", "dev"):
+        put(f"own/{split}.tsv", OWN + '"w1 w2"\tlate\n"w3\tlost\n"\tlost\n')
+    finetune("--tasks own --data-dir own --epochs 1")
+    printed = capsys.readouterr().out
+    assert printed.count("quotation mark: 4. ") == printed.count("quotation") == 1
+
+
+def test_own_labels_of_other_names_are_another_run(runs_of):
+    write_own(train=12, dev=6)
+    flags = "--tasks own --seeds 1 --data-dir"
+    assert runs_of(f"{flags} own") == [0]
+
+    # the same folder elsewhere; of another name; a class of another name
+    shutil.copytree("own", "elsewhere/own")
+    assert runs_of(f"{flags} elsewhere/own") == []
+    shutil.copytree("own", "mine")
+    assert runs_of(f"{flags} mine") == [0]
+    for split in ("train", "dev"):
+        put(f"own/{split}.tsv", Path(f"own/{split}.tsv").read_text("utf-8").replace("late", "lost"))
+    assert runs_of(f"{flags} own") == [0]
+    assert runs_of(f"{flags} own") == []
+
+
 # ---- Benchmarks ----
 
 
@@ -3104,6 +3582,13 @@ def numbers_of_the_table(text, title):
 
 def is_png(file):
     return Path(file).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_gpu_is_described_where_nothing_knows_its_driver(monkeypatch):
+    """nvidia-smi is missing beside AMD's GPUs, and in some containers."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setenv("PATH", "")
+    assert train_mlm.describe_machine("cuda").startswith("A GPU, CUDA ")
 
 
 def test_calls_take_turns_and_say_why_they_fail():
@@ -3790,8 +4275,6 @@ def test_context_reads_a_book_that_was_not_trained_on(
 # ---- What the scripts refuse, and with which words ----
 
 
-MODEL = "model/tokenizer.json"
-WEIGHTS = "model/model.pt"
 WORDS_FILE = "train --tokenizer words.json"
 SENTENCES = "--sentences text.txt"
 OUT_OF_MEMORY = torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
@@ -3799,8 +4282,13 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
 REFUSALS = [
     ("mabert model w1", r"^mabert.py: .*config.json is missing[^\n]*$",
      {"model/config.json": None}),
+    ("mabert USER/NAME w1", "USER/NAME/config.json is missing: give a local folder"),
     ("mabert model w1", r"^mabert.py: .*tokenizer.json is missing or damaged: [^\n]*$",
      {MODEL: "{"}),
+    ("mabert model w1", "^mabert.py: model/labels.json: 1 names for 2 classes ",
+     {"model/labels.json": '["late"]'}),
+    ("mabert model w1", "^mabert.py: model/labels.json: Expecting",
+     {"model/labels.json": '["late" "lost"]'}),
     (f"mabert model '{'w1 ' * 31}'",
      r"^mabert.py: a row has 33 real tokens; max_position is 32[^\n]*$"),
     ("train --length-schedule 128:0.9 512:0.2", "sum to 1"),
@@ -3860,6 +4348,9 @@ REFUSALS = [
      {"words.json": lambda x: json.dumps(json.loads(x) | dict(pre_tokenizer=None))}),
     ("glue --tasks colla", "invalid choice: 'colla'.*cola"),
     ("glue --checkpoint nowhere", "nowhere.config.json"),
+    ("glue --tasks own cola", "--tasks own is a command of its own and needs --data-dir"),
+    ("glue --tasks own all", "--tasks own is a command of its own"),
+    ("glue --regression", "--regression is for --tasks own"),
     ("glue --ablation --psm none", "--ablation chooses the PSM"),
     ("glue --ablation --pooling cls", "--pooling: not allowed with argument --ablation"),
     ("glue --max-length 64", "has 32 positions, not 64: pass --max-length 32"),
@@ -3867,7 +4358,7 @@ REFUSALS = [
      r"is neither nowhere/CoLA/train.tsv, .*, nor nowhere/README.md, as"),
     ("glue --tasks cola rte", r"neither glue/RTE/train.tsv, "),  # before anything is trained
     ("glue --predict", r"neither glue/CoLA/test.tsv, ", {"glue/CoLA/test.tsv": None}),
-    ("glue --tasks cola mrpc", r"MRPC/dev.tsv has no column", {"glue/MRPC/dev.tsv": "a\tb\n"}),
+    ("glue --tasks cola mrpc", r"MRPC/dev.tsv, line 1: no column", {"glue/MRPC/dev.tsv": "a\tb\n"}),
     ("glue --lr 1e30 --epochs 1",
      r"seed 0: its predictions are not finite; a lower --lr.*\ncola.* seed 1: its"),
     ("glue --lr 1e30 --epochs 2 --batch-size 8",
@@ -3972,7 +4463,7 @@ def save_a_demo():
 
 
 class Parsed(Exception):
-    """Raised in the place of what a script of results/ does once its arguments are parsed."""
+    """Raised in the place of what a script of a folder does once its arguments are parsed."""
 
 
 def parse(script: str, words: list[str], monkeypatch):
@@ -3984,7 +4475,8 @@ def parse(script: str, words: list[str], monkeypatch):
 
     from importlib import import_module
 
-    assert (ROOT / script).is_file() and script.startswith("results/"), f"no program: {script}"
+    folder = Path(script).parent.name
+    assert (ROOT / script).is_file() and folder in ("results", "extras"), f"no program: {script}"
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(parser, argv):
@@ -3992,7 +4484,7 @@ def parse(script: str, words: list[str], monkeypatch):
         raise Parsed
 
     with monkeypatch.context() as patch, pytest.raises(Parsed):
-        patch.syspath_prepend(ROOT / "results")
+        patch.syspath_prepend(ROOT / folder)
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
         import_module(Path(script).stem).main(words)
 
@@ -4000,7 +4492,7 @@ def parse(script: str, words: list[str], monkeypatch):
 def test_the_readmes_python_examples_run(monkeypatch, capsys):
     monkeypatch.setattr(mabert, "LAYERS", dict(mabert.LAYERS))  # an example adds a letter
     save_a_demo()
-    guesses, own_layer = code_blocks(ROOT / "README.md", "python")
+    guesses, own_layer, own_head = code_blocks(ROOT / "README.md", "python")
 
     # five guesses for a mask, and two embeddings
     exec(guesses, {})
@@ -4015,6 +4507,10 @@ def test_the_readmes_python_examples_run(monkeypatch, capsys):
     assert kinds == ["MambaLayer", "MambaLayer", "PostNormLayer"] * 2
     assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, model.config.vocab_size)
 
+    # a head of one's own
+    exec(own_head, names)
+    assert names["model"](torch.tensor([[5, 6, 7]])).shape == (1, 3, 9)
+
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_the_pages_are_run_or_parsed(page, monkeypatch, capsys):
@@ -4023,8 +4519,11 @@ def test_the_commands_of_the_pages_are_run_or_parsed(page, monkeypatch, capsys):
     for words in shell_commands(page):
         if words[:2] == ["python", "mabert.py"]:
             save_a_demo()
+            save_model("out/glue/own-*-seed0/", Classifier)  # a shell would expand the star
+            shutil.copytree("out/demo", "out/theirs", dirs_exist_ok=True)  # what a user downloads
             mabert.main(words[2:])
-            assert "[MASK]: " in capsys.readouterr().out
+            is_masked = "[MASK]" in words[3]
+            assert ("[MASK]: " if is_masked else "class 1: ") in capsys.readouterr().out
         elif words[:2] == ["python", "-c"]:
             exec(words[2], {})
             assert capsys.readouterr().out == "120163586\n"
@@ -4036,8 +4535,11 @@ def test_the_commands_of_the_pages_are_run_or_parsed(page, monkeypatch, capsys):
         elif words[:3] == ["pip", "install", "-e"]:
             for extra in re.findall(r"\[(\w+)\]", words[3]):
                 assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text("utf-8")
+        elif words[:2] == ["hf", "upload"]:
+            assert words[4:] == ["--exclude", NOT_SHARED]
         else:
-            assert words[0] == "pytest", f"not recognised: {shlex.join(words)}"
+            known = words[0] == "pytest" or words[:2] == ["hf", "download"]
+            assert known, f"not recognised: {shlex.join(words)}"
 
     # no command hides where the lines above do not look
     elsewhere = re.sub(r"(?ms)^```sh\n.*?^```", "", page.read_text("utf-8"))

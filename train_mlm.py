@@ -3,7 +3,7 @@
     python train_mlm.py --demo                     # minutes on a laptop: no network, no GPU
     python train_mlm.py --steps 100000             # the paper's 10 % budget, on text from the hub
     python train_mlm.py --data texts/ --vocab-size 8192 --steps 5000 --hidden-size 256 ...
-    python train_mlm.py --init out/mlm --out out/mine --data mine/   # trains a trained model on
+    python train_mlm.py --init out/mlm ...         # starts from a trained model, on other text
     python train_mlm.py ... --resume               # goes on after the newest checkpoint
     torchrun --nproc-per-node 8 train_mlm.py ...   # the same run, shared by eight GPUs
 
@@ -2114,9 +2114,12 @@ def describe_machine(device: str | None = None) -> str:
     # the device
     parts = []
     if device == "cuda" or (device is None and torch.cuda.is_available()):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
-        parts += [torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}", f"driver {driver}"]
+        parts += [torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}"]
+        # not every container, and no AMD machine, has the program that knows the driver
+        with contextlib.suppress(OSError):
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+            parts.append(f"driver {driver}")
     else:
         info = Path("/proc/cpuinfo")
         model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
