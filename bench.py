@@ -39,7 +39,15 @@ from time import perf_counter
 from typing import NamedTuple
 
 import train_mlm  # before torch, which reads OpenMP's settings when it loads
-from train_mlm import bounded, describe_machine, is_out_of_memory, load_tokenizer, write_atomically
+from train_mlm import (
+    bounded,
+    describe_machine,
+    is_out_of_memory,
+    load_tokenizer,
+    path_name,
+    run_program,
+    write_atomically,
+)
 
 # isort: split
 import torch
@@ -1276,6 +1284,20 @@ def bench_drift(args):
 
 WARM_UP = 2  # steps of each row length that do not count
 WAITING = "waiting for data"
+PEAKS = {  # part of a GPU's name: TFLOP/s of dense bf16 products, by NVIDIA's data sheets
+    "H100 80GB HBM3$": 989,
+    "H200$": 989,
+    "A100": 312,
+    "RTX 4090$": 165,
+}
+
+
+def share_of_peak(tflops: float, gpu: str) -> str:
+    """How much of what a GPU of this name can do at most, in words; empty if that is not known."""
+    for name, peak in PEAKS.items():
+        if re.search(name, gpu):
+            return f" ({tflops / peak:.0%} of its peak)"
+    return ""
 
 
 def flops_per_token(config: MaBERTConfig, length: int, mask_rate: float) -> float:
@@ -1350,7 +1372,10 @@ def hook_stopwatch(watch: Stopwatch, model, optimizer, layers: bool):
 
 
 def measure_steps(args, steps: int):
-    """Prints where the time of training steps goes, for each row length of train_mlm.py's args."""
+    """Prints where the time of training steps goes, for each row length of train_mlm.py's args.
+
+    Then how long 100,000 of them, the paper's smallest budget, would take.
+    """
 
     # all that training needs
     data = train_mlm.prepare(args, None)
@@ -1358,7 +1383,8 @@ def measure_steps(args, steps: int):
     watch = Stopwatch()
     hook_stopwatch(watch, model, optimizer, layers=not args.compile)  # hooks would cut the graph
 
-    for _, rows in data.phases:
+    mean_seconds = 0.0  # of a step, over the whole schedule
+    for (_, rows), (_, share) in zip(data.phases, args.length_schedule):
         # tokens of all processes, without and with pads
         real = padded = 0
 
@@ -1383,12 +1409,14 @@ def measure_steps(args, steps: int):
         seconds = sum(parts.values())
         flops = real * flops_per_token(model.config, rows.length, args.mask_rate)
         tflops = flops / seconds / train_mlm.PROCESSES / 1e12
+        mean_seconds += share * seconds / steps
 
         # in one line
         words = f"rows of {rows.length} tokens: {seconds / steps:.3f} s a step, "
         words += f"{real / seconds:.0f} tokens/s, {1 - real / padded:.1%} padding, "
         words += f"{tflops:.3g} TFLOP/s a device without the scan"
         if DEVICE == "cuda":
+            words += share_of_peak(tflops, torch.cuda.get_device_name())
             words += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
 
         # the parts of a step
@@ -1396,6 +1424,9 @@ def measure_steps(args, steps: int):
         for name, part in parts.items():
             body.append([name, f"{1000 * part / steps:.1f}", f"{part / seconds:.1%}"])
         print(f"\n{words}\n\n{table(['part of a step', 'ms', 'share'], body)}")
+
+    hours = 100_000 * mean_seconds / 3600
+    print(f"\n100,000 steps of this schedule of lengths would take {hours:.1f} hours.")
 
 
 def bench_step(args):
@@ -1454,7 +1485,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="for the runs of a measure at a length (default: 600; on a CPU 60)")
     efficiency.add_argument("--fastest", action="store_true",
         help="the best of torch.compile, CUDA graphs and neither, with FlashAttention")
-    efficiency.add_argument("--out", metavar="NAME",
+    efficiency.add_argument("--out", type=path_name, metavar="NAME",
         help="write NAME.md and, if MaBERT is among the models, NAME.png (needs matplotlib)")
 
     # scan
@@ -1474,11 +1505,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     drift.set_defaults(bench=bench_drift)
     drift.add_argument("--pads", nargs="+", type=bounded(int, 0, 2**16), default=[0, 1, 8, 64, 512],
         help="of the longest row; shorter ones are padded to its length (%(default)s)")
-    drift.add_argument("--checkpoint", metavar="FOLDER",
+    drift.add_argument("--checkpoint", type=path_name, metavar="FOLDER",
         help="a trained model, instead of random weights")
-    drift.add_argument("--sentences", metavar="FILE",
+    drift.add_argument("--sentences", type=path_name, metavar="FILE",
         help=f"{SENTENCES} rows of CoLA's dev.tsv or of a text file, instead of random ones")
-    drift.add_argument("--out", metavar="NAME",
+    drift.add_argument("--out", type=path_name, metavar="NAME",
         help="write NAME.md and NAME.png (needs matplotlib)")
 
     # step
@@ -1522,4 +1553,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

@@ -1,5 +1,5 @@
-"""Fine-tunes a pretrained MaBERT on GLUE, and puts the paper's scores beside the measured ones; or
-on labels of one's own.
+"""Fine-tunes a pretrained MaBERT on GLUE, where it puts the paper's scores beside the measured
+ones, or on labels of one's own.
 
     python finetune_glue.py --checkpoint out/mlm --tasks all --seeds 5   # data from the hub
     python finetune_glue.py --checkpoint out/mlm --tasks cola rte --data-dir glue/   # from a folder
@@ -22,7 +22,7 @@ import hashlib
 import itertools
 import json
 import logging
-import sys
+import math
 import textwrap
 import time
 from collections.abc import Iterator
@@ -38,7 +38,9 @@ from train_mlm import (  # before torch, which reads train_mlm's settings for th
     learning_rate,
     load_tokenizer,
     make_optimizer,
+    path_name,
     psm_stages,
+    run_program,
     shuffled_batches,
     vocabulary_size,
     write_atomically,
@@ -52,7 +54,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from mabert import POOLINGS, MaBERTConfig
+from mabert import POOLINGS, MaBERTConfig, torch_load
 from mabert import MaBERTForSequenceClassification as Classifier
 
 # ---- Arguments ----
@@ -78,24 +80,24 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     # what is read, what is run, what is written
     positive = bounded(int, 1)
     add = parser.add_argument
-    add("--checkpoint", required=True,
+    add("--checkpoint", type=path_name, required=True,
         help="a folder of train_mlm.py, with config.json, model.pt and tokenizer.json")
-    add("--data-dir",
+    add("--data-dir", type=path_name,
         help="a folder with the benchmark's own download (CoLA/train.tsv, ...) or a clone of "
         f"{HUB_DATA} with its README.md; if not given, {HUB_DATA} from the hub. With --tasks own: "
         "a folder with train.tsv and dev.tsv (and test.tsv for --predict), in which the first line "
         "names the columns: label, and one or two of text")
     add("--tasks", nargs="+", default=["all"], type=str.lower, choices=(*TASKS, "all", "own"),
         metavar="NAME", help=f"all, or any of {', '.join(TASKS)}; or own: labels of your own")
-    add("--regression", action="store_true", 
-        help="own labels are numbers, not names of classes; learned best where they lie around 0 "
-        "with a spread of about 1")
+    add("--regression", action="store_true",
+        help="own labels are numbers, not names of classes; they are learned best with a mean of 0 "
+        "and a standard deviation of 1")
     add("--seeds", type=positive, default=5,
         help="runs per task, with the seeds 0, 1, ... (%(default)s)")
     add("--budget", choices=("10", "25", "50", "100"), default="10",
         help="per cent of the paper's pretraining: the row of its tables to compare with "
         "(%(default)s); --ablation and --poolings compare with those at 100")
-    add("--out", default="out/glue", help="the folder of results (%(default)s)")
+    add("--out", type=path_name, default="out/glue", help="the folder of results (%(default)s)")
     add("--save", action="store_true", help="keep the fine-tuned models")
     add("--predict", action="store_true",
         help="write predictions for the test sets (the benchmark's submission files), with the "
@@ -131,7 +133,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--ablation chooses the PSM")
     is_own = "own" in args.tasks
     if is_own and (args.tasks != ["own"] or not args.data_dir):
-        parser.error("--tasks own is a command of its own and needs --data-dir")
+        parser.error("--tasks own stands alone and needs --data-dir")
     if args.regression and not is_own:
         parser.error("--regression is for --tasks own")
     if not is_own:
@@ -159,7 +161,7 @@ class Task(NamedTuple):
     sentences: tuple[str, ...] = ("sentence1", "sentence2")  # the columns that hold the text
     labels: tuple[str, ...] = ("0", "1")  # as the benchmark writes them, in the hub's order
     metrics: tuple[str, ...] = ("accuracy",)  # the first is the one that the paper has
-    scores: tuple[float, float] = (0, 5)  # the lowest and highest score, where there are no labels
+    scores: tuple[float, float] = (0, 5)  # of a regression: the lowest and the highest
 
     def splits(self, kind: str) -> dict[str, str]:
         """The splits of a kind, "dev" or "test", by their titles in results and submissions."""
@@ -451,22 +453,22 @@ def own_task(folder: str, is_regression: bool) -> Task:
     where, lines = open_split("own", "train", folder)
     _, header = next(lines, ("", []))
     texts = tuple(column for column in header if column not in NO_TEXT)
-    if "label" not in header or len(texts) not in (1, 2):
+    if "label" not in header or len(texts) not in (1, 2) or len({*header}) < len(header):
         raise SystemExit(
             f"{where}, line 1: the columns are {', '.join(header)}; there must be one called "
-            "label and one or two of text (index and idx are left aside)"
+            "label and one or two of text, of different names (index and idx are left aside)"
         )
 
     # the classes
-    place = header.index("label")
-    labels = {cells[place] for _, cells in lines if len(cells) == len(header)}
+    label_column = header.index("label")
+    labels = {cells[label_column] for _, cells in lines if len(cells) == len(header)}
     labels = sorted(label for label in labels if label.strip())
     classes = () if is_regression else tuple(labels)
-    if len(classes) == 1:
-        raise SystemExit(f"{where} has one label only, {classes[0]}; there must be two or more")
+    listed = textwrap.shorten(", ".join(classes), 200, placeholder=" ...")
+    if not is_regression and len(classes) < 2:
+        raise SystemExit(f"{where} has too few different labels: {listed or 'none'}")
 
     # say how the folder was understood
-    listed = textwrap.shorten(", ".join(classes), 200, placeholder=" ...")
     kinds = f"{len(classes)} classes: {listed}" if classes else "labels are numbers"
     print(f"{where}: text in {' and '.join(texts)}; {kinds}")
 
@@ -476,7 +478,7 @@ def own_task(folder: str, is_regression: bool) -> Task:
         sentences=texts,
         labels=classes,
         metrics=("accuracy", "macro_f1") if classes else ("pearson", "spearman"),
-        scores=(-1e30, 1e30),
+        scores=(-math.inf, math.inf),
     )
 
 
@@ -487,12 +489,12 @@ def read_examples(name: str, split: str, data_dir: str | None) -> Examples:
     where, lines = open_split(name, split, data_dir)
 
     # the columns
-    place, header = next(lines, ("header", []))
+    header_line, header = next(lines, ("header", []))
     same = {} if name == "own" else SAME_COLUMN
     columns = [same.get(column, column) for column in header]
     needed = {*task.sentences} if is_test else {*task.sentences, "label"}
     if missing := ", ".join(sorted(needed - {*columns})):
-        raise SystemExit(f"{where}, {place}: no column {missing}, only {', '.join(header)}")
+        raise SystemExit(f"{where}, {header_line}: no column {missing}, only {', '.join(header)}")
 
     # the lines. QQP is known for malformed ones: those to learn from are left out, and in those
     # to be predicted a question may be empty.
@@ -540,13 +542,13 @@ def parse_label(task: Task, label) -> int | float:
             return task.labels.index(label)
         if label in range(len(task.labels)):  # on the hub
             return label
-        expected = ", ".join(task.labels)
+        expected = textwrap.shorten(", ".join(task.labels), 200, placeholder=" ...")
     else:
         low, high = task.scores
         with suppress(TypeError, ValueError):
-            if low <= float(label) <= high:
+            if low <= float(label) <= high and math.isfinite(float(label)):
                 return float(label)
-        expected = f"a number from {low} to {high}"
+        expected = f"a number from {low} to {high}" if math.isfinite(high) else "a number"
     raise ValueError(f"label {label!r}; expected {expected}")
 
 
@@ -560,9 +562,9 @@ def digests_of_data(args: argparse.Namespace) -> dict[str, str]:
     for name in tqdm(args.tasks, desc="reading", unit="task", leave=False, delay=5):
         task = TASKS[name]
         digest = hashlib.sha256()
-        quoted = 0  # how many texts are
+        quoted = 0  # texts that begin and end with a quotation mark
         if name == "own":
-            # a result and a saved model hold these names
+            # results and saved models have the names of the folder and the classes
             digest.update(repr((task.folder, task.labels)).encode())
 
         for split, expected in task.sizes.items():
@@ -587,7 +589,7 @@ def digests_of_data(args: argparse.Namespace) -> dict[str, str]:
                     digest.update(repr(example).encode())
         digests[name] = digest.hexdigest()[:16]
 
-        # own texts that were perhaps not written as they are read
+        # marks of texts that were quoted when they were written would be read as text
         if quoted:
             tqdm.write(
                 f"{args.data_dir}: texts that begin and end with a quotation mark: {quoted}. The "
@@ -607,15 +609,9 @@ def load_model(folder: str | Path, **changes) -> Classifier:
     """A model with a head for classes or scores; `changes` replace fields of its config."""
     logging.getLogger("mabert").setLevel(logging.ERROR)  # that the head is new goes without saying
     try:
-        model = Classifier.from_pretrained(folder, **changes).to(DEVICE)
+        return Classifier.from_pretrained(folder, **changes).to(DEVICE)
     except (OSError, ValueError) as error:
         raise SystemExit(f"cannot load {folder}: {error}") from error
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise SystemExit(
-            f"{folder} has weights that are not finite: the training that made it diverged, "
-            "and a lower --lr helps there"
-        )
-    return model
 
 
 def truncating_tokenizer(args: argparse.Namespace, config: MaBERTConfig) -> Tokenizer:
@@ -720,15 +716,13 @@ def predict(model: Classifier, data: Encoded, args: argparse.Namespace) -> np.nd
     """Classes or scores, (examples,). FloatingPointError where one is not finite."""
     model.eval()
     pad = model.config.pad_token_id
-
-    # scores in float32: in bf16 many would be equal, which changes Spearman's correlation
     is_regression = model.config.num_labels == 1
-    precision = nullcontext() if is_regression else autocast(DEVICE)
-
     logits = np.zeros((len(data.tokens), model.config.num_labels), dtype=np.float32)
     batches = batches_of_like_length(data, 4 * args.batch_size, 0)
     for indices in tqdm(batches, desc="predicting", leave=False, delay=5):
-        with precision:
+        # scores in float32: in bf16 many would be equal, which changes Spearman's correlation; and
+        # a new context for each batch, since one of autocast serves once
+        with nullcontext() if is_regression else autocast(DEVICE):
             output = model(*padded_batch(data, indices, pad, args.padding_side))
         logits[indices] = output.logits.float().cpu().numpy()
 
@@ -804,7 +798,7 @@ def sweep(
         file = folder.with_name(f"{folder.name}.json")
 
         # is its result there, and its model, if that is asked for?
-        result = read_result(file)
+        result = read_result(file, settings, seed)
         submits = args.predict and seed == 0 and variant is chosen[0]
         needs_model = args.save or submits
         is_saved = (folder / "tokenizer.json").exists()  # the last file that save_model writes
@@ -852,17 +846,29 @@ def digest_files(folder: str, names: tuple[str, ...]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
-def read_result(file: Path) -> dict | None:
-    """A run's result; None where there is none. A damaged file is named, and counts as none."""
+def read_result(file: Path, settings: dict, seed: int) -> dict | None:
+    """The result of the run of these settings and this seed; None where there is none.
+
+    A file that is damaged, or that holds something else, is named and counts as none.
+    """
+    task = settings["task"]
     needed = ("task", "seed", "scores", "rows", "seconds", "config", "settings", "machine")
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
         if missing := [key for key in needed if key not in result]:
             raise ValueError(f"it has no {', '.join(missing)}")
+
+        # a file may have been renamed or edited
+        if (result["task"], result["seed"], result["settings"]) != (task, seed, settings):
+            raise ValueError("it is of another run")
+        for title, metric in itertools.product(TASKS[task].splits("dev"), TASKS[task].metrics):
+            score = result["scores"][title][metric]
+            if not -1 <= score <= 1:
+                raise ValueError(f"its {metric} is {score}")
         return result
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         tqdm.write(f"{file} is damaged ({error!r}): that run is made again")
         return None
 
@@ -974,6 +980,8 @@ def run_all(args: argparse.Namespace, command: str):
     """Makes the runs that the arguments ask for, and writes and prints their tables."""
     # the checkpoint, and what to make of it
     config = load_model(args.checkpoint).config
+    if "classifier.weight" in torch_load(Path(args.checkpoint, "model.pt")):
+        print(f"{args.checkpoint} is a classifier: its head is kept for tasks with as many classes")
     tokenizer = truncating_tokenizer(args, config)
     chosen = chosen_variants(args, config)
 
@@ -1008,6 +1016,11 @@ def run_all(args: argparse.Namespace, command: str):
     print(f"\n{table}\n\nin {out}.md and .json; each run's {beside} beside them")
     if args.predict:
         print(f"predictions: {predictions_folder(args)}")
+    if args.save:
+        last = runs[-1]
+        folder = run_folder(args.out, last["settings"], last["seed"])
+        texts = " ".join(f'"{column}"' for column in TASKS[last["task"]].sentences)
+        print(f"try the last model: python mabert.py {folder} {texts}")
 
 
 def main(argv: list[str]):
@@ -1026,4 +1039,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

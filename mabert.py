@@ -47,8 +47,8 @@ import json
 import logging
 import math
 import re
+import shutil
 import sys
-import tempfile
 import textwrap
 import zipfile
 from pathlib import Path
@@ -253,11 +253,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (b, l, 3, heads, width)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, heads, l, width)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (b, heads, l, width)
 
         if mask is not None:
-            # in a row that is all padding, pads attend to all: a softmax over nothing may be NaN
-            mask = mask | ~mask.any(dim=-1, keepdim=True)
+            # With a real token in the row, any() is True and the mask stays. In a row of pads alone
+            # it is False, and all pads attend to each other: a softmax over nothing may be NaN.
+            mask = mask == mask.any(dim=-1, keepdim=True)
             mask = mask[:, None, None]  # (b, 1, 1, l)
 
         dropout = self.dropout if self.training else 0.0
@@ -377,11 +378,12 @@ class MaBERT(PretrainedModel):
         else:
             positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)  # (b, l)
 
-        # embeddings
+        # embeddings; without token types all tokens are of type 0
         if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        x = self.word_embeddings(input_ids) + self.position_embeddings(positions)
-        x = x + self.token_type_embeddings(token_type_ids)
+            types = self.token_type_embeddings.weight[0]  # (h,)
+        else:
+            types = self.token_type_embeddings(token_type_ids)  # (b, l, h)
+        x = self.word_embeddings(input_ids) + self.position_embeddings(positions) + types
         x = self.dropout(self.embedding_norm(x))  # (b, l, h)
 
         # layers
@@ -500,10 +502,9 @@ class MaBERTForMaskedLM(PretrainedModel):
         places = (labels != IGNORED_LABEL).nonzero().squeeze(1)  # (labelled,)
         labels = labels[places].long().to(x.device, non_blocking=True)
         places = places.to(x.device, non_blocking=True)
-        logits = self.predict(x.flatten(0, 1).index_select(0, places))  # (labelled, vocab)
+        x = x.flatten(0, 1).index_select(0, places)  # (labelled, h)
 
-        # the loss, in float32 at least
-        loss = F.cross_entropy(in_float32(logits), labels, reduction="sum")
+        loss, logits = self.loss_and_logits(x, labels)
         if reduction == "mean":
             loss = loss / max(1, labels.numel())
         return Output(loss, logits)
@@ -511,7 +512,25 @@ class MaBERTForMaskedLM(PretrainedModel):
     def predict(self, x: Tensor) -> Tensor:
         """Hidden states (..., h) -> logits over the vocabulary (..., vocab)."""
         words = self.encoder.word_embeddings.weight  # (vocab, h)
-        return F.linear(self.transform(x), words, self.decoder_bias)
+        bias = self.decoder_bias
+        vocab = words.shape[0]
+
+        # GPUs multiply faster where the vocabulary is a multiple of 64: add words of zeros, and cut
+        # off their logits
+        extra = -vocab % 64
+        if extra:
+            words = F.pad(words, (0, 0, 0, extra))
+            bias = F.pad(bias, (0, extra))
+        return F.linear(self.transform(x), words, bias)[..., :vocab]
+
+    def loss_and_logits(self, x: Tensor, labels: Tensor) -> Output:
+        """Hidden states and labels (labelled, h), (labelled,) -> the summed loss, and the logits.
+
+        The loss is in float32 at least. Compiled, as in train_mlm.py, this function keeps no
+        float32 copy of the logits in memory.
+        """
+        logits = self.predict(x)  # (labelled, vocab)
+        return Output(F.cross_entropy(in_float32(logits), labels, reduction="sum"), logits)
 
 
 class MaBERTForSequenceClassification(PretrainedModel):
@@ -635,14 +654,12 @@ def selective_scan(
     """
     check_scan(u, delta, A, B, C, D, z, delta_bias)
     mask = as_mask("mask", mask, u.shape[:2])
-    zeros = A.new_zeros(A.shape[0])
-    D = zeros if D is None else D
-    bias = zeros if delta_bias is None else delta_bias
+    d, n = A.shape
+    D = A.new_zeros(d) if D is None else D
+    bias = A.new_zeros(d) if delta_bias is None else delta_bias
 
-    # states are kept for the backward pass only if there will be one
-    inputs = (u, delta, A, B, C, D, z, bias)
-    needs_gradients = any(x is not None and x.requires_grad for x in inputs)
-    keep = torch.is_grad_enabled() and needs_gradients
+    # states are kept for the backward pass, if there will be one
+    keep = needs_gradients(u, delta, A, B, C, D, z, bias)
 
     if not use_triton(u, backend):
         options = (mask, delta_softplus, LOOP_CHUNK, keep, u.dtype)
@@ -651,14 +668,15 @@ def selective_scan(
 
     # The kernels take 16 states at most. With more, y is a sum over groups of 16 in float32:
     # SiLU(z) gates each part, and D joins the first.
-    n = A.shape[1]
     out_dtype = u.dtype if n <= MAX_STATES else torch.float32
     options = (mask, delta_softplus, _chunk_length(n), keep, out_dtype)
+    # autograd and torch.compile need the custom op; its plain function takes the CPU less time
+    scan = _scan_triton if keep or torch.compiler.is_compiling() else _scan_forward
     y = 0
     for i in range(0, n, MAX_STATES):
         group = slice(i, i + MAX_STATES)
         A_B_C = (A[:, group], B[..., group], C[..., group])
-        part, _ = _scan_triton(u, delta, *A_B_C, D if i == 0 else zeros, z, bias, *options)
+        part, _ = scan(u, delta, *A_B_C, D if i == 0 else torch.zeros_like(D), z, bias, *options)
         y = part if i == 0 else y + part
     return y.to(u.dtype)
 
@@ -673,7 +691,10 @@ def short_convolution(
     own convolution, which on a GPU goes through memory several times, to pad, transpose and copy.
     """
     if use_triton(u, backend):
-        return _conv_triton(u, weight, bias, left)
+        # the custom op or its plain function, as in `selective_scan`
+        if needs_gradients(u, weight, bias) or torch.compiler.is_compiling():
+            return _conv_triton(u, weight, bias, left)
+        return _convolution_forward(u, weight, bias, left)
     right = weight.shape[1] - 1 - left
     u = F.pad(u, (0, 0, left, right)).transpose(1, 2)  # (b, d, l + k - 1)
     # on a CPU PyTorch's two-dimensional convolution reads this layout as it is
@@ -698,6 +719,11 @@ def use_triton(u: Tensor, backend: str | None) -> bool:
             f"backend='triton' cannot run here (backend='loop' or None can): {reason}"
         )
     return backend == "triton" or (backend is None and u.is_cuda and can_run)
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient of one of these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 # ---- The gradients ----
@@ -728,9 +754,9 @@ def use_triton(u: Tensor, backend: str | None) -> bool:
 # state before it, and then traversed from its end. (What autograd and torch.compile need to know of
 # the ops comes after the kernels, for both scans.)
 
-# The names of custom ops are shared by the whole process. They begin with this module's name, so
-# that two copies of this file can be imported side by side, with its dots and hyphens replaced.
-OPERATIONS = re.sub(r"\W", "_", __name__, flags=re.ASCII)
+# The namespace of our custom ops, which the whole process shares: this module's name, with _ for
+# all that is no letter or digit. So two copies of this file can be imported side by side.
+NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 LOOP_CHUNK = 16  # steps; with n = 16 the kept states are then as many numbers as u
 LOOP_BUFFER = 2**19  # numbers in a buffer, for each thread: 2 MB; the backward pass has three
@@ -794,7 +820,7 @@ def _chunk_states(buffers, u, delta, A2, B, bias, mask, state, softplus):
     return dt, decays, states
 
 
-@torch.library.custom_op(f"{OPERATIONS}::scan_loop", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::scan_loop", mutates_args=())
 def _scan_loop(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
     bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int, keep: bool,
@@ -840,7 +866,7 @@ def _scan_loop(
     return y, kept
 
 
-@torch.library.custom_op(f"{OPERATIONS}::scan_loop_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::scan_loop_backward", mutates_args=())
 def _scan_loop_backward(
     dy: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     z: Tensor | None, bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int,
@@ -934,6 +960,11 @@ def _empty_like(x: Tensor) -> Tensor:
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    """n rounded up to a power of 2."""
+    return 1 << (n - 1).bit_length()
 
 
 # ---- The same in Triton, for the GPU ----
@@ -1237,7 +1268,7 @@ def _pack_tiles(B: Tensor, C: Tensor, mask: Tensor | None, TILE: int) -> Tensor:
         mask = mask.contiguous()
     tiles = _ceil_div(l, TILE)
     packed = B.new_empty(b, tiles, 2 * n + 1, TILE, dtype=torch.float32)
-    sizes = dict(n=n, N=triton.next_power_of_2(n), TILE=TILE)
+    sizes = dict(n=n, N=_power_of_2(n), TILE=TILE)
     _pack[(b * tiles,)](B, C, mask, *B.stride(), *C.stride(), packed, l, **sizes, **ONE_WARP)
     return packed
 
@@ -1725,7 +1756,7 @@ def _chunk_length(n: int) -> int:
     The kept states are then no more numbers than u: in float32 no more bytes than u and delta in
     half precision.
     """
-    return max(16, 1 << (n - 1).bit_length())
+    return max(16, _power_of_2(n))
 
 
 def _segment_length(l: int, programs: int, enough: int, chunk: int, device: torch.device) -> int:
@@ -1760,7 +1791,8 @@ def _strided(**tensors: Tensor | None) -> dict:
 
 def _kernel_parameters(A: Tensor, D: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In float32: log2(e) A (n, d), D and bias (d,)."""
-    A2 = (A.float().T / math.log(2)).contiguous()
+    A2 = A.new_empty(A.shape[::-1], dtype=torch.float32)
+    torch.div(A.float().T, math.log(2), out=A2)  # transposed and divided in one launch
     return A2, D.float().contiguous(), bias.float().contiguous()
 
 
@@ -1785,8 +1817,7 @@ def _segment_starts_of(phase_1, inputs: dict, A2: Tensor, grid: tuple, sizes: di
     return ends
 
 
-@torch.library.custom_op(f"{OPERATIONS}::scan_triton", mutates_args=())
-def _scan_triton(
+def _scan_forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
     bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int, keep: bool,
     out_dtype: torch.dtype,
@@ -1815,7 +1846,10 @@ def _scan_triton(
     return y, kept
 
 
-@torch.library.custom_op(f"{OPERATIONS}::scan_triton_backward", mutates_args=())
+_scan_triton = torch.library.custom_op(f"{NAMESPACE}::scan_triton", _scan_forward, mutates_args=())
+
+
+@torch.library.custom_op(f"{NAMESPACE}::scan_triton_backward", mutates_args=())
 def _scan_triton_backward(
     dy: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     z: Tensor | None, bias: Tensor, mask: Tensor | None, softplus: bool, chunk: int,
@@ -1996,8 +2030,7 @@ def _run_convolution(kernel, x: Tensor, weight: Tensor, left: int, **pointers):
         kernel[grid](**_strided(x=x), weight_ptr=weight, **pointers, **sizes)
 
 
-@torch.library.custom_op(f"{OPERATIONS}::convolution", mutates_args=())
-def _conv_triton(u: Tensor, weight: Tensor, bias: Tensor, left: int) -> Tensor:
+def _convolution_forward(u: Tensor, weight: Tensor, bias: Tensor, left: int) -> Tensor:
     """`short_convolution` by its kernel."""
     y = u.new_empty(u.shape)
     bias = bias.float().contiguous()
@@ -2005,7 +2038,12 @@ def _conv_triton(u: Tensor, weight: Tensor, bias: Tensor, left: int) -> Tensor:
     return y
 
 
-@torch.library.custom_op(f"{OPERATIONS}::convolution_backward", mutates_args=())
+_conv_triton = torch.library.custom_op(
+    f"{NAMESPACE}::convolution", _convolution_forward, mutates_args=()
+)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::convolution_backward", mutates_args=())
 def _conv_triton_backward(
     dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, left: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -2207,12 +2245,15 @@ def save_model(model: PretrainedModel, folder: Path):
     weights = model.state_dict(prefix=prefix)
     config = json.dumps(dataclasses.asdict(model.config), indent=2) + "\n"
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as partial:
-        torch.save(weights, Path(partial, "model.pt"))
-        Path(partial, "config.json").write_text(config)
-        for file in Path(partial).iterdir():
+    partial = folder / ".partial"  # there may be one, of a save that was killed
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        torch_save(weights, partial / "model.pt")
+        (partial / "config.json").write_text(config)
+        for file in partial.iterdir():
             file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(partial)
 
 
 def load_model(model_class: type, folder: Path, overrides: dict) -> PretrainedModel:
@@ -2222,7 +2263,8 @@ def load_model(model_class: type, folder: Path, overrides: dict) -> PretrainedMo
     has in another shape, is new; a warning says what was not loaded. Called on PretrainedModel
     itself, it chooses the class by the weights. overrides replace fields of the config (num_labels,
     pooling, psm, dropout, …), which the encoder's weights must fit. Nothing in the files is
-    executed. Raises FileNotFoundError, or ValueError where a file is damaged or does not fit.
+    executed. Raises FileNotFoundError, or ValueError where a file is damaged, does not fit, or has
+    weights that are not finite.
     """
     # read
     config = read_config(folder / "config.json", overrides)
@@ -2275,10 +2317,16 @@ def read_config(file: Path, overrides: dict) -> MaBERTConfig:
 
 def read_weights(file: Path) -> dict[str, Tensor]:
     weights = torch_load(existing(file))
-    for weight in weights.values():
-        if not (isinstance(weight, Tensor) and weight.is_floating_point()):
+    for name, weight in weights.items():
+        is_weight = isinstance(name, str) and isinstance(weight, Tensor)
+        if not (is_weight and weight.is_floating_point()):
             raise ValueError(
                 f"{file} is damaged or not written by save_pretrained: not all of it is weights"
+            )
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"{file} has weights that are not finite: the training that made it diverged, and "
+                "a lower --lr helps there"
             )
     return weights
 
@@ -2289,6 +2337,14 @@ def existing(file: Path) -> Path:
             f"{file} is missing: give a local folder that save_pretrained wrote"
         )
     return file
+
+
+def torch_save(values: dict, file: Path):
+    """torch.save, but with an OSError where it fails: its own error does not speak of the disk."""
+    try:
+        torch.save(values, file)
+    except RuntimeError as error:
+        raise OSError(f"cannot write {file}: is the disk full? ({error})") from error
 
 
 def torch_load(file: Path) -> dict:
@@ -2312,37 +2368,53 @@ def torch_load(file: Path) -> dict:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None):
-    """Runs a trained model on a text. A masked language model gives five guesses for each [MASK],
-    or, where there is none, the text's embedding: the mean of its hidden states. A classifier gives
-    the probability of each class, by its name in labels.json, or the value of a regression."""
+    """Runs a trained model on a text, or on a pair of them. A masked language model gives five
+    guesses for each [MASK], or, where there is none, the text's embedding: the mean of its hidden
+    states. A classifier gives the probability of each class, by its name in labels.json, or the
+    value of a regression."""
     # read the arguments, the model and its tokenizer
     parser = argparse.ArgumentParser(description=" ".join(main.__doc__.split()))
     parser.add_argument(
         "folder", type=Path, help="written by train_mlm.py, or by finetune_glue.py --save"
     )
     parser.add_argument("text", help="in quotation marks")
+    parser.add_argument("second", nargs="?", help="the second text, for a classifier of pairs")
     args = parser.parse_args(argv)
+    texts = [args.text] if args.second is None else [args.text, args.second]
+    if len(texts) == 2 and Path(args.text).is_dir():  # a shell's * has found several
+        parser.error(f"{args.text} is a folder: give one folder, then the text")
     try:
         model = PretrainedModel.from_pretrained(args.folder)
         tokenizer = load_tokenizer(args.folder / "tokenizer.json")
         names = class_names(args.folder / "labels.json", model.config.num_labels)
         cls_id, sep_id, mask_id = map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[MASK]"))
 
-        # run the model; not every tokenizer.json adds special tokens by itself
-        tokens = tokenizer.encode(args.text, add_special_tokens=False).ids
-        ids = torch.tensor([[cls_id, *tokens, sep_id]])
-        output = model(ids)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"mabert.py: {error}")
+        # the row: not every tokenizer.json adds special tokens by itself
+        ids = [cls_id]
+        types = [0]
+        for i, text in enumerate(texts):
+            text = text.encode(errors="replace").decode()  # bytes that are not UTF-8 become "?"
+            tokens = tokenizer.encode(text, add_special_tokens=False).ids
+            ids += [*tokens, sep_id]
+            types += [i] * (len(tokens) + 1)
 
-    # print
-    if isinstance(model, MaBERTForSequenceClassification):
-        print_classes(output.logits[0], names)
-    elif isinstance(model, MaBERTForMaskedLM) and mask_id in ids:
-        print_guesses(output.logits[ids == mask_id], tokenizer)
-    else:
-        encoder = getattr(model, "encoder", model)
-        print_embedding(encoder(ids)[0].mean(dim=0))
+        # run the model
+        ids = torch.tensor([ids])
+        types = torch.tensor([types])
+        output = model(ids, token_type_ids=types)
+
+        # print
+        if isinstance(model, MaBERTForSequenceClassification):
+            print_classes(output.logits[0], names)
+        elif isinstance(model, MaBERTForMaskedLM) and mask_id in ids:
+            print_guesses(output.logits[ids == mask_id], tokenizer)
+        else:
+            encoder = getattr(model, "encoder", model)
+            print_embedding(encoder(ids, token_type_ids=types)[0].mean(dim=0))
+
+    # RuntimeError: the scan_backend of the config cannot run here
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"mabert.py: {error}")
 
 
 def load_tokenizer(file: Path):
@@ -2355,6 +2427,7 @@ def load_tokenizer(file: Path):
     if None in map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[MASK]")):
         raise ValueError(f"{file} lacks [CLS], [SEP] or [MASK]")
     tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 
@@ -2364,8 +2437,8 @@ def class_names(file: Path, count: int) -> list[str]:
         return [f"class {i}" for i in range(count)]
     try:
         names = json.loads(file.read_text(encoding="utf-8"))
-        if len(names) != count:
-            raise ValueError(f"{len(names)} names for {count} classes")
+        if not (isinstance(names, list) and len(names) == count):
+            raise ValueError(f"it must be a list of {count} names")
         return names
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
@@ -2384,7 +2457,8 @@ def print_guesses(logits: Tensor, tokenizer):
         best = probabilities.topk(5)
         guesses = []
         for probability, token in zip(best.values.tolist(), best.indices.tolist()):
-            guesses.append(f"{tokenizer.id_to_token(token)} {probability:.4f}")
+            word = tokenizer.id_to_token(token) or f"id {token}"  # the model may have more ids
+            guesses.append(f"{word} {probability:.4f}")
         print("[MASK]:", ", ".join(guesses))
 
 
@@ -2394,4 +2468,5 @@ def print_embedding(x: Tensor):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
     main()

@@ -419,7 +419,7 @@ def in_a_folder_of_its_own(request, given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-SMALL_RUN = """--out run --sample-by line --pattern MWHT --hidden-size 32 --num-heads 2
+SMALL_RUN = """--out run --no-compile --sample-by line --pattern MWHT --hidden-size 32 --num-heads 2
     --intermediate-size 64 --d-state 4 --dropout 0 --steps 150 --length-schedule 16:0.75 32:0.25
     --batch-size 32 --micro-batch-size 16 --lr 5e-3 --eval-every 75 --log-every 25
     --save-every 50"""
@@ -433,6 +433,29 @@ def arguments(flags="") -> list[str]:
     if "--vocab-size" not in flags and "--tokenizer" not in flags:
         defaults += " --tokenizer words.json"
     return f"{defaults} {flags}".split()
+
+
+needs_triton = pytest.mark.skipif(not mabert.triton, reason="there is no triton")
+
+
+class Stub:
+    """Stands for a kernel: it notes its name when it is launched, and runs nothing."""
+
+    def __init__(self, name: str, launches: list):
+        self.launch = lambda *_, **__: launches.append(name)
+
+    def __getitem__(self, grid):
+        return self.launch
+
+
+def stub_kernels(monkeypatch) -> list[str]:
+    """The names of the kernels that are launched from now on, on any device."""
+    launches = []
+    for name, kernel in list(vars(mabert).items()):
+        if isinstance(kernel, mabert.triton.JITFunction):
+            monkeypatch.setattr(mabert, name, Stub(name, launches))
+    monkeypatch.setattr(mabert, "INTERPRETED", True)
+    return launches
 
 
 # ---- The masked selective scan ----
@@ -1100,6 +1123,51 @@ def test_losses_are_means_over_the_labels_that_count(model_class, num_labels, la
         torch.testing.assert_close(model(IDS, labels=labels, reduction="sum").loss, loss)
 
 
+def test_zeros_round_the_vocabulary_up_to_a_multiple_of_64_and_change_nothing():
+    model = build(MaBERTForMaskedLM, tiny(vocab_size=70))
+    torch.nn.init.normal_(model.decoder_bias)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    words = model.encoder.word_embeddings.weight
+    results = []
+    for logits in (F.linear(model.transform(x), words, model.decoder_bias), model.predict(x)):
+        gradients = torch.autograd.grad(logits.logsumexp(-1).sum(), [words, model.decoder_bias])
+        results.append([logits, *gradients])
+    assert deviation(results) < EXACT
+    assert logits.shape == (2, 5, 70) and logits.stride(1) == 128  # the rows of the product
+
+
+LAUNCHES = {  # of a layer with a mask, at most; on a GPU a single row takes two more in M
+    # products 6, norms 2, GELU 1, sums 2, masks 2; of A 3, taps 1, _convolution, _pack, _outputs
+    "M": 20,
+    # products 4, norms 2, GELU 1, sums 2; of the mask 5, attention 1
+    "T": 15,
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("letter", LAUNCHES)
+def test_a_layer_launches_no_more_than_it_must(letter, monkeypatch):
+    """With one row of tokens a forward pass takes as long as its launches."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    launches = stub_kernels(monkeypatch)
+    monkeypatch.setattr(mabert, "check", lambda *_, **__: None)  # of values, on a CPU only
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            assert op.namespace == "aten"  # a custom op would hide what it launches
+            launches_nothing = op.is_view or re.match("(new_)?empty|_unsafe_view", op.__name__)
+            if not launches_nothing:
+                launches.append(op.__name__)
+            return op(*args, **(kwargs or {}))
+
+    layer = build(mabert.LAYERS[letter], tiny(scan_backend="triton"), torch.float32).eval()
+    inputs = (torch.randn(2, 20, 16), masks(20)[1:3].cpu())
+    with torch.no_grad(), Count():
+        layer(*inputs)
+    assert len(launches) <= LAUNCHES[letter], launches
+
+
 def test_bf16_autocast_stays_close():
     with torch.device(DEVICE):  # on a GPU with the kernels
         model = build(MaBERTForMaskedLM, tiny("MMT"), torch.float32)
@@ -1163,15 +1231,22 @@ def test_a_saved_model_computes_the_same_and_a_failed_save_changes_nothing(
 ):
     def full_disk(state, path):
         put(path, b"half")
-        raise OSError(28, "No space left on device")
+        raise RuntimeError("unexpected pos 64 vs 0")  # torch.save's words for it
 
-    # save; then fail to save another
+    def killed(state, path):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    # save, after a save that was killed; then fail to save another
     config = tiny("MTM", psm=("scan",), causal_conv=True, pooling="attn", num_labels=3)
     model = build(model_class, replace(config, dropout=0.5), torch.float32).eval()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", killed)
+        assert forked(model.save_pretrained, "saved") == -signal.SIGKILL
     model.save_pretrained("saved")
     monkeypatch.setattr(torch, "save", full_disk)
     other = build(model_class, config, seed=1)
-    refused(other.save_pretrained, "saved", said="No space", error=OSError)
+    said = "cannot write saved/.*model.pt: is the disk full"
+    refused(other.save_pretrained, "saved", said=said, error=OSError)
     assert sorted(os.listdir("saved")) == ["config.json", "model.pt"]
 
     # load
@@ -1227,7 +1302,8 @@ def one_becomes_two(file: bytes) -> bytes:
 DAMAGED = [  # file, its contents or what they come from, overrides, the message
     *((file, None, {}, f"{file} is missing") for file in ("config.json", "model.pt")),
     *(("config.json", text, {}, "config.json .*is no valid config")
-      for text in (b"{", b"[]", b"\xff{}", b'{"hidden_size": "16"}', b'{"colour": 1}')),
+      for text in (b"{", b"[]", b"\xff{}", b"null",
+                   b'{"hidden_size": "16"}', b'{"colour": 1}')),
     *(("config.json", bytes, overrides, message) for overrides, message in (
         (dict(colour="red"), "'colour'"),
         (dict(pooling="max"), "MaBERTConfig.pooling"),
@@ -1236,8 +1312,9 @@ DAMAGED = [  # file, its contents or what they come from, overrides, the message
         (dict(pattern="MTM"), "does not fit.*Missing key.*layers.2"))),
     *(("model.pt", contents, {}, "model.pt is damaged") for contents in (
         lambda file: file[: len(file) // 2], b"", b"no checkpoint", one_becomes_two,
-        [1, 2], {"model": {}, "step": 5}, {"x": Trap()},
+        [1, 2], [torch.ones(3)], {0: torch.ones(3)}, {"model": {}, "step": 5}, {"x": Trap()},
         weights(torch.Tensor.int), weights(lambda w: w + 0j))),
+    ("model.pt", weights(lambda w: w * math.nan), {}, "model.pt has weights that are not finite"),
 ]  # fmt: skip
 
 
@@ -1264,6 +1341,7 @@ COMMANDS = [  # whose folder, a text, the numbers that are printed
     (MaBERTForMaskedLM, {}, "w1 [MASK] w3", best_five),
     (MaBERTForMaskedLM, {}, "w1 w2 w3", embedding),
     (MaBERT, {}, "w1 [MASK] w3", embedding),
+    (MaBERT, {}, "w1 \udcff w3", embedding),  # a byte that is not UTF-8, as Python has it
     (Classifier, dict(num_labels=3), "w1 w2 w3", lambda m, ids: m(ids).logits[0].softmax(0)),
     (Classifier, dict(num_labels=1), "w1 w2 w3", lambda m, ids: m(ids).logits[0]),
 ]
@@ -1272,22 +1350,52 @@ COMMANDS = [  # whose folder, a text, the numbers that are printed
 @pytest.mark.parametrize("model_class, changes, text, numbers", COMMANDS)
 def test_the_command_answers(model_class, changes, text, numbers, capsys):
     save_model("asked", model_class, **changes)
+    tokenizer = train_mlm.Tokenizer.from_file("asked/tokenizer.json")
+    tokenizer.enable_padding(length=9)  # which must not matter
+    tokenizer.enable_truncation(2)
+    tokenizer.save("asked/tokenizer.json")
     mabert.main(["asked", text])
     printed = capsys.readouterr().out
 
     # the numbers are the model's
     model = model_class.from_pretrained("asked")
-    ids = torch.tensor([[2, 6, 4 if "[MASK]" in text else 7, 8, 3]])
+    second = {"[MASK]": 4, "w2": 7, "\udcff": 1}[text.split()[1]]
+    ids = torch.tensor([[2, 6, second, 8, 3]])
     expected = [f"{number:.4f}" for number in numbers(model, ids).tolist()]
     assert re.findall(r"-?\d+\.\d{4}", printed) == expected
 
-    # so are the words, and a process prints the same
+    # so are the words, and a process prints the same, but for letters that its terminal lacks
     if numbers is best_five:
         best = model(ids).logits[0, 2].topk(5).indices.tolist()
         vocabulary = [*train_mlm.SPECIAL_TOKENS, *WORDLIST]
         assert re.findall(r"(\S+) 0\.", printed) == [vocabulary[i] for i in best]
-        command = [sys.executable, str(ROOT / "mabert.py"), "asked", text]
-        assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == printed
+        put("asked/tokenizer.json", tokenizer.to_str().replace('"w', '"é').replace("éord", "word"))
+        command = [sys.executable, str(ROOT / "mabert.py"), "asked", text.replace("w", "é")]
+        terminal = os.environ | dict(PYTHONIOENCODING="ascii")
+        said = subprocess.check_output(command, text=True, env=terminal)
+        assert said == printed.replace("w", "?")
+
+
+def test_a_guess_that_the_tokenizer_lacks_is_printed_by_its_id(capsys):
+    words_tokenizer(WORDS).save(MODEL)  # fewer tokens than the model has
+    model = MaBERTForMaskedLM.from_pretrained("model")
+    model.decoder_bias.data[40] = 100
+    model.save_pretrained("model")
+    mabert.main(["model", "the [MASK] sees"])
+    assert "[MASK]: id 40 1.0000, " in capsys.readouterr().out
+
+
+def test_the_command_reads_a_pair_of_texts_as_fine_tuning_does(capsys):
+    save_model("asked", Classifier, num_labels=3)
+    mabert.main(["asked", "w1 w2", "w3"])
+    printed = capsys.readouterr().out
+
+    pair = train_mlm.load_tokenizer("asked/tokenizer.json").encode("w1 w2", "w3")
+    ids, types = torch.tensor([pair.ids]), torch.tensor([pair.type_ids])
+    logits = Classifier.from_pretrained("asked")(ids, token_type_ids=types).logits[0]
+    expected = [f"{probability:.4f}" for probability in logits.softmax(0).tolist()]
+    assert re.findall(r"\d\.\d{4}", printed) == expected
+    assert types.sum() == 2  # w3 [SEP]
 
 
 # ---- Models for transformers ----
@@ -1491,7 +1599,7 @@ REFUSED_CONVERSIONS = [  # arguments, the message, a file and what it then has
     ("nowhere out", "^nowhere/config.json is missing: give a local folder", WEIGHTS, bytes),
     ("model out", "model/model.pt is damaged", WEIGHTS, lambda file: file[:-1]),
     ("model out", "cannot load the tokenizer model/tokenizer.json", MODEL, lambda _: None),
-    ("model out", "labels.json: 3 names for 2 classes", "model/labels.json", "[1, 2, 3]"),
+    ("model out", "labels.json: it must be a list of 2 names", "model/labels.json", "[1, 2, 3]"),
 ]
 
 
@@ -1602,7 +1710,7 @@ def test_runs_repeat_and_these_flags_change_nothing_but_cost(monkeypatch):
     # count the layers' forward passes, and what is compiled
     calls, compiled = [], []
     forward = mabert.MambaLayer.forward
-    monkeypatch.setattr(torch, "compile", lambda call: compiled.append(1) or call)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compiled.append(1) or call)
     monkeypatch.setattr(mabert.MambaLayer, "forward", lambda *x: calls.append(1) or forward(*x))
 
     def run(flags):
@@ -1620,13 +1728,91 @@ def test_runs_repeat_and_these_flags_change_nothing_but_cost(monkeypatch):
     assert torch.equal(weights, checkpointed)
     assert larger_count == count + 3 * 2 * 3
 
-    # without: other micro-batches and a compiled encoder give the same to rounding
+    # without: other micro-batches, and a compiled encoder and head, give the same to rounding
     weights, _, none = run("")
     smaller, _, _ = run("--micro-batch-size 8")
     assert relative(smaller, weights) < 1e-4
-    by_compiler, _, one = run("--compile")
+    by_compiler, _, two = run("--compile")
     assert relative(by_compiler, weights) < 1e-4
-    assert (none, one) == (0, 1)
+    assert (none, two) == (0, 2)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # there may be no GPU
+def test_attention_has_the_fast_kernels_first_on_a_gpu_alone():
+    order = torch._C._get_sdp_priority_order
+    usual = order()
+    for _ in range(2):
+        with train_mlm.autocast(torch.device("cpu")):
+            assert order() == usual
+        with train_mlm.autocast(torch.device("cuda")):
+            assert order()[:4] == [int(backend) for backend in train_mlm.ATTENTION] != usual[:4]
+    assert order() == usual
+
+
+def test_a_run_compiles_by_default_where_there_is_a_gpu(monkeypatch):
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert train_mlm.parse_args(["--steps", "1"]).compile == gpu
+        assert not train_mlm.parse_args(["--no-compile"]).compile
+        assert not train_mlm.parse_args(["--demo"]).compile
+
+
+def test_a_run_goes_on_where_compiling_fails(monkeypatch, capsys):
+    pretrain("--steps 3")
+    weights, _ = trained()
+    failing = raising(RuntimeError("no C compiler\nand more"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=failing))
+    pretrain("--overwrite --steps 3 --compile")
+    assert re.search("compiling failed, .*: .*no C compiler", capsys.readouterr().out)
+    assert torch.equal(trained()[0], weights)
+
+
+@needs_triton
+def test_few_graphs_serve_all_batches_of_a_run(monkeypatch):
+    """Beyond eight graphs torch.compile would run the model eagerly, and hardly say so."""
+    from torch._dynamo.utils import counters
+
+    # the encoder and the head of a model whose kernels run nothing
+    stub_kernels(monkeypatch)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    config = tiny("MT", max_position=512, scan_backend="triton")
+    model = build(MaBERTForMaskedLM, config, torch.float32)
+    args = argparse.Namespace(micro_batch_size=16, length_schedule=[(512, 1)], mask_rate=0.15)
+    torch.compiler.reset()
+    counters.clear()
+    train_mlm.compile_model(model, args)
+    assert counters["stats"]["unique_graphs"] == 2
+
+    # batches of all sizes and lengths with a mask, and single rows without one
+    lengths = range(32, 513, 32)
+    for size, length, training in itertools.product((16, 8, 4, 1), lengths, (True, False)):
+        ids = torch.ones(size, length, dtype=torch.long)
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            x = model.encoder(ids, ids.bool())
+        if training:
+            x.sum().backward()
+    with torch.no_grad():
+        for length in lengths:
+            model.encoder(ids[:, :length])
+    assert counters["stats"]["unique_graphs"] <= 1 + 5  # the head's, and the encoder's
+    assert counters["frames"]["ok"] == counters["frames"]["total"]
+
+
+def test_a_compiled_head_keeps_no_logits_in_float32():
+    """The logits are the largest tensor of a training step."""
+    model = build(MaBERTForMaskedLM, tiny(vocab_size=500), torch.float32)
+    backend = "aot_eager_decomp_partition"  # keeps what inductor keeps, and compiles nothing
+    head = torch.compile(model.loss_and_logits, dynamic=True, backend=backend)
+    x = torch.randn(33, 16, requires_grad=True)
+    labels = torch.randint(500, (33,))
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = head(x, labels).loss
+    assert [x.dtype for x in kept if x.shape in ((33, 500), (33, 512))] == [torch.bfloat16]
+    assert relative(loss, model.loss_and_logits(x, labels).loss) < 1e-2
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(monkeypatch):
@@ -1912,6 +2098,10 @@ TEXTS = [  # files below texts/, flags, the documents
     ({"../all/a.txt": "one", "b": Path("../all"), "c.txt": Path("../d")}, "", ["one"]),
     ({"../d": "one", "c.txt": Path("../d")}, "", ["one"]),
     ({"a.txt": "one", "b/a.txt": "two", "b/loop": Path("..")}, "", ["one", "two"]),
+    # the run's folder is left out, but for texts in it that are named
+    ({"a.txt": "one", "b/run/c.txt": "two"}, "--out texts/b/run", ["one"]),
+    ({"a.txt": "one", "b": Path("../run"), "../run/c.txt": "two"}, "--out run", ["one"]),
+    ({"a.txt": "one", "b/c.txt": "two"}, "--out texts --data texts/b texts/a.txt", ["two", "one"]),
     # any name of a file
     *(({f"{x}.txt": "one"}, f"--data {shlex.quote(f'texts/{x}.txt')}", ["one"]) for x in NAMES),
 ]  # fmt: skip
@@ -2007,6 +2197,9 @@ def test_what_lies_there_unread_is_said(capsys):
     assert "text: 1 file(s), 0.0 MB; 3 others there are not read" in said
     documents("--data texts/a.txt --cache cache")
     assert "text: 1 file(s), 0.0 MB\n" in capsys.readouterr().out
+    put("texts/run/args.json", "{}")
+    documents("--data texts --out texts/run --cache cache")
+    assert "text: texts/run is not read, since it is --out\n" in capsys.readouterr().out
 
 
 # Tokens
@@ -2281,6 +2474,26 @@ def test_tokens_are_kept_in_the_users_cache_folder(monkeypatch):
     assert train_mlm.parse_args([]).cache == "/home/someone/.cache/mabert"
 
 
+NAMES_OF_FILES = [  # a script's parser, what it needs besides, its flags
+    (train_mlm, "", "--out --data --tokenizer --cache"),
+    (finetune_glue, "--checkpoint x", "--checkpoint --data-dir --out"),
+    (bench, "drift", "--checkpoint --sentences --out"),
+    (bench, "efficiency", "--out"),
+]
+
+
+@pytest.mark.parametrize(("script", "needed", "flags"), NAMES_OF_FILES)
+def test_names_of_files_are_not_empty_and_may_begin_with_a_tilde(
+    script, needed, flags, monkeypatch
+):
+    monkeypatch.setenv("HOME", "/home/someone")
+    for flag in flags.split():
+        argv = [*needed.split(), flag]
+        value = vars(script.parse_args([*argv, "~/x"]))[flag[2:].replace("-", "_")]
+        assert value in ("/home/someone/x", ["/home/someone/x"])
+        refused(script.parse_args, [*argv, ""], said=f"argument {flag}: the name is empty")
+
+
 def test_a_batch_that_two_processes_cannot_share_is_refused(monkeypatch):
     monkeypatch.setattr(train_mlm, "PROCESSES", 2)
     said = "no multiple of --micro-batch-size 32 × 2 process"
@@ -2294,8 +2507,10 @@ LONGER = """--steps 40 --save-every 10 --log-every 7 --eval-every 20 --micro-bat
     --dropout 0.1 --bucket --resume"""
 
 
-def test_a_run_of_one_step_may_have_more_lengths_than_steps():
+def test_a_run_of_one_step_may_have_more_lengths_than_steps(capsys):
     pretrain("--steps 1 --save-every 5 --length-schedule 16:0.3 24:0.3 32:0.4")
+    unused = re.findall("rows of (.*) tokens get none of the 1 steps", capsys.readouterr().out)
+    assert unused == ["24", "32"]
     assert trained()[1][-1]["step"] == "1"
     assert Path("run/step-0000001").exists()
 
@@ -2325,8 +2540,15 @@ def test_of_a_run_that_is_overwritten_nothing_is_left(monkeypatch):
     assert {file.name for file in Path("run").iterdir()} == left
 
 
-@pytest.mark.parametrize("writer", ["write_tokens", "save_checkpoint"])
-def test_a_full_disk_is_explained_and_leaves_what_was_whole(writer, monkeypatch):
+FULL_DISKS = [  # who writes, the bytes that fit into a file, what is said
+    ("write_tokens", 20_000, r"\[Errno 27\] File too large"),
+    # the weights fit, the optimizer's state does not
+    ("save_checkpoint", 300_000, "cannot write run/step-0000006.partial/training.pt: is the disk"),
+]
+
+
+@pytest.mark.parametrize(("writer", "fits", "said"), FULL_DISKS)
+def test_a_full_disk_is_explained_and_leaves_what_was_whole(writer, fits, said, monkeypatch):
     """A limit on the size of files stands in for a full disk."""
     import resource
 
@@ -2338,14 +2560,14 @@ def test_a_full_disk_is_explained_and_leaves_what_was_whole(writer, monkeypatch)
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(*inputs):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fits, most))
         try:
             return write(*inputs)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     monkeypatch.setattr(train_mlm, writer, limited)
-    said = "(File too large|unexpected pos|failed writing).*\nFinished checkpoints .* are kept"
+    said = rf"^{said}.*\nFinished checkpoints \(in run\) and prepared text \(in cache\) are kept"
     refused(pretrain, f"{SHORT} --resume --cache cache", said=said)
 
     # its checkpoints are as they were
@@ -2494,6 +2716,28 @@ def test_processes_ask_each_other_for_signals_every_ten_steps_or_once_a_second(
     assert asked == steps and clock.step == steps[-1]
 
 
+@pytest.mark.parametrize("reader_stays", [True, False])
+def test_what_cannot_be_printed_ends_no_training(reader_stays):
+    """The terminal lacks a character, here ×; or the reader of a pipe has left (a full disk is as
+    good). The tokenizer's training prints by itself."""
+    reader, output = os.pipe()
+    if not reader_stays:
+        os.close(reader)
+    flags = arguments("--vocab-size 100 --cache cache --steps 1")
+    command = [sys.executable, str(ROOT / "train_mlm.py"), *flags]
+    terminal = os.environ | dict(PYTHONIOENCODING="ascii")
+    done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, env=terminal, text=True)
+    os.close(output)
+
+    assert MaBERTForMaskedLM.from_pretrained("run")
+    if reader_stays:
+        assert done.returncode == 0, done.stderr
+        assert "M parameters, on 1 ? " in open(reader).read()
+    else:
+        assert done.stderr.endswith("not all of it could be printed: [Errno 32] Broken pipe\n")
+        assert done.returncode == 1
+
+
 def test_a_second_ctrl_c_ends_at_once(monkeypatch):
     handlers = {}
     monkeypatch.setattr(train_mlm.signal, "signal", handlers.__setitem__)
@@ -2523,6 +2767,7 @@ def test_runs_on_the_same_text_share_a_trained_tokenizer_and_its_tokens(monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(train_mlm, "train_tokenizer", None)
         patch.setattr(train_mlm, "write_tokens", None)
+        patch.setattr(train_mlm, "make_cache_folder", None)  # the cache may be read-only
         pretrain(f"{flags} --out second")
     assert Path("second/tokenizer.json").read_text() == trained_one
     assert "trained on this text before" in capsys.readouterr().out
@@ -2601,6 +2846,27 @@ def test_a_young_run_that_was_stopped_starts_again(monkeypatch, capsys):
     assert Path("run/log.csv").exists()
     pretrain(f"{SHORT} --resume")
     assert "from step 0 on" in capsys.readouterr().out
+
+
+def test_links_to_checkpoints_are_removed_like_checkpoints():
+    pretrain(SHORT)
+    run = Path("run")
+    shutil.rmtree(run / "step-0000006")
+    (run / "step-0000002").rename("elsewhere")
+    (run / "step-0000002").symlink_to(Path("elsewhere").absolute())
+    (run / "step-0000006").symlink_to("nowhere")
+
+    # beyond --keep, and in the place of a new one
+    pretrain(f"{SHORT} --resume --keep 2")
+    assert checkpoints() == ["0000004", "0000006"]
+    assert not (run / "step-0000006").is_symlink()
+    assert Path("elsewhere/model.pt").exists()
+
+    # by --overwrite
+    (run / "step-0000002").symlink_to(Path("elsewhere").absolute())
+    pretrain("--steps 1 --overwrite")
+    assert checkpoints() == ["0000001"]
+    assert Path("elsewhere/model.pt").exists()
 
 
 def test_checkpoints_are_found_and_sorted_by_number():
@@ -3131,15 +3397,37 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(runs_of):
     assert [run["seed"] for run in runs] == [0, 1] and runs[0] == json.loads(before)
 
 
+OTHER_RESULTS = [  # what a result file says instead
+    dict(task="mrpc"),
+    dict(seed=1),
+    dict(settings={}),
+    dict(scores={}),
+    *(dict(scores=dict(CoLA=dict(matthews=score))) for score in (7, -7, math.nan, "0.5")),
+]
+
+
 def test_a_damaged_result_is_named_and_its_run_made_again(runs_of, capsys):
     assert runs_of("--seeds 1") == [0]
     (file,) = Path("out").glob("cola-*-seed0.json")
     before = file.read_bytes()
-    for damage in (before[:100], b"{}", b"[]", b"\xff"):
+    others = [json.dumps(json.loads(before) | other).encode() for other in OTHER_RESULTS]
+    for damage in (before[:100], b"{}", b"[]", b"\xff", *others):
         file.write_bytes(damage)
         assert runs_of("--seeds 1") == [0]
         assert f"{file} is damaged" in capsys.readouterr().out
         assert json.loads(file.read_text())["scores"] == json.loads(before)["scores"]
+
+
+def test_a_classifier_that_is_fine_tuned_again_is_named(runs_of, capsys):
+    save_model("classifier", Classifier)
+    for checkpoint, count in (("model", 0), ("classifier", 1)):
+        runs_of(f"--seeds 1 --checkpoint {checkpoint}")
+        assert capsys.readouterr().out.count("is a classifier: its head is kept") == count
+
+
+def test_a_full_disk_ends_a_sweep_in_one_line(runs_of, monkeypatch):
+    monkeypatch.setattr(torch, "save", raising(RuntimeError("unexpected pos 64 vs 0")))
+    refused(runs_of, "--save", said="^cannot go on: cannot write out/.*model.pt: is the disk full")
 
 
 def test_a_run_is_made_again_where_its_model_is_needed_and_was_not_saved(runs_of):
@@ -3437,7 +3725,9 @@ OWN_REFUSALS = [  # a file of own/, its contents, flags, what is said
     ("train", "w1\tlate\nw2\tlost\n", "", "own/train.tsv, line 1: the columns are w1, late; there"),
     ("train", "label\tidx\nlate\t0\n", "", "own/train.tsv, line 1: .* one or two of text"),
     ("train", "a\tb\tc\tlabel\n1\t2\t3\tlate\n", "", "train.tsv, line 1: .* are a, b, c, label"),
-    ("train", OWN[:18], "", "own/train.tsv has one label only, late"),
+    ("train", "text\tlabel\tlabel\n", "", "train.tsv, line 1: .* text, label, label; .* different"),
+    ("train", OWN[:18], "", "own/train.tsv has too few different labels: late"),
+    ("train", "text\tlabel\nw1\t \n", "", "own/train.tsv has too few different labels: none"),
     ("train", OWN + "w3\t \n", "", "own/train.tsv, line 4: label ' '; expected late, lost "),
     ("train", OWN + " \tlate\n", "", "own/train.tsv, line 4: text is ' ', no sentence"),
     ("train", OWN + "w3\tw4\tlate\n", "", "own/train.tsv, line 4: 3 columns instead of 2"),
@@ -3523,8 +3813,8 @@ def test_own_labels_are_learned_from_end_to_end(capsys):
     assert header == "index\tprediction" and right >= 14
 
     # so does what the saved model answers
-    [folder] = (path for path in Path("out").glob("own-*-seed0") if path.is_dir())
-    mabert.main([str(folder), "w7 w1 w9"])
+    [folder] = re.findall('(?m)^try the last model: python mabert.py (.*) "text"$', printed)
+    mabert.main([folder, "w7 w1 w9"])
     answer = dict(line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert list(answer) == ["7", "müde", "parcel late"] and max(answer, key=answer.get) == "müde"
 
@@ -3710,7 +4000,8 @@ def test_step_covers_all_of_a_training_step_and_writes_nothing_here(tokenizer, c
     assert sorted(Path.cwd().rglob("*")) == before
 
     # a section for each row length
-    sections = capsys.readouterr().out.split("\nrows of ")[1:]
+    printed = capsys.readouterr().out
+    sections = printed.split("\nrows of ")[1:]
     assert [section.split()[0] for section in sections] == ["16", "32"]
     kinds = ("M layers", "W layers", "H layers", "T layers", "rest")
     kinds = {f"{way}, {kind}" for way in ("forward", "backward") for kind in kinds}
@@ -3723,6 +4014,23 @@ def test_step_covers_all_of_a_training_step_and_writes_nothing_here(tokenizer, c
         assert parts.keys() == kinds | {"waiting for data", "optimizer"}
         assert sum(parts.values()) == pytest.approx(100, abs=0.7)
         assert parts["forward, M layers"] > 1
+
+    # steps of 16 tokens, then of 32, as the schedule has them
+    first, second = (float(x) for x in re.findall(r"tokens: ([\d.]+) s a step", printed))
+    hours = float(re.search(r"100,000 steps .* take ([\d.]+) hours", printed)[1])
+    assert hours * 3600 == pytest.approx(1e5 * (0.75 * first + 0.25 * second), abs=300)
+
+
+@pytest.mark.parametrize("gpu, said", [
+    ("NVIDIA H100 80GB HBM3", " (20% of its peak)"),
+    ("NVIDIA H100 PCIe", ""),  # slower
+    ("NVIDIA H200", " (20% of its peak)"),
+    ("NVIDIA A100-SXM4-80GB", " (63% of its peak)"),
+    ("NVIDIA GeForce RTX 4090", " (120% of its peak)"),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", ""),
+])  # fmt: skip
+def test_a_known_gpu_has_a_peak(gpu, said):
+    assert bench.share_of_peak(198, gpu) == said
 
 
 def test_the_marks_of_a_step_follow_its_micro_batches():
@@ -4285,12 +4593,15 @@ REFUSALS = [
     ("mabert USER/NAME w1", "USER/NAME/config.json is missing: give a local folder"),
     ("mabert model w1", r"^mabert.py: .*tokenizer.json is missing or damaged: [^\n]*$",
      {MODEL: "{"}),
-    ("mabert model w1", "^mabert.py: model/labels.json: 1 names for 2 classes ",
+    ("mabert model w1", "^mabert.py: model/labels.json: it must be a list of 2 names",
      {"model/labels.json": '["late"]'}),
     ("mabert model w1", "^mabert.py: model/labels.json: Expecting",
      {"model/labels.json": '["late" "lost"]'}),
     (f"mabert model '{'w1 ' * 31}'",
      r"^mabert.py: a row has 33 real tokens; max_position is 32[^\n]*$"),
+    ("mabert model w1", r"^mabert.py: backend='triton' cannot run here [^\n]*$",
+     {"model/config.json": lambda x: x.replace(b'backend": null', b'backend": "triton"')}),
+    ("train --seed 18446744073709551616", "--seed: 18446744073709551616 must be"),
     ("train --length-schedule 128:0.9 512:0.2", "sum to 1"),
     ("train --length-schedule 4:1", "4 must be finite and in"),
     ("train --length-schedule 128", "invalid length_share value: '128'"),
@@ -4311,6 +4622,7 @@ REFUSALS = [
     ("train --data nowhere", "nowhere is or has no"),
     ("train --data a.md", r"a.md is or has no", {"a.md": "one"}),
     ("train --data .a", "is or has no", {".a/.b/c.txt": "one"}),
+    ("train --data a --out a", "a is or has no", {"a/a.txt": "one"}),
     ("train --data a.txt", r"too short: 100 tokens give \d+ training rows",
      {"a.txt": "the cat sees a dog\n" * 20}),
     ("train --data a.txt", "the corpus is empty", {"a.txt": "\n \n"}),
@@ -4348,8 +4660,8 @@ REFUSALS = [
      {"words.json": lambda x: json.dumps(json.loads(x) | dict(pre_tokenizer=None))}),
     ("glue --tasks colla", "invalid choice: 'colla'.*cola"),
     ("glue --checkpoint nowhere", "nowhere.config.json"),
-    ("glue --tasks own cola", "--tasks own is a command of its own and needs --data-dir"),
-    ("glue --tasks own all", "--tasks own is a command of its own"),
+    ("glue --tasks own cola", "--tasks own stands alone and needs --data-dir"),
+    ("glue --tasks own all", "--tasks own stands alone"),
     ("glue --regression", "--regression is for --tasks own"),
     ("glue --ablation --psm none", "--ablation chooses the PSM"),
     ("glue --ablation --pooling cls", "--pooling: not allowed with argument --ablation"),

@@ -44,6 +44,7 @@ import errno
 import functools
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -82,11 +83,19 @@ from tokenizers import (
     processors,
     trainers,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from mabert import PSM_STAGES, MaBERTConfig, MaBERTForMaskedLM, PretrainedModel, torch_load
+from mabert import (
+    PSM_STAGES,
+    MaBERTConfig,
+    MaBERTForMaskedLM,
+    PretrainedModel,
+    torch_load,
+    torch_save,
+)
 
 # torchrun tells each of its processes which one it is
 RANK = int(os.environ.get("RANK", 0))
@@ -107,7 +116,7 @@ MAX_VOCAB = 65_535  # token ids are stored as uint16
 # Flags that are fields of MaBERTConfig, of the same name and type
 MODEL = ("pattern", "hidden_size", "num_heads", "intermediate_size", "d_state", "dropout")
 
-# What a run with --init takes from that folder; of these flags only --dropout may stand beside it
+# Flags that are refused beside --init, all but --dropout: the model and tokenizer are there already
 SET_BY_INIT = ("demo", "tokenizer", "vocab_size", *MODEL, "psm", "causal_conv")
 
 # The paper's model and protocol in small; the flags not named here keep their defaults
@@ -132,6 +141,7 @@ DEMO = dict(
     warmup_steps=100,
     eval_every=200,
     log_every=25,
+    compile=False,
 )
 
 
@@ -146,6 +156,13 @@ def bounded(number_type: type, low: float, high: float = math.inf):
 
     parse.__name__ = number_type.__name__  # argparse's messages have it: invalid int value
     return parse
+
+
+def path_name(text: str) -> str:
+    """A type for argparse: a path. A ~ at its start becomes the home folder, also in quotes."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return os.path.expanduser(text)
 
 
 def psm_stages(text: str) -> tuple[str, ...]:
@@ -174,12 +191,12 @@ def add_flags_of_the_run(parser: argparse.ArgumentParser):
     # its folder
     positive = bounded(int, 1)
     group = parser.add_argument_group("the run")
-    group.add_argument("--out", default="out/mlm", help="the run's folder")
+    group.add_argument("--out", type=path_name, default="out/mlm", help="the run's folder")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true",
         help="go on after the newest checkpoint in --out, if there is one")
     either.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
-    group.add_argument("--seed", type=bounded(int, 0), default=0,
+    group.add_argument("--seed", type=bounded(int, 0, 2**64), default=0,
         help="of weights, order, masks and dropout")
 
     # how often something is written
@@ -199,7 +216,7 @@ def add_flags_of_the_text(parser: argparse.ArgumentParser):
     either = group.add_mutually_exclusive_group()
     either.add_argument("--demo", action="store_true",
         help="a small model on text that every Python carries; replaces out/demo")
-    either.add_argument("--data", nargs="+", metavar="PATH",
+    either.add_argument("--data", nargs="+", type=path_name, metavar="PATH",
         help=".txt files, or .json, .jsonl, .parquet with a column 'text', or folders of them; "
         "without it English Wikipedia and BookCorpus from the hub")
     group.add_argument("--sample-by", choices=("document", "paragraph", "line"), default="document",
@@ -207,18 +224,18 @@ def add_flags_of_the_text(parser: argparse.ArgumentParser):
 
     # its tokens
     either = group.add_mutually_exclusive_group()
-    either.add_argument("--tokenizer",
+    either.add_argument("--tokenizer", type=path_name,
         help=f"a tokenizer.json or a name on the hub; without --vocab-size, {HUB_TOKENIZER}")
     either.add_argument("--vocab-size", type=bounded(int, 100, MAX_VOCAB + 1),
         help="train a tokenizer of so many pieces on the text")
-    group.add_argument("--cache", default=default_cache(), metavar="FOLDER",
+    group.add_argument("--cache", type=path_name, default=default_cache(), metavar="FOLDER",
         help="where token ids are kept, two bytes each, for the next runs on the same text")
 
 
 def add_flags_of_the_model(parser: argparse.ArgumentParser):
     defaults = MaBERTConfig()
     group = parser.add_argument_group("model")
-    group.add_argument("--init", metavar="FOLDER",
+    group.add_argument("--init", type=path_name, metavar="FOLDER",
         help="start from a trained model, or a step of a run: its fields, weights and tokenizer; "
         "positions are stretched to the longest row. Only --dropout may change a field")
 
@@ -263,7 +280,9 @@ def add_flags_of_training(parser: argparse.ArgumentParser):
         help="rows of like length together, from 32 batches at a time: less padding")
     group.add_argument("--activation-checkpointing", action="store_true",
         help="less memory, more time, the same weights")
-    group.add_argument("--compile", action="store_true", help="torch.compile the encoder")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="torch.compile the model, which takes minutes at first; by default on a GPU")
 # fmt: on
 
 
@@ -284,7 +303,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
 
-    # with --init these flags are None, unless they stand beside it
+    # With --init, parse again with None as the default of these flags: what is not None was given.
     if args.init:
         parser.set_defaults(**dict.fromkeys(SET_BY_INIT))
         args = parser.parse_args(argv)
@@ -359,7 +378,7 @@ def text_sources(args: argparse.Namespace) -> list[Source]:
     if args.demo:
         return [demo_source()]
     if args.data:
-        return file_sources(find_files(args.data), args.sample_by)
+        return file_sources(find_files(args.data, args.out), args.sample_by)
     return hub_sources()
 
 
@@ -422,7 +441,7 @@ def hub_sources() -> list[Source]:
         except Exception as error:  # of many kinds, most with the reason one level down
             error = error.__cause__ or error
             if getattr(error, "errno", None) == errno.ENOSPC:
-                raise error from None
+                raise error from None  # `explain` knows what to say
             raise SystemExit(f"cannot load {name}: {error!r}\n{WITHOUT_HUB}") from error
         size = corpus.data.nbytes
         key = f"{name} {config} {len(corpus)} {size}"
@@ -433,13 +452,13 @@ def hub_sources() -> list[Source]:
 # Files
 
 
-def find_files(paths: list[str]) -> list[Path]:
+def find_files(paths: list[str], out: str) -> list[Path]:
     """The files that --data names, each once; SystemExit where a path has none."""
     files = {}  # real path -> path as given: a file may be named twice, or linked
     unread = 0
     for path in map(Path, paths):
         # all that is there, and what of that we read
-        candidates = [path] if path.is_file() else sorted(files_below(path))
+        candidates = [path] if path.is_file() else sorted(files_below(path, out))
         readable = [file for file in candidates if is_readable(file)]
         unread += len(candidates) - len(readable)
         if not readable:
@@ -462,13 +481,20 @@ def is_readable(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES and file.is_file() and file.stat().st_size > 0
 
 
-def files_below(path: Path) -> Iterator[Path]:
-    """All files of a folder and its sub-folders, linked ones too, but nothing that is hidden."""
+def files_below(path: Path, out: str) -> Iterator[Path]:
+    """All files of a folder and its sub-folders, linked ones too, but nothing that is hidden.
+
+    The run's own folder, --out, is left out.
+    """
     visited = set()
     for folder, subfolders, names in os.walk(path, followlinks=True):
-        # a link may lead back to where we come from
         place = os.path.realpath(folder)
-        if place in visited:
+        is_out = place == os.path.realpath(out)
+        if is_out:
+            print(f"text: {folder} is not read, since it is --out")
+
+        # a link may lead back to where we come from
+        if is_out or place in visited:
             subfolders.clear()
             continue
         visited.add(place)
@@ -1195,24 +1221,24 @@ def batches_ahead(
 # ---- What training reads, and the held-out loss ----
 
 
-class Given(NamedTuple):
-    """What --init gives."""
+class InitialModel(NamedTuple):
+    """What a run with --init starts from."""
 
     model: MaBERTForMaskedLM
     tokenizer: Tokenizer
-    digest: str  # of the weights as they were given, before any training
+    digest: str  # of its model.pt, which is part of the run's identity
 
 
-def read_given(args: argparse.Namespace, checkpoint: Path | None) -> Given | None:
+def load_initial_model(args: argparse.Namespace, checkpoint: Path | None) -> InitialModel | None:
     """The model of --init, with positions for the longest rows; None without --init.
 
-    A folder that is gone is needed no longer once there is a checkpoint, which has its fields, its
-    tokenizer and its digest, and newer weights.
+    If that folder is gone, the checkpoint to resume from stands in for it: it has the same fields
+    and tokenizer, the digest, and newer weights. SystemExit where the folder cannot be used.
     """
     if not args.init:
         return None
 
-    # where from
+    # the folder to read
     folder = Path(args.init)
     digest = None
     if checkpoint and not folder.exists():
@@ -1246,17 +1272,17 @@ def read_given(args: argparse.Namespace, checkpoint: Path | None) -> Given | Non
         model.encoder.resize_positions(longest)
         print(f"{folder}: its {positions} positions are stretched to {longest}")
 
-    # the digest, unless the checkpoint knows it
+    # the digest, unless the checkpoint had it
     if digest is None:
         content = (folder / "model.pt").read_bytes()
         digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-    return Given(model, tokenizer, digest)
+    return InitialModel(model, tokenizer, digest)
 
 
 class Data(NamedTuple):
     """What training reads."""
 
-    given: Given | None  # with --init
+    initial: InitialModel | None  # with --init
     config: MaBERTConfig  # of the model
     tokenizer: Tokenizer
     vocabulary: Vocabulary
@@ -1274,11 +1300,14 @@ def prepare(args: argparse.Namespace, checkpoint: Path | None = None) -> Data:
     then read the same.
     """
     # tokenizer and tokens
-    given = read_given(args, checkpoint)
+    initial = load_initial_model(args, checkpoint)
     prepared = None
     if RANK == 0:
         sources = text_sources(args)
-        tokenizer = given.tokenizer if given else choose_tokenizer(args, sources, checkpoint)
+        if initial:
+            tokenizer = initial.tokenizer
+        else:
+            tokenizer = choose_tokenizer(args, sources, checkpoint)
         prepared = tokenizer.to_str(), token_folder(args, sources, tokenizer)
     tokenizer_json, folder = gathered(prepared)[0]  # the others wait here for the first
     tokenizer = in_our_form(Tokenizer.from_str(tokenizer_json))
@@ -1286,8 +1315,8 @@ def prepare(args: argparse.Namespace, checkpoint: Path | None = None) -> Data:
 
     # the model's config
     vocabulary = special_ids(tokenizer)
-    if given:
-        config = given.model.config
+    if initial:
+        config = initial.model.config
     else:
         config = model_config(args, vocabulary_size(tokenizer), vocabulary.pad)
 
@@ -1308,7 +1337,7 @@ def prepare(args: argparse.Namespace, checkpoint: Path | None = None) -> Data:
     baselines = guessing_losses(tokens, held, held_out[2], vocabulary)
     print(f"held-out loss on {len(held_out[0])} rows of {len(held_rows)}")
     return Data(
-        given=given,
+        initial=initial,
         config=config,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
@@ -1330,6 +1359,8 @@ def rows_of_phases(
         # in a short run too, each length but the last gets a step at least
         first_step = max(round(begin), phases[-1].first_step + 1) if phases else 0
         phases.append(Phase(first_step, Rows(tokens, segments, length, vocabulary)))
+        if first_step >= args.steps:
+            print(f"rows of {length} tokens get none of the {args.steps} steps")
         begin += share * args.steps
     return phases
 
@@ -1366,9 +1397,24 @@ def guessing_losses(
     return float(by_frequency), by_chance
 
 
+# PyTorch's kernels for attention, in the order in which they are tried; one that does not take a
+# mask is passed over
+ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+@contextlib.contextmanager
 def autocast(device: torch.device):
-    """bf16 on a GPU, nothing elsewhere."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    """On a GPU bf16, and the first of the kernels above that can run; nothing elsewhere."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.autocast("cuda", dtype=torch.bfloat16), sdpa_kernel(ATTENTION, set_priority=True):
+        yield
 
 
 @torch.no_grad()
@@ -1386,7 +1432,7 @@ def held_out_loss(model: MaBERTForMaskedLM, data: Data, micro_batch_size: int) -
             total += model(inputs, real, labels=labels, reduction="sum").loss.item()
     model.train()
 
-    # and divide by the number of masked tokens
+    # the mean, if it is finite
     if not math.isfinite(total):
         raise SystemExit(f"the held-out loss is {total}: a lower --lr or more --warmup-steps helps")
     return total / (data.held_out[2] != IGNORED).sum()
@@ -1464,7 +1510,7 @@ def identity_of(args: argparse.Namespace, data: Data) -> dict:
     """All that a run is a function of; a checkpoint of another run cannot be resumed."""
     # the model and its training
     identity = dataclasses.asdict(data.config)
-    identity["init"] = data.given and data.given.digest
+    identity["init"] = data.initial and data.initial.digest
     identity |= {name: getattr(args, name) for name in IDENTITY}
 
     # the tokenizer and the text
@@ -1485,8 +1531,8 @@ def save_checkpoint(
     try:
         model.save_pretrained(partial)
         write_atomically(partial / "tokenizer.json", tokenizer.to_str(pretty=True))
-        torch.save(training, partial / "training.pt")
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, if any
+        torch_save(training, partial / "training.pt")
+        remove(folder)  # a damaged one, if any
         os.replace(partial, folder)
     finally:
         # what an error leaves would fill the disk for nothing
@@ -1495,7 +1541,15 @@ def save_checkpoint(
     # later checkpoints are damaged, or the run would not be here: they do not count
     written = [old for old in step_folders(out) if step_of(old) <= step]
     for old in written[:-keep]:
-        shutil.rmtree(old)
+        remove(old)
+
+
+def remove(path: Path):
+    """Removes a folder, a file or a link, if it is there; what a link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def step_folders(out: Path) -> list[Path]:
@@ -1627,7 +1681,7 @@ def make_model(
 
     # the same weights in every process
     torch.manual_seed(args.seed)
-    model = data.given.model if data.given else MaBERTForMaskedLM(data.config)
+    model = data.initial.model if data.initial else MaBERTForMaskedLM(data.config)
     model = model.to(device)
 
     # what changes the cost alone
@@ -1636,14 +1690,38 @@ def make_model(
             layer.forward = functools.partial(
                 torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False
             )
-    if args.compile:
-        model.encoder.compile()
 
     # say what will run
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{data.config.pattern}, {parameters / 1e6:.1f} M parameters, on {PROCESSES} × {device}")
+
+    # compile and share it
+    if args.compile:
+        compile_model(model, args)
     shared = DistributedDataParallel(model) if PROCESSES > 1 else model
     return model, shared, make_optimizer(model, args.weight_decay)
+
+
+def compile_model(model: MaBERTForMaskedLM, args: argparse.Namespace):
+    """Compiles the encoder, and the head with its loss; where that fails, the model stays as it is.
+
+    Batches of all sizes and lengths share a graph, but for those of a single row.
+    """
+    print("compiling the model takes minutes; --no-compile does without", flush=True)
+    model.encoder.compile(dynamic=True)
+    model.loss_and_logits = torch.compile(model.loss_and_logits, dynamic=True)
+
+    # the first call compiles
+    try:
+        rehearse(model, args)
+    except Exception as error:  # a compiler may lack anything, and fail in any way
+        if is_out_of_memory(error):
+            raise
+        reason = textwrap.shorten(str(error), 300)
+        print(f"compiling failed, so the model runs without it: {reason}")
+        model.encoder.compile(disable=True)
+        del model.loss_and_logits  # the class's method is back
+        model.zero_grad()
 
 
 def train_step(
@@ -1832,7 +1910,7 @@ def train(args: argparse.Namespace, data: Data, out: Path, identity: dict, check
     if torch.cuda.is_available():
         rehearse(model, args)
 
-    # only now does --out hold a run: a model that cannot be built leaves just a tokenizer there
+    # from here on --out counts as a run; before, it has just a tokenizer
     if RANK == 0:
         write_atomically(out / "args.json", json.dumps(vars(args), indent=2) + "\n")
 
@@ -1919,7 +1997,8 @@ def finish(
 
     # what the model can do, and where it is
     print("Held-out text, a word masked:")
-    show_guesses(model, data)
+    with torch.compiler.set_stance("force_eager"):  # five texts are not worth compiling for
+        show_guesses(model, data)
     curve = draw_curve(out, log)
     print(f"\nThe model is in {out}, its curve in {curve}. Try it:")
     print(f'  python mabert.py {out} "text with a [MASK]"')
@@ -2029,7 +2108,7 @@ def run_in(out: Path, args: argparse.Namespace, replaced: list[Path]):
     # everything is there: what an old run has left can go
     if RANK == 0:
         for path in [*replaced, *out.glob("step-[0-9]*.partial")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
         write_atomically(out / "tokenizer.json", data.tokenizer.to_str(pretty=True))
 
     # train
@@ -2067,12 +2146,12 @@ def explain(error: Exception, args: argparse.Namespace) -> str | None:
             f"\n{message}"
         )
 
-    # the disk; where it is full, torch.save does not say so
-    is_saving = re.search("iostream|StreamWriter|inline_container", message)
-    if is_saving:
-        message += "\nIs the disk full?"
-    if is_saving or isinstance(error, OSError):
-        return f"{message}\nFinished checkpoints and prepared text are kept; --resume goes on"
+    # the disk
+    if isinstance(error, OSError):
+        return (
+            f"{message}\nFinished checkpoints (in {args.out}) and prepared text (in {args.cache}) "
+            "are kept; --resume goes on"
+        )
 
     # the connection between processes
     if PROCESSES > 1 and "gloo" in message:
@@ -2133,5 +2212,40 @@ def describe_machine(device: str | None = None) -> str:
     return ", ".join(parts)
 
 
-if __name__ == "__main__":
+class Stdout(io.FileIO):
+    """Standard output on which a failed write raises nothing, but is kept in `error`.
+
+    A full disk, or a reader that has ended (`| head`), must not stop a training.
+    """
+
+    error = None
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            return len(data)
+
+
+def run_program(main: Callable[[list[str]], None]):
+    """Calls main with the command's arguments.
+
+    Characters that the terminal lacks become question marks. If something could not be printed,
+    SystemExit at the end says why.
+    """
+    if None in (sys.stdout, sys.stderr):  # closed
+        return main(sys.argv[1:])
+    raw = Stdout(os.dup(1), "w")
+    options = dict(encoding=sys.stdout.encoding, errors="replace", line_buffering=True)
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), **options)
+    os.dup2(
+        2, 1
+    )  # `tokenizers` writes there by itself, and panics if that fails: let it use stderr
     main(sys.argv[1:])
+    if raw.error:
+        raise SystemExit(f"all is done, but not all of it could be printed: {raw.error}")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -28,7 +28,7 @@ from .mabert import (
 class HFMaBERTConfig(PretrainedConfig):
     """The fields of MaBERTConfig, beside those that every config of transformers has.
 
-    As there, num_labels is the number of names in id2label.
+    As in transformers, num_labels is the number of names in id2label.
     """
 
     model_type = "mabert"
@@ -51,13 +51,13 @@ class HFPreTrainedMaBERT(PreTrainedModel):
     accepts_loss_kwargs = False  # the losses are means: Trainer divides them by accumulated steps
 
     def _init_weights(self, module: nn.Module):
-        """Initial weights of a head that is not in the folder, the same as in mabert.py.
+        """Initialises a head that the folder lacks, as mabert.py does.
 
-        The encoder is in every folder; where there is none, it has been initialised by mabert.py.
+        The encoder's modules are left alone: mabert.py has initialised them, or they are loaded.
         """
         if module not in set(self.encoder.modules()):
             super()._init_weights(module)  # normal(0, 0.02), biases 0
-        if isinstance(module, HFMaBERTForMaskedLM):
+        if isinstance(module, HFMaBERTForMaskedLM):  # a parameter of its own, in no module below
             nn.init.zeros_(module.decoder_bias)
 
 
@@ -104,6 +104,7 @@ class HFMaBERTForMaskedLM(HFPreTrainedMaBERT):
     ) -> MaskedLMOutput:
         refuse(others)
         x = self.encoder(input_ids, attention_mask, token_type_ids)  # (b, l, h)
+        # mabert.py's method on this object, which has the same modules
         logits = MaBERTForMaskedLM.predict(self, x)  # (b, l, vocab)
         if labels is None:
             return MaskedLMOutput(logits=logits)
@@ -137,6 +138,7 @@ class HFMaBERTForSequenceClassification(HFPreTrainedMaBERT):
         self, input_ids, attention_mask=None, token_type_ids=None, labels=None, **others
     ) -> SequenceClassifierOutput:
         refuse(others)
+        # mabert.py's method on this object, which has the same modules
         inputs = (input_ids, attention_mask, token_type_ids, labels)
         loss, logits = MaBERTForSequenceClassification.forward(self, *inputs)
         return SequenceClassifierOutput(loss=loss, logits=logits)

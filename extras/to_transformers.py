@@ -1,16 +1,17 @@
 """Writes a trained model as a folder that Hugging Face's transformers reads.
 
-    python extras/to_transformers.py out/mlm out/mlm_hf
+    python extras/to_transformers.py FOLDER OUT   # such as out/mlm out/mlm_hf
 
-OUT then holds config.json, model.safetensors, the tokenizer, and the code: mabert.py and, around
-it, modeling_mabert.py. With trust_remote_code=True, transformers reads the model from there, or
-from the hub once OUT has been uploaded:
+FOLDER was written by train_mlm.py, or by finetune_glue.py --save. OUT will hold config.json,
+model.safetensors, the tokenizer, and the code: mabert.py and, around it, modeling_mabert.py. With
+trust_remote_code=True, transformers reads the model from there, or from the hub once OUT has been
+uploaded:
 
     AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification .from_pretrained(OUT, ...)
     pipeline("fill-mask", model=OUT, ...)
 
 Whatever the head in FOLDER, each of the three classes reads OUT: the encoder comes along, and a
-head that is not there is new.
+head that is not there is new. Needs `pip install transformers`.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from safetensors.torch import save
 import mabert
 import train_mlm
 
-CLASSES = {  # of transformers, and of modeling_mabert.py
+CLASSES = {  # a class of transformers: ours, in modeling_mabert.py
     "AutoConfig": "HFMaBERTConfig",
     "AutoModel": "HFMaBERT",
     "AutoModelForMaskedLM": "HFMaBERTForMaskedLM",
@@ -63,8 +64,8 @@ def main(argv: list[str] | None = None):
     # the model; a bare encoder's weights have "encoder." before their names too
     auto_class = AUTO_CLASSES[type(model)]
     weights = model.state_dict(prefix="encoder." if auto_class == "AutoModel" else "")
-    file = args.out / "model.safetensors"
-    file.write_bytes(save(weights, metadata={"format": "pt"}))
+    safetensors = save(weights, metadata={"format": "pt"})
+    (args.out / "model.safetensors").write_bytes(safetensors)
     write_json(args.out / "config.json", config_fields(model.config, auto_class, names))
 
     # the tokenizer

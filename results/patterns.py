@@ -48,7 +48,7 @@ TOKENS = 2048  # of a step, in rows of --length
 # flags of all models
 VOCAB_SIZE = "4096"
 SMALL = """--hidden-size 64 --num-heads 4 --intermediate-size 256 --d-state 8 --dropout 0 --lr 2e-3
-    --warmup-steps 100""".split()
+    --warmup-steps 100 --no-compile""".split()
 
 
 # ---- The runs ----
