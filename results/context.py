@@ -105,9 +105,9 @@ class Run(NamedTuple):
 
 def books_to_train_on(args) -> list[str]:
     """Flags of train_mlm.py: the books that are not held out."""
-    held_out = {file.resolve() for file in map(Path, args.held_out)}
+    held_out = {Path(file).resolve(strict=True) for file in args.held_out}  # or an error
     with contextlib.redirect_stdout(sys.stderr):
-        files = train_mlm.find_files(args.data)
+        files = train_mlm.find_files(args.data, args.out)
     return ["--data", *(str(file) for file in files if file.resolve() not in held_out)]
 
 
