@@ -4223,11 +4223,12 @@ def test_efficiency_compiles_every_model_and_never_falls_back(small_peers, monke
 @pytest.fixture
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "results")
+    import context
     import patterns
     import recall
     import study
 
-    return types.SimpleNamespace(patterns=patterns, recall=recall, study=study)
+    return types.SimpleNamespace(context=context, patterns=patterns, recall=recall, study=study)
 
 
 @pytest.fixture
@@ -4250,7 +4251,8 @@ def small_pretrainings(scripts, monkeypatch):
     # of this script alone: matplotlib runs programs of its own
     run_alone = types.SimpleNamespace(run=run_here)
     monkeypatch.setattr(scripts.patterns, "subprocess", run_alone)
-    monkeypatch.setattr(scripts.patterns, "ThreadPoolExecutor", lambda jobs: ThreadPoolExecutor(1))
+    for script in (scripts.patterns, scripts.context):
+        monkeypatch.setattr(script, "ThreadPoolExecutor", lambda jobs: ThreadPoolExecutor(1))
     monkeypatch.setattr(train_mlm.signal, "signal", lambda *_: None)  # not of a thread's concern
 
 
@@ -4438,6 +4440,131 @@ def test_recall_reads_finished_runs_and_draws_their_means(scripts, capsys, monke
     # again, without training
     monkeypatch.setattr(scripts.recall, "train_recall", None)
     scripts.recall.main(command)
+    assert capsys.readouterr().out == page
+
+
+@pytest.fixture
+def context(scripts, monkeypatch):
+    """results/context.py with short rows."""
+    lengths = (32, 64, 128)
+    windows = {length: 31 * length // 32 for length in lengths}
+    changes = dict(SHORT=64, LENGTHS=lengths, WINDOWS=windows, CONTEXT=(0, 1, 31))
+    for name, value in changes.items():
+        monkeypatch.setattr(scripts.context, name, value)
+    return scripts.context
+
+
+def test_rows_of_all_lengths_have_the_same_tokens_masked(context):
+    texts = ["".join(f"w{i % n} " for i in range(700)) for n in (7, 11)]
+    tokenizer = train_mlm.train_tokenizer(iter(texts), 100)
+    for name, text in zip("ab", texts):
+        put(f"{name}.txt", text)
+    book = context.mask_books(["a.txt", "b.txt"], tokenizer)
+    assert 0.1 < (book.labels != train_mlm.IGNORED).mean() < 0.2
+
+    # below the masks is the text, in blocks of a book each
+    blocks = []
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        blocks += [ids[i : i + 124] for i in range(0, len(ids) - 123, 124)]
+    unmasked = np.where(book.labels == train_mlm.IGNORED, book.ids, book.labels)
+    assert unmasked.tolist() == blocks
+
+    # rows of every length have the same tokens between [CLS] and [SEP]
+    for block, (length, window) in itertools.product(range(len(blocks)), context.WINDOWS.items()):
+        ids, labels = context.cut_block(book, block, window)
+        assert ids.shape == labels.shape == (128 // length, window + 2)
+        assert ids[:, 1:-1].flatten().tolist() == book.ids[block].tolist()
+        assert labels[:, 1:-1].flatten().tolist() == book.labels[block].tolist()
+        assert ids[:, 0].eq(book.vocabulary.cls).all() and ids[:, -1].eq(book.vocabulary.sep).all()
+        assert labels[:, [0, -1]].eq(train_mlm.IGNORED).all()
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("stretched", [0, 0.4, 0.8, 1.2, 1.6, 2]),
+        ("repeated", [0, 1, 2, 0, 1, 2]),
+        ("clamped", [0, 1, 2, 2, 2, 2]),
+    ],
+)
+def test_positions_are_lengthened_from_those_that_were_trained(how, expected, context):
+    encoder = MaBERT(tiny("T", max_position=3))
+    trained = encoder.position_embeddings
+    trained.weight.data = torch.arange(3.0)[:, None].repeat(1, 16)
+    for length in (9, 6):
+        context.lengthen_positions(encoder, trained, length, how)
+    assert encoder.position_embeddings.weight[:, 0].tolist() == pytest.approx(expected)
+    encoder(torch.ones(1, 6, dtype=torch.long))  # rows of six are allowed now
+
+    # shorter rows are read as in training
+    context.lengthen_positions(encoder, trained, 2, how)
+    assert encoder.position_embeddings is trained
+
+
+def test_context_is_counted_within_the_short_row(context):
+    labels = np.zeros((2, 124), int)  # all are masked
+    book = context.Book(labels, labels, None)
+    places = torch.arange(124).repeat(2)
+
+    # the loss is the context on the side on which a longer row has more of it
+    is_right_half = places // 31 % 2 == 1
+    short = torch.where(is_right_half, places % 31, 30 - places % 31)
+    losses = {("stretched", 32): short, ("stretched", 64): short + 1}
+    table = context.context_table({"T": [losses, losses]}, book)
+    assert table.split("\n")[0] == "| tokens on that side | 0 | 1 to 30 |"
+    for side in ("left", "right"):
+        assert f"| T, {side} | 0.00 → 1.00 | 15.50 → 16.50 |" in table  # the mean of 1 to 30
+
+
+def test_context_reads_a_book_that_was_not_trained_on(
+    context, small_pretrainings, capsys, monkeypatch
+):
+    pytest.importorskip("matplotlib")
+    trainings = {}
+    for how in ("128", "128, 16,000 steps", "128 + 300 steps of 1,024"):
+        flags = f"--length-schedule {64 if how == '128' else 128}:1 --batch-size 4 --steps 5"
+        trainings[how] = context.TRAININGS[how]._replace(units=("MT",), flags=flags)
+    changes = dict(TRAININGS=trainings, twelve_layers=lambda unit: unit)
+    for name, value in changes.items():
+        monkeypatch.setattr(context, name, value)
+    put("texts/a.txt", Path("text.txt").read_bytes())
+    put("texts/b.txt", "w1 w2 w3 w4 " * 200)
+    command = "--data texts --held-out texts/b.txt --seeds 2 --out runs".split()
+    context.main(command)
+    page = capsys.readouterr().out
+    assert Path("runs/context.md").read_text() + "\n" == page and is_png("runs/context.png")
+
+    # what the runs have read, and what those that go on began with
+    settings = context.patterns.read_settings(Path("runs/MT-128-and-300-steps-of-1024-seed1"))
+    assert settings.data == ["texts/a.txt"]
+    assert (settings.init, settings.seed) == ("runs/MT-128-seed1", 1)
+    assert len(list(Path("runs").glob("*-seed1"))) == 2  # the long training has one seed
+
+    # the losses are those of the models
+    tokenizer = train_mlm.load_tokenizer("runs/tokenizer/tokenizer.json")
+    book = context.mask_books(["texts/b.txt"], tokenizer)
+    losses = []
+    for seed in (0, 1):
+        model = MaBERTForMaskedLM.from_pretrained(f"runs/MT-128-seed{seed}")
+        model.encoder.resize_positions(126)
+        rows = [context.cut_block(book, block, 124) for block in range(len(book.ids))]
+        ids, labels = map(torch.cat, zip(*rows))
+        losses.append(model(ids, labels=labels).loss.item())
+    line = next(line for line in page.split("\n") if line.startswith("| MT, 128 |"))
+    assert line.split(" | ")[3] == f"{context.mean_and_deviation(losses)} |"
+
+    # and so is the change in longer rows
+    name = "MT, 128"
+    runs = [context.read_books(Path(f"runs/MT-128-seed{seed}"), book) for seed in (0, 1)]
+    changes = [run["stretched", 128] - run["stretched", 64] for run in runs]
+    change = torch.cat(changes).mean().item()
+    assert f"{change:+.3f} ± " in page.split("The change from rows of 64")[1].split(name)[1]
+
+    # again, without a step
+    monkeypatch.setattr(train_mlm, "train_step", None)
+    monkeypatch.setattr(context, "token_losses", None)
+    context.main(command)
     assert capsys.readouterr().out == page
 
 
