@@ -510,6 +510,8 @@ def read_examples(name: str, split: str, data_dir: str | None) -> Examples:
                 raise ValueError(f"{len(cells)} columns instead of {len(columns)}")
             example = dict(zip(columns, cells))
             texts = parse_sentences(task, example, may_be_empty)
+
+            # its label, or in a test set its number
             if is_test:
                 index.append(number if name == "own" else int(example.get("index", number)))
             else:
@@ -916,6 +918,7 @@ def predictions_folder(args: argparse.Namespace) -> Path:
 
 def score_lines(args: argparse.Namespace, results: dict[Variant, list[dict]]) -> list[dict]:
     """The scores of all seeds beside the paper's: a dict per dev set, metric and variant."""
+    # the scores; for own labels the paper has none
     lines = []
     for name in args.tasks:
         task = TASKS[name]
@@ -951,10 +954,12 @@ def results_table(args: argparse.Namespace, lines: list[dict]) -> str:
     text = [f"| task | metric | variant | {seeds} | paper, {budget} % | difference |"]
     text.append("| --- " * 6 + "|")
     for line in lines:
+        # mean and deviation
         measured = f"{line['mean']:.3f}"
         if line["sd"] is not None:
             measured += f" ± {line['sd']:.3f}"
 
+        # beside the paper's score, if it has one
         paper = difference = "–"
         if line["paper"] is not None:
             paper = f"{line['paper']:.3f}"
