@@ -462,6 +462,9 @@ class Output(NamedTuple):
 
 
 IGNORED_LABEL = -100  # PyTorch's value for a place where there is nothing to predict
+# On these devices the product with the vocabulary takes a multiple of so many words. Rows of 16-byte
+# multiples suit a GPU's tensor cores; nanoGPT rounds its vocabulary up for the same reason.
+VOCAB_MULTIPLE = {"cuda": 64}
 
 
 class MaBERTForMaskedLM(PretrainedModel):
@@ -515,9 +518,8 @@ class MaBERTForMaskedLM(PretrainedModel):
         bias = self.decoder_bias
         vocab = words.shape[0]
 
-        # GPUs multiply faster where the vocabulary is a multiple of 64: add words of zeros, and cut
-        # off their logits
-        extra = -vocab % 64
+        # up to the next multiple, add words of zeros, and cut off their logits
+        extra = -vocab % VOCAB_MULTIPLE.get(x.device.type, 1)
         if extra:
             words = F.pad(words, (0, 0, 0, extra))
             bias = F.pad(bias, (0, extra))

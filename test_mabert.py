@@ -1123,7 +1123,8 @@ def test_losses_are_means_over_the_labels_that_count(model_class, num_labels, la
         torch.testing.assert_close(model(IDS, labels=labels, reduction="sum").loss, loss)
 
 
-def test_zeros_round_the_vocabulary_up_to_a_multiple_of_64_and_change_nothing():
+def test_zeros_round_the_vocabulary_up_to_a_multiple_of_64_and_change_nothing(monkeypatch):
+    monkeypatch.setitem(mabert.VOCAB_MULTIPLE, "cpu", mabert.VOCAB_MULTIPLE["cuda"])
     model = build(MaBERTForMaskedLM, tiny(vocab_size=70))
     torch.nn.init.normal_(model.decoder_bias)
     x = torch.randn(2, 5, 16, dtype=torch.float64)
