@@ -462,8 +462,8 @@ class Output(NamedTuple):
 
 
 IGNORED_LABEL = -100  # PyTorch's value for a place where there is nothing to predict
-# On these devices the product with the vocabulary takes a multiple of so many words. Rows of 16-byte
-# multiples suit a GPU's tensor cores; nanoGPT rounds its vocabulary up for the same reason.
+# On these devices the product with the vocabulary takes a multiple of so many words: rows of
+# 16-byte multiples suit a GPU's tensor cores. nanoGPT rounds its vocabulary for the same reason.
 VOCAB_MULTIPLE = {"cuda": 64}
 
 
