@@ -23,7 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # train_mlm.py and mabert.py
 
-from safetensors.torch import save
+try:
+    from safetensors.torch import save
+except ImportError:
+    sys.exit("to_transformers.py: safetensors is missing; pip install transformers brings it")
 
 import mabert
 import train_mlm
