@@ -4525,10 +4525,13 @@ def test_context_reads_a_book_that_was_not_trained_on(
         flags = f"--length-schedule {64 if how == '128' else 128}:1 --batch-size 4 --steps 5"
         trainings[how] = context.TRAININGS[how]._replace(units=("MT",), flags=flags)
     changes = dict(TRAININGS=trainings, twelve_layers=lambda unit: unit)
+    changes |= dict(TWO=("MT",), EQUAL_TOKENS=("128",), COST_UNITS=("MT",), COST_LENGTHS=(64, 256))
     for name, value in changes.items():
         monkeypatch.setattr(context, name, value)
+    monkeypatch.setattr(bench, "measured_alone", lambda device, function, *args: function(*args))
     put("texts/a.txt", Path("text.txt").read_bytes())
     put("texts/b.txt", "w1 w2 w3 w4 " * 200)
+    put("runs/MT-128-seed0/step.md", "rows of 64 tokens: 30.000 s a step")  # as if measured before
     command = "--data texts --held-out texts/b.txt --seeds 2 --out runs".split()
     context.main(command)
     page = capsys.readouterr().out
@@ -4555,13 +4558,27 @@ def test_context_reads_a_book_that_was_not_trained_on(
 
     # and so is the change in longer rows
     name = "MT, 128"
-    runs = [context.read_books(Path(f"runs/MT-128-seed{seed}"), book) for seed in (0, 1)]
+    runs = [torch.load(f"runs/MT-128-seed{seed}/book_losses.pt") for seed in (0, 1)]
     changes = [run["stretched", 128] - run["stretched", 64] for run in runs]
     change = torch.cat(changes).mean().item()
     assert f"{change:+.3f} ± " in page.split("The change from rows of 64")[1].split(name)[1]
 
+    # the first models alone read with positions that are not stretched
+    again = torch.load("runs/MT-128-and-300-steps-of-1024-seed0/book_losses.pt")
+    assert {how for how, _ in runs[0]} == {"stretched", "repeated", "clamped"}
+    assert {how for how, _ in again} == {"stretched"}
+
+    # the costs are those that were kept, the minutes those of 5 steps
+    costs = json.loads(Path("runs/cost.json").read_text())
+    for name in context.PASSES:
+        cells = [costs[f"MT, {name}, {length}"] for length in (64, 256)]
+        cells = [f"{seconds:.2f} s, {mebibytes:.0f} MiB" for seconds, mebibytes in cells]
+        assert f"| {name} | 64 | 256 |\n| --- | --- | --- |\n| MT | {' | '.join(cells)} |" in page
+    assert "| MT | 2.5 |" in page
+
     # again, without a step
     monkeypatch.setattr(train_mlm, "train_step", None)
+    monkeypatch.setattr(bench, "measured_alone", None)
     monkeypatch.setattr(context, "token_losses", None)
     context.main(command)
     assert capsys.readouterr().out == page

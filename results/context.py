@@ -12,6 +12,7 @@ other flags. The page and the figure, context.md and context.png, are in --out t
 import contextlib
 import csv
 import itertools
+import json
 import os
 import re
 import statistics
@@ -48,12 +49,15 @@ MASK_RATE = 0.15
 
 
 class Training(NamedTuple):
-    """A way to train."""
+    """A way to train, and to read longer rows afterwards."""
 
     units: tuple[str, ...]  # the patterns, each repeated to twelve layers
     flags: str  # of train_mlm.py
     goes_on_from: str | None = None  # the training whose models are trained further
     seeds: int | None = None  # at most; None: as many as --seeds says
+    positions: tuple[str, ...] = (
+        "stretched",
+    )  # how `lengthen_positions` gets those of longer rows
 
 
 def one_length(length: int, steps: int) -> str:
@@ -77,15 +81,15 @@ FURTHER_STEPS = STEPS // 10
 FURTHER_LR = " --lr 2e-3 --warmup-steps 30"
 
 TRAININGS = {
-    "128": Training(ALL, one_length(SHORT, STEPS)),
+    "128": Training(ALL, one_length(SHORT, STEPS), positions=("stretched", "repeated", "clamped")),
     "128, 16,000 steps": Training(TWO, one_length(SHORT, 16_000), seeds=1),
-    "128 then 1,024": Training(TWO, SCHEDULE),
-    "1,024": Training(TWO, one_length(LONG, STEPS)),
-    f"128, {SCHEDULE_STEPS:,} steps": Training(TWO, one_length(SHORT, SCHEDULE_STEPS)),
+    "128 then 1,024": Training(TWO, SCHEDULE, seeds=1),
+    "1,024": Training(TWO, one_length(LONG, STEPS), seeds=1),
     # these go on from models of the first
     "128 + 300 steps of 1,024": Training(ALL, one_length(LONG, FURTHER_STEPS) + FURTHER_LR, "128"),
     "128 + 300 steps of 128": Training(ALL, one_length(SHORT, FURTHER_STEPS) + FURTHER_LR, "128"),
 }
+EQUAL_TOKENS = ("128", "128 then 1,024", "1,024")  # these are compared by their times too
 
 
 def folder_of(out: str, unit: str, how: str, seed: int) -> Path:
@@ -101,6 +105,7 @@ class Run(NamedTuple):
     folder: Path
     flags: list[str]  # of train_mlm.py
     goes_on: bool  # from the model of another run
+    positions: tuple[str, ...]  # those of its training
 
 
 def books_to_train_on(args) -> list[str]:
@@ -132,7 +137,8 @@ def list_runs(args, data: list[str]) -> list[Run]:
             # how it is trained, and where
             flags = [*data, *model, *training.flags.split(), "--seed", str(seed)]
             folder = folder_of(args.out, unit, how, seed)
-            runs.append(Run(f"{unit}, {how}", folder, flags, bool(training.goes_on_from)))
+            goes_on = bool(training.goes_on_from)
+            runs.append(Run(f"{unit}, {how}", folder, flags, goes_on, training.positions))
     return runs
 
 
@@ -160,10 +166,10 @@ def pretrain(args, data: list[str], runs: list[Run]):
 
 
 def measure_steps(runs: list[Run]):
-    """The times of steps of all models, one after the other, each kept in its run's folder."""
+    """The times of their steps on one core, one run after the other, each kept in its folder."""
     for run in tqdm(runs, desc="step time", unit="run"):
         if not (run.folder / "step.md").exists():
-            printed = patterns.run_script("bench.py", ["step", *run.flags])
+            printed = patterns.run_script("bench.py", ["step", *run.flags], threads=1)
             train_mlm.write_atomically(run.folder / "step.md", printed)
 
 
@@ -244,14 +250,14 @@ def token_losses(model: MaBERTForMaskedLM, book: Book, length: int) -> torch.Ten
     return torch.cat(losses)
 
 
-def read_books(folder: Path, book: Book) -> dict[tuple[str, int], torch.Tensor]:
+def read_books(run: Run, book: Book) -> dict[tuple[str, int], torch.Tensor]:
     """{(how positions are lengthened, length): token_losses} of a run, kept in its folder."""
-    file = folder / "book_losses.pt"
+    file = run.folder / "book_losses.pt"
     if not file.exists():
-        model = MaBERTForMaskedLM.from_pretrained(folder)
+        model = MaBERTForMaskedLM.from_pretrained(run.folder)
         trained = model.encoder.position_embeddings
         losses = {}
-        for how, length in itertools.product(("stretched", "repeated", "clamped"), LENGTHS):
+        for how, length in itertools.product(run.positions, LENGTHS):
             # all three are the same in rows as short as those of training
             if how == "stretched" or length > trained.num_embeddings:
                 lengthen_positions(model.encoder, trained, WINDOWS[length] + 2, how)
@@ -262,6 +268,56 @@ def read_books(folder: Path, book: Book) -> dict[tuple[str, int], torch.Tensor]:
         torch.save(losses, partial)
         os.replace(partial, file)
     return torch_load(file)
+
+
+# ---- What longer rows cost ----
+
+COST_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+COST_UNITS = ("T", "MMT", "MW")
+PASSES = ("forward pass", "training step")
+
+
+def measure_cost(folder: Path, length: int, name: str) -> tuple[float, float]:
+    """What one row of `length` tokens takes on one core: (seconds, MiB).
+
+    folder: of a trained model, whose size counts, not what it has learned
+    name: one of PASSES
+    The memory is what comes on top of the model and its optimizer.
+    """
+    torch.set_num_threads(1)
+    model = MaBERTForMaskedLM.from_pretrained(folder)
+    model.encoder.resize_positions(length)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    # a row of words, a share of them to be predicted
+    ids = torch.randint(5, model.config.vocab_size, (1, length))
+    labels = ids.where(torch.rand(1, length) < MASK_RATE, train_mlm.IGNORED)
+
+    def run(tokens: int):
+        with torch.set_grad_enabled(name == "training step"):
+            loss = model(ids[:, :tokens], labels=labels[:, :tokens]).loss
+        if name == "training step":
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    run(SHORT)  # what a first call loads does not count
+    mebibytes = bench.peak_memory(lambda: run(length), "cpu") / 2**20
+    return statistics.median(bench.wall_ms(run, length) / 1e3 for _ in range(3)), mebibytes
+
+
+def measure_costs(args) -> dict[str, list | str]:
+    """{"T, forward pass, 512": measure_cost or why it failed}, …, kept in a file in --out."""
+    file = Path(args.out, "cost.json")
+    costs = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    keys = list(itertools.product(COST_LENGTHS, COST_UNITS, PASSES))
+    for length, unit, name in tqdm(keys, desc="cost"):
+        key = f"{unit}, {name}, {length}"
+        if key not in costs:
+            folder = folder_of(args.out, unit, "128", seed=0)
+            costs[key] = bench.measured_alone("cpu", measure_cost, folder, length, name)
+            train_mlm.write_atomically(file, json.dumps(costs, indent=1))
+    return costs
 
 
 # ---- The page and the figure ----
@@ -355,7 +411,50 @@ def held_out_by_step(folder: Path) -> dict[int, float]:
     return {int(line["step"]): float(line["held_out_loss"]) for line in evaluated}
 
 
-def context_page(results: dict[str, list[dict]], folders: dict[str, list[Path]], book: Book) -> str:
+def steps_table(folders: dict[str, list[Path]]) -> str:
+    """The held-out loss of train_mlm.py in the long training, by step."""
+    how = "128, 16,000 steps"
+    by_unit = {}
+    for unit in TRAININGS[how].units:
+        by_unit[unit] = held_out_by_step(folders[f"{unit}, {how}"][0])
+
+    # a line for each evaluation
+    units = list(by_unit)
+    steps = by_unit[units[0]]
+    body = [[step, *(f"{by_unit[unit][step]:.3f}" for unit in units)] for step in steps]
+    return bench.table(["step", *units], body)
+
+
+def minutes_table(folders: dict[str, list[Path]]) -> str:
+    """The time of the trainings on equally many tokens."""
+    body = []
+    for unit in TWO:
+        minutes = [minutes_of(folders[f"{unit}, {how}"][0]) for how in EQUAL_TOKENS]
+        body.append([unit, *(f"{value:.1f}" for value in minutes)])
+    return bench.table(["trained with rows of", *EQUAL_TOKENS], body)
+
+
+def cost_table(costs: dict[str, list | str], name: str) -> str:
+    """Time and memory of one of PASSES, by the length of a row."""
+    body = []
+    for unit in COST_UNITS:
+        cells = []
+        for length in COST_LENGTHS:
+            cost = costs[f"{unit}, {name}, {length}"]
+            if not isinstance(cost, str):
+                seconds, mebibytes = cost
+                cost = f"{seconds:.2f} s, {mebibytes:.0f} MiB"
+            cells.append(cost)
+        body.append([unit, *cells])
+    return bench.table([name, *COST_LENGTHS], body)
+
+
+def context_page(
+    results: dict[str, list[dict]],
+    folders: dict[str, list[Path]],
+    costs: dict[str, list | str],
+    book: Book,
+) -> str:
     """The page with its tables."""
     masked = int((book.labels != train_mlm.IGNORED).sum())
 
@@ -363,8 +462,8 @@ def context_page(results: dict[str, list[dict]], folders: dict[str, list[Path]],
     longer = LENGTHS[LENGTHS.index(SHORT) + 1 :]
     stretched = {name: runs for name, runs in results.items() if ("clamped", longer[0]) in runs[0]}
 
-    # the time of each training
-    minutes = [[name, f"{minutes_of(runs[0]):.0f}"] for name, runs in folders.items()]
+    forward, step = (cost_table(costs, name) for name in PASSES)
+
     return f"""{bench.title_line()}
 The loss of {masked} masked tokens of {book.ids.size}, in nats, the same in rows of every length.
 Positions are stretched where a model has too few:
@@ -387,9 +486,19 @@ The loss by how many tokens of a row of 64 stand on one side, and with 62 more o
 
 {context_table(stretched, book)}
 
-Minutes of training on one core:
+Minutes of training on one core, by the time of a step:
 
-{bench.table(["", "minutes"], minutes)}
+{minutes_table(folders)}
+
+The held-out loss of the longer training, in rows of {SHORT}:
+
+{steps_table(folders)}
+
+What one row takes on one core, by its tokens; memory on top of the model's and its optimizer's:
+
+{forward}
+
+{step}
 """
 
 
@@ -433,8 +542,10 @@ def main(argv: list[str]):
         bench.check_out(name)
         data = books_to_train_on(args)
         runs = list_runs(args, data)
+        timed = [f"{unit}, {how}" for unit, how in itertools.product(TWO, EQUAL_TOKENS)]
         pretrain(args, data, runs)
-        measure_steps(runs)
+        measure_steps([run for run in runs if run.name in timed])
+        costs = measure_costs(args)
 
         # their models read the books
         tokenizer = train_mlm.load_tokenizer(str(Path(args.out, "tokenizer", "tokenizer.json")))
@@ -442,11 +553,11 @@ def main(argv: list[str]):
         results = {}
         folders = {}
         for run in tqdm(runs, desc="reading", unit="run"):
-            results.setdefault(run.name, []).append(read_books(run.folder, book))
+            results.setdefault(run.name, []).append(read_books(run, book))
             folders.setdefault(run.name, []).append(run.folder)
 
         # the page and the figure
-        page = context_page(results, folders, book)
+        page = context_page(results, folders, costs, book)
         print(page)
         train_mlm.write_atomically(Path(f"{name}.md"), page)
         draw_context(f"{name}.png", results, folders)
