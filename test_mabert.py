@@ -4511,9 +4511,18 @@ def test_context_is_counted_within_the_short_row(context):
     short = torch.where(is_right_half, places % 31, 30 - places % 31)
     losses = {("stretched", 32): short, ("stretched", 64): short + 1}
     table = context.context_table({"T": [losses, losses]}, book)
-    assert table.split("\n")[0] == "| tokens on that side | 0 | 1 to 30 |"
+    assert table.split("\n")[0] == "| tokens on that side | 0 to 0 | 1 to 30 |"
     for side in ("left", "right"):
         assert f"| T, {side} | 0.00 → 1.00 | 15.50 → 16.50 |" in table  # the mean of 1 to 30
+
+
+def test_context_refuses_a_book_that_is_not_of_the_text(context, capsys):
+    for file in ("texts/a.txt", "texts/b.txt", "c.txt"):
+        put(file, "w1 w2")
+    for file in ("c.txt", "texts"):
+        with pytest.raises(SystemExit) as caught:
+            context.main(["--data", "texts", "--held-out", file])
+        assert caught.value.code == "--held-out: must be files of --data"
 
 
 def test_context_reads_a_book_that_was_not_trained_on(
@@ -4521,12 +4530,12 @@ def test_context_reads_a_book_that_was_not_trained_on(
 ):
     pytest.importorskip("matplotlib")
     trainings = {}
-    for how in ("128", "128, 16,000 steps", "128 + 300 steps of 1,024"):
-        flags = f"--length-schedule {64 if how == '128' else 128}:1 --batch-size 4 --steps 5"
-        trainings[how] = context.TRAININGS[how]._replace(units=("MT",), flags=flags)
-    changes = dict(TRAININGS=trainings, twelve_layers=lambda unit: unit)
-    changes |= dict(TWO=("MT",), EQUAL_TOKENS=("128",), COST_UNITS=("MT",), COST_LENGTHS=(64, 256))
-    for name, value in changes.items():
+    for name in ("128", "128, 16,000 steps", "128 + 300 steps of 1,024"):
+        flags = f"--length-schedule {64 if name == '128' else 128}:1 --batch-size 4 --steps 5"
+        trainings[name] = context.TRAININGS[name]._replace(units=("MT",), flags=flags)
+    patches = dict(TRAININGS=trainings, twelve_layers=lambda unit: unit, STEPS_OF_LOG=(5,))
+    patches |= dict(TWO=("MT",), EQUAL_TOKENS=("128",), COST_UNITS=("MT",), COST_LENGTHS=(64, 256))
+    for name, value in patches.items():
         monkeypatch.setattr(context, name, value)
     monkeypatch.setattr(bench, "measured_alone", lambda device, function, *args: function(*args))
     put("texts/a.txt", Path("text.txt").read_bytes())
@@ -4535,7 +4544,8 @@ def test_context_reads_a_book_that_was_not_trained_on(
     command = "--data texts --held-out texts/b.txt --seeds 2 --out runs".split()
     context.main(command)
     page = capsys.readouterr().out
-    assert Path("runs/context.md").read_text() + "\n" == page and is_png("runs/context.png")
+    assert Path("runs/context.md").read_text() + "\n" == page
+    assert is_png("runs/context.png") and is_png("runs/context_steps.png")
 
     # what the runs have read, and what those that go on began with
     settings = context.patterns.read_settings(Path("runs/MT-128-and-300-steps-of-1024-seed1"))
@@ -4553,26 +4563,27 @@ def test_context_reads_a_book_that_was_not_trained_on(
         rows = [context.cut_block(book, block, 124) for block in range(len(book.ids))]
         ids, labels = map(torch.cat, zip(*rows))
         losses.append(model(ids, labels=labels).loss.item())
-    line = next(line for line in page.split("\n") if line.startswith("| MT, 128 |"))
-    assert line.split(" | ")[3] == f"{context.mean_and_deviation(losses)} |"
+    line, change_line, *_ = (line for line in page.split("\n") if line.startswith("| MT, 128 |"))
+    assert line.endswith(f"| {context.mean_and_deviation(losses)} |")
 
-    # and so is the change in longer rows
-    name = "MT, 128"
+    # and so is the change in longer rows, with the error of blocks
     runs = [torch.load(f"runs/MT-128-seed{seed}/book_losses.pt") for seed in (0, 1)]
-    changes = [run["stretched", 128] - run["stretched", 64] for run in runs]
-    change = torch.cat(changes).mean().item()
-    assert f"{change:+.3f} ± " in page.split("The change from rows of 64")[1].split(name)[1]
+    change = sum(run["stretched", 128] - run["stretched", 64] for run in runs) / 2
+    masked_in_block = (book.labels != train_mlm.IGNORED).sum(1).tolist()
+    by_block = [part.mean().item() for part in change.split(masked_in_block)]
+    error = np.std(by_block, ddof=1) / len(by_block) ** 0.5
+    assert change_line.endswith(f"| {change.mean():+.3f} ± {error:.3f} |")
 
     # the first models alone read with positions that are not stretched
-    again = torch.load("runs/MT-128-and-300-steps-of-1024-seed0/book_losses.pt")
-    assert {how for how, _ in runs[0]} == {"stretched", "repeated", "clamped"}
-    assert {how for how, _ in again} == {"stretched"}
+    further = torch.load("runs/MT-128-and-300-steps-of-1024-seed0/book_losses.pt")
+    assert {positions for positions, _ in runs[0]} == {"stretched", "repeated", "clamped"}
+    assert {positions for positions, _ in further} == {"stretched"}
 
     # the costs are those that were kept, the minutes those of 5 steps
     costs = json.loads(Path("runs/cost.json").read_text())
     for name in context.PASSES:
         cells = [costs[f"MT, {name}, {length}"] for length in (64, 256)]
-        cells = [f"{seconds:.2f} s, {mebibytes:.0f} MiB" for seconds, mebibytes in cells]
+        cells = [f"{1000 * seconds:.0f} ms, {mebibytes:.0f} MiB" for seconds, mebibytes in cells]
         assert f"| {name} | 64 | 256 |\n| --- | --- | --- |\n| MT | {' | '.join(cells)} |" in page
     assert "| MT | 2.5 |" in page
 

@@ -3,10 +3,12 @@ whole books that they have not seen, in rows of 64 to 2,048 tokens.
 
     python results/context.py --data books/ --held-out books/sherlock.txt books/tom_sawyer.txt
 
-The same tokens are masked in rows of every length, so a difference is the context's and not the
-sample's. Each model and seed is a run of `train_mlm.py ... --resume` in a folder of its own in
---out. So the same command goes on after it was stopped, and refuses runs of another text or of
-other flags. The page and the figure, context.md and context.png, are in --out too.
+The same tokens are masked in rows of every length, so a difference is not the sample's: it comes
+from more context, and from positions that are new to the model. Each model and seed is a run of
+`train_mlm.py ... --resume` in a folder of its own in --out. So the same command resumes after it
+was stopped, and refuses runs of another text or of other flags. With two seeds it takes about
+eleven hours on one core. The page and its figures are in --out too: context.md, context.png and
+context_steps.png.
 """
 
 import contextlib
@@ -35,29 +37,29 @@ from mabert import MaBERT, MaBERTForMaskedLM, torch_load
 
 SHORT = 128  # tokens of a row in training
 LONG = 1024
-TOKENS = 2048  # of a step, where its rows are of one length
+TOKENS = 2048  # of a step, except in the paper's schedule
 STEPS = 3000
 
-# The rows that the trained models read: of at most so many tokens, and the window of text in each,
-# half as long as the next one
+# The rows that the trained models read are [CLS], a window of text, [SEP]. A window is half as long
+# as the next one, so a row is a little shorter than its length says: 64 to 1,986 tokens.
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
-WINDOWS = {length: 31 * length // 32 for length in LENGTHS}  # 62 to 1,984 tokens
+WINDOWS = {length: 31 * length // 32 for length in LENGTHS}
 MASK_RATE = 0.15
+
+# What `lengthen_positions` can do where rows are longer than those of training
+POSITIONS = ("stretched", "repeated", "clamped")
 
 
 # ---- The runs ----
 
 
 class Training(NamedTuple):
-    """A way to train, and to read longer rows afterwards."""
+    """A way to train."""
 
     units: tuple[str, ...]  # the patterns, each repeated to twelve layers
     flags: str  # of train_mlm.py
-    goes_on_from: str | None = None  # the training whose models are trained further
+    first: str | None = None  # the training whose models are trained further here
     seeds: int | None = None  # at most; None: as many as --seeds says
-    positions: tuple[str, ...] = (
-        "stretched",
-    )  # how `lengthen_positions` gets those of longer rows
 
 
 def one_length(length: int, steps: int) -> str:
@@ -71,30 +73,30 @@ ALL = ("T", "MMT", "MW", "H")
 TWO = ("MMT", "T")
 
 # The paper's schedule keeps the number of rows, so the last tenth of its steps has eight times as
-# many tokens a step: 1,588 · 2,048 + 177 · 16,384 are as many as 3,000 · 2,048
-SCHEDULE_STEPS = 1765
-SCHEDULE = f"""--length-schedule {SHORT}:0.9 {LONG}:0.1 --steps {SCHEDULE_STEPS}
+# many tokens a step: 1,588 · 2,048 + 177 · 16,384 are about as many as 3,000 · 2,048
+SCHEDULE = f"""--length-schedule {SHORT}:0.9 {LONG}:0.1 --steps 1765
     --batch-size {TOKENS // SHORT} --micro-batch-size {TOKENS // LONG}"""
 
 # A tenth more steps, with a warm-up and a decay of their own
-FURTHER_STEPS = STEPS // 10
-FURTHER_LR = " --lr 2e-3 --warmup-steps 30"
+FURTHER = " --lr 2e-3 --warmup-steps 30 --no-compile"
 
+# The first training's models read longer rows in all POSITIONS, others stretched
+FIRST = "128"
+LONGEST = "128, 16,000 steps"
 TRAININGS = {
-    "128": Training(ALL, one_length(SHORT, STEPS), positions=("stretched", "repeated", "clamped")),
-    "128, 16,000 steps": Training(TWO, one_length(SHORT, 16_000), seeds=1),
+    FIRST: Training(ALL, one_length(SHORT, STEPS)),
+    LONGEST: Training(TWO, one_length(SHORT, 16_000), seeds=1),
     "128 then 1,024": Training(TWO, SCHEDULE, seeds=1),
     "1,024": Training(TWO, one_length(LONG, STEPS), seeds=1),
-    # these go on from models of the first
-    "128 + 300 steps of 1,024": Training(ALL, one_length(LONG, FURTHER_STEPS) + FURTHER_LR, "128"),
-    "128 + 300 steps of 128": Training(ALL, one_length(SHORT, FURTHER_STEPS) + FURTHER_LR, "128"),
+    "128 + 300 steps of 1,024": Training(ALL, one_length(LONG, STEPS // 10) + FURTHER, FIRST),
+    "128 + 300 steps of 128": Training(ALL, one_length(SHORT, STEPS // 10) + FURTHER, FIRST),
 }
-EQUAL_TOKENS = ("128", "128 then 1,024", "1,024")  # these are compared by their times too
+EQUAL_TOKENS = (FIRST, "128 then 1,024", "1,024")  # these are compared by their times too
 
 
-def folder_of(out: str, unit: str, how: str, seed: int) -> Path:
+def folder_of(out: str, unit: str, training: str, seed: int) -> Path:
     """Where the run of this pattern, training and seed is."""
-    words = how.replace(",", "").replace("+", "and").replace(" ", "-")
+    words = training.replace(",", "").replace("+", "and").replace(" ", "-")
     return Path(out, f"{unit}-{words}-seed{seed}")
 
 
@@ -104,20 +106,21 @@ class Run(NamedTuple):
     name: str  # its pattern and its training: what runs of several seeds have in common
     folder: Path
     flags: list[str]  # of train_mlm.py
-    goes_on: bool  # from the model of another run
-    positions: tuple[str, ...]  # those of its training
+    positions: tuple[str, ...]  # in which it reads longer rows
 
 
 def books_to_train_on(args) -> list[str]:
     """Flags of train_mlm.py: the books that are not held out."""
-    held_out = {Path(file).resolve(strict=True) for file in args.held_out}  # or an error
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr):  # what this prints is not of the page
         files = train_mlm.find_files(args.data, args.out)
+    held_out = {Path(file).resolve() for file in args.held_out}
+    if not held_out <= {file.resolve() for file in files}:
+        raise SystemExit("--held-out: must be files of --data")
     return ["--data", *(str(file) for file in files if file.resolve() not in held_out)]
 
 
 def tokenizer_file(args) -> Path:
-    """That of one tokenizer for all runs, since two trainings of a tokenizer differ."""
+    """The tokenizer of all runs: two trainings of one would differ."""
     return Path(args.out, "tokenizer", "tokenizer.json")
 
 
@@ -125,20 +128,20 @@ def list_runs(args, data: list[str]) -> list[Run]:
     """All runs, seed by seed; data: flags of the text."""
     new_model = [*patterns.SMALL, "--tokenizer", str(tokenizer_file(args))]
     runs = []
-    for seed, (how, training) in itertools.product(range(args.seeds), TRAININGS.items()):
+    for seed, (name, training) in itertools.product(range(args.seeds), TRAININGS.items()):
         if training.seeds and seed >= training.seeds:
             continue
         for unit in training.units:
             # a model of its own, or another run's
             model = [*new_model, "--pattern", twelve_layers(unit)]
-            if training.goes_on_from:
-                model = ["--init", str(folder_of(args.out, unit, training.goes_on_from, seed))]
+            if training.first:
+                model = ["--init", str(folder_of(args.out, unit, training.first, seed))]
 
             # how it is trained, and where
             flags = [*data, *model, *training.flags.split(), "--seed", str(seed)]
-            folder = folder_of(args.out, unit, how, seed)
-            goes_on = bool(training.goes_on_from)
-            runs.append(Run(f"{unit}, {how}", folder, flags, goes_on, training.positions))
+            folder = folder_of(args.out, unit, name, seed)
+            positions = POSITIONS if name == FIRST else POSITIONS[:1]
+            runs.append(Run(f"{unit}, {name}", folder, flags, positions))
     return runs
 
 
@@ -158,10 +161,10 @@ def pretrain(args, data: list[str], runs: list[Run]):
         flags = [*run.flags, "--resume", "--eval-every", "500", "--save-every", "200"]
         patterns.run_script("train_mlm.py", [*flags, "--out", str(run.folder)], threads)
 
-    # those that go on from another's model come last
+    # those that train another's model further come last
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(desc="pretraining", total=len(runs)) as bar:
-        for goes_on in (False, True):
-            for _ in pool.map(train, [run for run in runs if run.goes_on == goes_on]):
+        for further in (False, True):
+            for _ in pool.map(train, [run for run in runs if ("--init" in run.flags) == further]):
                 bar.update()  # or raises what failed
 
 
@@ -180,7 +183,7 @@ class Book(NamedTuple):
     """The held-out text, masked once for rows of all lengths."""
 
     ids: np.ndarray  # (blocks, tokens of the longest window), as the model sees them
-    labels: np.ndarray  # the same; IGNORED where nothing is masked
+    labels: np.ndarray  # the true ids of the masked tokens, elsewhere IGNORED; the same shape
     vocabulary: train_mlm.Vocabulary
 
 
@@ -212,25 +215,26 @@ def cut_block(book: Book, block: int, window: int) -> tuple[torch.Tensor, torch.
     return torch.from_numpy(ids), torch.from_numpy(labels)
 
 
-def lengthen_positions(encoder: MaBERT, trained: torch.nn.Embedding, length: int, how: str):
-    """Gives the encoder positions for rows of `length` tokens, from its trained table of n.
+def lengthen_positions(encoder: MaBERT, trained: torch.nn.Embedding, length: int, positions: str):
+    """Gives the encoder positions for rows of `length` tokens.
 
-    stretched: by linear interpolation
-    repeated:  0, 1, …, n − 1, and again from 0
-    clamped:   0, 1, …, n − 1, and then always n − 1
-    A table that is long enough stays as it is.
+    trained: the table of n positions that the model came with, whatever it has had since
+    positions: what to do where n are not enough, one of POSITIONS
+        stretched: linear interpolation
+        repeated:  0, 1, …, n − 1, and again from 0
+        clamped:   0, 1, …, n − 1, and then always n − 1
     """
     encoder.position_embeddings = trained
     n = trained.num_embeddings
     if length <= n:
         return
-    if how == "stretched":
+    if positions == "stretched":
         encoder.resize_positions(length)
         return
 
     # which of the trained positions a place gets
     places = torch.arange(length)
-    places = places % n if how == "repeated" else places.clamp(max=n - 1)
+    places = places % n if positions == "repeated" else places.clamp(max=n - 1)
     encoder.position_embeddings = torch.nn.Embedding.from_pretrained(trained.weight[places])
     encoder.config.max_position = length
 
@@ -250,18 +254,21 @@ def token_losses(model: MaBERTForMaskedLM, book: Book, length: int) -> torch.Ten
     return torch.cat(losses)
 
 
-def read_books(run: Run, book: Book) -> dict[tuple[str, int], torch.Tensor]:
-    """{(how positions are lengthened, length): token_losses} of a run, kept in its folder."""
+Losses = dict[tuple[str, int], torch.Tensor]  # by (positions, length): those of `token_losses`
+
+
+def read_books(run: Run, book: Book) -> Losses:
+    """What a run's model loses at all lengths, kept in its folder."""
     file = run.folder / "book_losses.pt"
     if not file.exists():
         model = MaBERTForMaskedLM.from_pretrained(run.folder)
         trained = model.encoder.position_embeddings
         losses = {}
-        for how, length in itertools.product(run.positions, LENGTHS):
-            # all three are the same in rows as short as those of training
-            if how == "stretched" or length > trained.num_embeddings:
-                lengthen_positions(model.encoder, trained, WINDOWS[length] + 2, how)
-                losses[how, length] = token_losses(model, book, length)
+        for positions, length in itertools.product(run.positions, LENGTHS):
+            # in rows as short as those of training, positions are always the same
+            if positions == "stretched" or length > trained.num_embeddings:
+                lengthen_positions(model.encoder, trained, WINDOWS[length] + 2, positions)
+                losses[positions, length] = token_losses(model, book, length)
 
         # the file appears complete or not at all
         partial = file.with_suffix(".partial")
@@ -277,81 +284,86 @@ COST_UNITS = ("T", "MMT", "MW")
 PASSES = ("forward pass", "training step")
 
 
-def measure_cost(folder: Path, length: int, name: str) -> tuple[float, float]:
+def measure_cost(folder: Path, length: int, which: str) -> tuple[float, float]:
     """What one row of `length` tokens takes on one core: (seconds, MiB).
 
-    folder: of a trained model, whose size counts, not what it has learned
-    name: one of PASSES
-    The memory is what comes on top of the model and its optimizer.
+    folder: of a model of the pattern; its weights do not matter
+    which: one of PASSES
+    The memory is what comes on top of the model's and its optimizer's, of a process that has done
+    nothing before.
     """
     torch.set_num_threads(1)
     model = MaBERTForMaskedLM.from_pretrained(folder)
     model.encoder.resize_positions(length)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    trains = which == "training step"
 
-    # a row of words, a share of them to be predicted
-    ids = torch.randint(5, model.config.vocab_size, (1, length))
+    # a row of words, some of which are to be predicted
+    ids = torch.randint(len(train_mlm.SPECIAL_TOKENS), model.config.vocab_size, (1, length))
     labels = ids.where(torch.rand(1, length) < MASK_RATE, train_mlm.IGNORED)
 
-    def run(tokens: int):
-        with torch.set_grad_enabled(name == "training step"):
+    def call(tokens: int):
+        with torch.set_grad_enabled(trains):
             loss = model(ids[:, :tokens], labels=labels[:, :tokens]).loss
-        if name == "training step":
+        if trains:
             loss.backward()
             optimizer.step()
-            optimizer.zero_grad()
 
-    run(SHORT)  # what a first call loads does not count
-    mebibytes = bench.peak_memory(lambda: run(length), "cpu") / 2**20
-    return statistics.median(bench.wall_ms(run, length) / 1e3 for _ in range(3)), mebibytes
+    call(
+        SHORT
+    )  # what a first call loads does not count, nor do gradients and the optimizer's state
+    mebibytes = bench.peak_memory(lambda: call(length), "cpu") / 2**20
+    return statistics.median(bench.wall_ms(call, length) / 1e3 for _ in range(3)), mebibytes
 
 
-def measure_costs(args) -> dict[str, list | str]:
-    """{"T, forward pass, 512": measure_cost or why it failed}, …, kept in a file in --out."""
+Costs = dict[tuple[str, str, int], list | str]  # by (unit, pass, length); or why there is none
+
+
+def measure_costs(args) -> Costs:
+    """What rows of all COST_LENGTHS take. Numbers are kept in a file in --out, failures are not."""
     file = Path(args.out, "cost.json")
-    costs = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    costs = {}
     keys = list(itertools.product(COST_LENGTHS, COST_UNITS, PASSES))
-    for length, unit, name in tqdm(keys, desc="cost"):
-        key = f"{unit}, {name}, {length}"
-        if key not in costs:
-            folder = folder_of(args.out, unit, "128", seed=0)
-            costs[key] = bench.measured_alone("cpu", measure_cost, folder, length, name)
-            train_mlm.write_atomically(file, json.dumps(costs, indent=1))
+    for length, unit, which in tqdm(keys, desc="cost"):
+        name = f"{unit}, {which}, {length}"
+        cost = kept.get(name)
+        if not cost:
+            folder = folder_of(args.out, unit, FIRST, seed=0)
+            cost = bench.measured_alone("cpu", measure_cost, folder, length, which)
+        if not isinstance(cost, str):
+            kept[name] = cost
+            train_mlm.write_atomically(file, json.dumps(kept, indent=1))
+        costs[unit, which, length] = cost
     return costs
 
 
-# ---- The page and the figure ----
+# ---- The tables ----
+
+Results = dict[str, list[Losses]]  # by the name of a run: the losses of its seeds
+Folders = dict[str, list[Path]]  # in the same order
 
 
-def minutes_of(folder: Path) -> float:
-    """How long a run takes by the time of its steps, which bench.py measured alone."""
-    settings = patterns.read_settings(folder)
-    page = (folder / "step.md").read_text(encoding="utf-8")
-    minutes = 0.0
-    for length, share in settings.length_schedule:
-        seconds = float(re.search(rf"rows of {length} tokens: ([\d.]+) s a step", page)[1])
-        minutes += share * settings.steps * seconds / 60
-    return minutes
+def mean_losses(by_seed: list[Losses], positions: str, length: int) -> list[float]:
+    """The mean loss of each seed."""
+    return [losses[positions, length].double().mean().item() for losses in by_seed]
 
 
-def length_table(results: dict[str, list[dict]], how: str, lengths: tuple[int, ...]) -> str:
-    """A line for each name of {name: the losses of its runs}, the loss at each of the lengths."""
+def length_table(results: Results, positions: str, lengths: tuple[int, ...]) -> str:
+    """A line for each name, with the loss at each of the lengths."""
     body = []
     for name, by_seed in results.items():
-        cells = []
-        for length in lengths:
-            losses = [run[how, length].double().mean().item() for run in by_seed]
-            cells.append(mean_and_deviation(losses))
-        body.append([name, *cells])
+        values = [mean_losses(by_seed, positions, length) for length in lengths]
+        body.append([name, *map(mean_and_deviation, values)])
     return bench.table(["rows of", *lengths], body)
 
 
-def mean_over_seeds(by_seed: list[dict], how: str, length: int) -> np.ndarray:
-    """The loss of each masked token, as the mean over runs: (masked tokens,)."""
-    return np.mean([run[how, length].double().numpy() for run in by_seed], axis=0)
+def mean_over_seeds(by_seed: list[Losses], length: int) -> np.ndarray:
+    """The loss of each masked token, positions stretched: (masked tokens,)."""
+    return np.mean([losses["stretched", length].double().numpy() for losses in by_seed], axis=0)
 
 
-def change_table(results: dict[str, list[dict]], book: Book) -> str:
+def change_table(results: Results, book: Book) -> str:
     """By how much the loss of the same tokens differs from that in rows of SHORT tokens.
 
     Tokens near each other are not independent; the standard error is that of blocks.
@@ -362,8 +374,7 @@ def change_table(results: dict[str, list[dict]], book: Book) -> str:
     for name, by_seed in results.items():
         cells = []
         for length in lengths:
-            losses = mean_over_seeds(by_seed, "stretched", length)
-            change = losses - mean_over_seeds(by_seed, "stretched", SHORT)  # (masked tokens,)
+            change = mean_over_seeds(by_seed, length) - mean_over_seeds(by_seed, SHORT)
             by_block = np.bincount(block, change) / np.bincount(block)
             error = by_block.std(ddof=1) / len(by_block) ** 0.5
             cells.append(f"{change.mean():+.3f} ± {error:.3f}")
@@ -372,10 +383,10 @@ def change_table(results: dict[str, list[dict]], book: Book) -> str:
 
 
 # How many tokens of context: from one of these to below the next
-CONTEXT = (0, 1, 2, 4, 8, 16, 32, 62)
+CONTEXT = (0, 4, 8, 16, 32, 62)
 
 
-def context_table(results: dict[str, list[dict]], book: Book) -> str:
+def context_table(results: Results, book: Book) -> str:
     """The loss of tokens near an end of a row of 64, and what the context beyond it is worth.
 
     Two rows of 64 tokens are one of 128. In it the tokens of the left half get 62 tokens more on
@@ -390,7 +401,7 @@ def context_table(results: dict[str, list[dict]], book: Book) -> str:
     # a line for each model and side: the mean over all seeds
     body = []
     for name, by_seed in results.items():
-        short, long = (mean_over_seeds(by_seed, "stretched", length) for length in LENGTHS[:2])
+        short, long = (mean_over_seeds(by_seed, length) for length in LENGTHS[:2])
         for side, (is_in_half, context) in sides.items():
             cells = []
             for low, high in itertools.pairwise(CONTEXT):
@@ -399,102 +410,128 @@ def context_table(results: dict[str, list[dict]], book: Book) -> str:
             body.append([f"{name}, {side}", *cells])
 
     ranges = [f"{low} to {high - 1}" for low, high in itertools.pairwise(CONTEXT)]
-    ranges = [text.replace("0 to 0", "0").replace("1 to 1", "1") for text in ranges]
     return bench.table(["tokens on that side", *ranges], body)
 
 
-def held_out_by_step(folder: Path) -> dict[int, float]:
-    """{step: the held-out loss of train_mlm.py}, of the steps after which it was computed."""
+def minutes_of(folder: Path) -> float:
+    """How long a run takes by the time of its steps, which bench.py measured alone."""
+    settings = patterns.read_settings(folder)
+    page = (folder / "step.md").read_text(encoding="utf-8")
+    minutes = 0.0
+    for length, share in settings.length_schedule:
+        seconds = float(re.search(rf"rows of {length} tokens: ([\d.]+) s a step", page)[1])
+        minutes += share * settings.steps * seconds / 60
+    return minutes
+
+
+def minutes_table(folders: Folders) -> str:
+    """The time of the trainings on equally many tokens."""
+    body = []
+    for unit in TWO:
+        minutes = [minutes_of(folders[f"{unit}, {training}"][0]) for training in EQUAL_TOKENS]
+        body.append([unit, *(f"{value:.1f}" for value in minutes)])
+    return bench.table(["trained with rows of", *EQUAL_TOKENS], body)
+
+
+STEPS_OF_LOG = (500, 1000, 2000, 4000, 8000, 16000)
+
+
+def log_of(folder: Path) -> dict[int, float]:
+    """{step: loss on stripes of the training text that the run has held out}, from its log."""
     with open(folder / "log.csv", newline="") as file:
         _, *lines = csv.DictReader(file)  # without that of before the first step
     evaluated = [line for line in lines if line["held_out_loss"]]
     return {int(line["step"]): float(line["held_out_loss"]) for line in evaluated}
 
 
-def steps_table(folders: dict[str, list[Path]]) -> str:
-    """The held-out loss of train_mlm.py in the long training, by step."""
-    how = "128, 16,000 steps"
-    by_unit = {}
-    for unit in TRAININGS[how].units:
-        by_unit[unit] = held_out_by_step(folders[f"{unit}, {how}"][0])
-
-    # a line for each evaluation
-    units = list(by_unit)
-    steps = by_unit[units[0]]
-    body = [[step, *(f"{by_unit[unit][step]:.3f}" for unit in units)] for step in steps]
-    return bench.table(["step", *units], body)
+def logs_of_longest(folders: Folders) -> dict[str, dict[int, float]]:
+    """{pattern: log_of} of the longest training."""
+    return {unit: log_of(folders[f"{unit}, {LONGEST}"][0]) for unit in TRAININGS[LONGEST].units}
 
 
-def minutes_table(folders: dict[str, list[Path]]) -> str:
-    """The time of the trainings on equally many tokens."""
+def steps_table(folders: Folders) -> str:
+    """The losses in the longest training."""
     body = []
-    for unit in TWO:
-        minutes = [minutes_of(folders[f"{unit}, {how}"][0]) for how in EQUAL_TOKENS]
-        body.append([unit, *(f"{value:.1f}" for value in minutes)])
-    return bench.table(["trained with rows of", *EQUAL_TOKENS], body)
+    for unit, log in logs_of_longest(folders).items():
+        body.append([unit, *(f"{log[step]:.3f}" for step in STEPS_OF_LOG)])
+    return bench.table(["steps", *STEPS_OF_LOG], body)
 
 
-def cost_table(costs: dict[str, list | str], name: str) -> str:
-    """Time and memory of one of PASSES, by the length of a row."""
+def cost_table(costs: Costs, which: str) -> str:
+    """Time and memory of one of PASSES."""
     body = []
     for unit in COST_UNITS:
         cells = []
         for length in COST_LENGTHS:
-            cost = costs[f"{unit}, {name}, {length}"]
+            cost = costs[unit, which, length]
             if not isinstance(cost, str):
                 seconds, mebibytes = cost
-                cost = f"{seconds:.2f} s, {mebibytes:.0f} MiB"
+                cost = f"{1000 * seconds:.0f} ms, {mebibytes:.0f} MiB"
             cells.append(cost)
         body.append([unit, *cells])
-    return bench.table([name, *COST_LENGTHS], body)
+    return bench.table([which, *COST_LENGTHS], body)
 
 
-def context_page(
-    results: dict[str, list[dict]],
-    folders: dict[str, list[Path]],
-    costs: dict[str, list | str],
-    book: Book,
-) -> str:
+# ---- The page and its figures ----
+
+
+def context_page(results: Results, folders: Folders, costs: Costs, book: Book) -> str:
     """The page with its tables."""
     masked = int((book.labels != train_mlm.IGNORED).sum())
-
-    # the models whose rows of 256 have new positions
+    first = {f"{unit}, {FIRST}": results[f"{unit}, {FIRST}"] for unit in TRAININGS[FIRST].units}
     longer = LENGTHS[LENGTHS.index(SHORT) + 1 :]
-    stretched = {name: runs for name, runs in results.items() if ("clamped", longer[0]) in runs[0]}
-
-    forward, step = (cost_table(costs, name) for name in PASSES)
+    forward, step = (cost_table(costs, which) for which in PASSES)
 
     return f"""{bench.title_line()}
-The loss of {masked} masked tokens of {book.ids.size}, in nats, the same in rows of every length.
-Positions are stretched where a model has too few:
+A line is a pattern, repeated to twelve layers, and how it was trained: with rows of how many
+tokens, {STEPS:,} steps of {TOKENS:,} tokens if nothing else is said.
+
+## Rows of other lengths
+
+Nats per masked token of the two books. The same {masked:,} of {book.ids.size:,} tokens are masked
+in rows of every length. ± is the standard deviation over seeds; a line without it has one seed.
 
 {length_table(results, "stretched", LENGTHS)}
 
-The change from rows of {SHORT}, with the standard error over {len(book.ids)} blocks of text:
+The change from rows of {SHORT}; below zero is better. Here ± is the standard error over
+{len(book.ids)} blocks of these books: it says nothing of other seeds or books.
 
 {change_table(results, book)}
 
-Positions repeated:
+## Positions
 
-{length_table(stretched, "repeated", longer)}
+In the tables above they are stretched. Repeated:
 
-Positions clamped:
+{length_table(first, "repeated", longer)}
 
-{length_table(stretched, "clamped", longer)}
+Clamped:
 
-The loss by how many tokens of a row of 64 stand on one side, and with 62 more on that side:
+{length_table(first, "clamped", longer)}
 
-{context_table(stretched, book)}
+## Context
 
-Minutes of training on one core, by the time of a step:
+Tokens with so many tokens of text on their left (or right) in a row of {LENGTHS[0]}, and their loss
+there → in a row of {LENGTHS[1]}, where that side has {WINDOWS[LENGTHS[0]]} more.
+
+{context_table(first, book)}
+
+## Minutes
+
+Of training on one core, from the time of a step, for equally many tokens.
 
 {minutes_table(folders)}
 
-The held-out loss of the longer training, in rows of {SHORT}:
+## Steps
+
+The loss of train_mlm.py in rows of {SHORT}, on what it holds out of the other books. The learning
+rate falls until the last step, so these are not the losses of shorter trainings.
 
 {steps_table(folders)}
 
-What one row takes on one core, by its tokens; memory on top of the model's and its optimizer's:
+## Costs
+
+What one row takes on one core: the time, and the memory that comes on top of the model's, its
+gradients' and its optimizer's.
 
 {forward}
 
@@ -502,28 +539,27 @@ What one row takes on one core, by its tokens; memory on top of the model's and 
 """
 
 
-def draw_context(file: str, results: dict[str, list[dict]], folders: dict[str, list[Path]]):
-    """The loss by the length of rows after two trainings, and by steps in a longer one."""
+def draw_context(file: str, results: Results):
+    """A figure of how the loss changes from that in rows of SHORT tokens, after two trainings."""
     panels = {}
-    titles = {"128": "trained with rows of 128", "128 + 300 steps of 1,024": "300 more of 1,024"}
-    for how, title in titles.items():
+    titles = {FIRST: "trained with rows of 128", "128 + 300 steps of 1,024": "300 more of 1,024"}
+    for training, title in titles.items():
         panels[title] = {}
-        for unit in TRAININGS[how].units:
-            runs = results[f"{unit}, {how}"]
-            lines = {}
+        for unit in TRAININGS[training].units:
+            by_seed = results[f"{unit}, {training}"]
+            short = statistics.mean(mean_losses(by_seed, "stretched", SHORT))
+            changes = {}
             for length in LENGTHS:
-                losses = [run["stretched", length].mean().item() for run in runs]
-                lines[length] = statistics.mean(losses)
-            panels[title][unit] = lines
+                changes[length] = statistics.mean(mean_losses(by_seed, "stretched", length)) - short
+            panels[title][unit] = changes
+    x_labels = ["tokens of a row"] * len(panels)
+    bench.draw_panels(file, panels, x_labels, "change of the loss, nats", strong="MMT")
 
-    # the held-out loss of training
-    how = "128, 16,000 steps"
-    title = "trained for longer with rows of 128"
-    panels[title] = {}
-    for unit in TRAININGS[how].units:
-        panels[title][unit] = held_out_by_step(folders[f"{unit}, {how}"][0])
-    x_labels = ["tokens of a row", "tokens of a row", "steps"]
-    bench.draw_panels(file, panels, x_labels, "loss, nats", strong="MMT")
+
+def draw_steps(file: str, folders: Folders):
+    """A figure of the longest training."""
+    panels = {f"trained with rows of {SHORT}": logs_of_longest(folders)}
+    bench.draw_panels(file, panels, ["steps"], "loss, nats", strong="MMT")
 
 
 def main(argv: list[str]):
@@ -538,29 +574,34 @@ def main(argv: list[str]):
 
     with bench.errors_in_one_line():
         # the runs
-        name = str(Path(args.out, "context"))
-        bench.check_out(name)
+        stem = str(Path(args.out, "context"))
+        bench.check_out(stem)
         data = books_to_train_on(args)
         runs = list_runs(args, data)
-        timed = [f"{unit}, {how}" for unit, how in itertools.product(TWO, EQUAL_TOKENS)]
         pretrain(args, data, runs)
-        measure_steps([run for run in runs if run.name in timed])
-        costs = measure_costs(args)
-
-        # their models read the books
-        tokenizer = train_mlm.load_tokenizer(str(Path(args.out, "tokenizer", "tokenizer.json")))
-        book = mask_books(args.held_out, tokenizer)
-        results = {}
         folders = {}
-        for run in tqdm(runs, desc="reading", unit="run"):
-            results.setdefault(run.name, []).append(read_books(run, book))
+        for run in runs:
             folders.setdefault(run.name, []).append(run.folder)
 
-        # the page and the figure
+        # what steps and rows cost
+        pairs = itertools.product(TWO, EQUAL_TOKENS)
+        timed = {folder_of(args.out, unit, training, seed=0) for unit, training in pairs}
+        measure_steps([run for run in runs if run.folder in timed])
+        costs = measure_costs(args)
+
+        # the models read the books
+        tokenizer = train_mlm.load_tokenizer(str(tokenizer_file(args)))
+        book = mask_books(args.held_out, tokenizer)
+        results = {}
+        for run in tqdm(runs, desc="reading", unit="run"):
+            results.setdefault(run.name, []).append(read_books(run, book))
+
+        # the page and its figures
         page = context_page(results, folders, costs, book)
         print(page)
-        train_mlm.write_atomically(Path(f"{name}.md"), page)
-        draw_context(f"{name}.png", results, folders)
+        train_mlm.write_atomically(Path(f"{stem}.md"), page)
+        draw_context(f"{stem}.png", results)
+        draw_steps(f"{stem}_steps.png", folders)
 
 
 if __name__ == "__main__":
