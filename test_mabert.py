@@ -4533,7 +4533,7 @@ def test_context_reads_a_book_that_was_not_trained_on(
     for name in ("128", "128, 16,000 steps", "128 + 300 steps of 1,024"):
         flags = f"--length-schedule {64 if name == '128' else 128}:1 --batch-size 4 --steps 5"
         trainings[name] = context.TRAININGS[name]._replace(units=("MT",), flags=flags)
-    patches = dict(TRAININGS=trainings, twelve_layers=lambda unit: unit, STEPS_OF_LOG=(5,))
+    patches = dict(TRAININGS=trainings, twelve_layers=lambda unit: unit, STEPS_SHOWN=(5,))
     patches |= dict(TWO=("MT",), EQUAL_TOKENS=("128",), COST_UNITS=("MT",), COST_LENGTHS=(64, 256))
     for name, value in patches.items():
         monkeypatch.setattr(context, name, value)

@@ -433,28 +433,25 @@ def minutes_table(folders: Folders) -> str:
     return bench.table(["trained with rows of", *EQUAL_TOKENS], body)
 
 
-STEPS_OF_LOG = (500, 1000, 2000, 4000, 8000, 16000)
+STEPS_SHOWN = (500, 1000, 2000, 4000, 8000, 16000)
 
 
-def log_of(folder: Path) -> dict[int, float]:
-    """{step: loss on stripes of the training text that the run has held out}, from its log."""
-    with open(folder / "log.csv", newline="") as file:
-        _, *lines = csv.DictReader(file)  # without that of before the first step
-    evaluated = [line for line in lines if line["held_out_loss"]]
-    return {int(line["step"]): float(line["held_out_loss"]) for line in evaluated}
-
-
-def logs_of_longest(folders: Folders) -> dict[str, dict[int, float]]:
-    """{pattern: log_of} of the longest training."""
-    return {unit: log_of(folders[f"{unit}, {LONGEST}"][0]) for unit in TRAININGS[LONGEST].units}
+def losses_by_step(folders: Folders) -> dict[str, dict[int, float]]:
+    """{pattern: {step: loss}} of the longest training, on what train_mlm.py has held out."""
+    losses = {}
+    for unit in TRAININGS[LONGEST].units:
+        with open(folders[f"{unit}, {LONGEST}"][0] / "log.csv", newline="") as file:
+            lines = {int(line["step"]): line for line in csv.DictReader(file)}
+        losses[unit] = {step: float(lines[step]["held_out_loss"]) for step in STEPS_SHOWN}
+    return losses
 
 
 def steps_table(folders: Folders) -> str:
     """The losses in the longest training."""
     body = []
-    for unit, log in logs_of_longest(folders).items():
-        body.append([unit, *(f"{log[step]:.3f}" for step in STEPS_OF_LOG)])
-    return bench.table(["steps", *STEPS_OF_LOG], body)
+    for unit, by_step in losses_by_step(folders).items():
+        body.append([unit, *(f"{loss:.3f}" for loss in by_step.values())])
+    return bench.table(["steps", *STEPS_SHOWN], body)
 
 
 def cost_table(costs: Costs, which: str) -> str:
@@ -558,7 +555,7 @@ def draw_context(file: str, results: Results):
 
 def draw_steps(file: str, folders: Folders):
     """A figure of the longest training."""
-    panels = {f"trained with rows of {SHORT}": logs_of_longest(folders)}
+    panels = {f"trained with rows of {SHORT}": losses_by_step(folders)}
     bench.draw_panels(file, panels, ["steps"], "loss, nats", strong="MMT")
 
 
