@@ -309,9 +309,8 @@ def measure_cost(folder: Path, length: int, which: str) -> tuple[float, float]:
             loss.backward()
             optimizer.step()
 
-    call(
-        SHORT
-    )  # what a first call loads does not count, nor do gradients and the optimizer's state
+    # what a first call loads does not count, nor do gradients and the optimizer's state
+    call(SHORT)
     mebibytes = bench.peak_memory(lambda: call(length), "cpu") / 2**20
     return statistics.median(bench.wall_ms(call, length) / 1e3 for _ in range(3)), mebibytes
 
