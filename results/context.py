@@ -88,8 +88,8 @@ TRAININGS = {
     LONGEST: Training(TWO, one_length(SHORT, 16_000), seeds=1),
     "128 then 1,024": Training(TWO, SCHEDULE, seeds=1),
     "1,024": Training(TWO, one_length(LONG, STEPS), seeds=1),
-    "128 + 300 steps of 1,024": Training(ALL, one_length(LONG, STEPS // 10) + FURTHER, FIRST),
-    "128 + 300 steps of 128": Training(ALL, one_length(SHORT, STEPS // 10) + FURTHER, FIRST),
+    "128 + 300 steps of 1,024": Training(ALL, one_length(LONG, 300) + FURTHER, FIRST),
+    "128 + 300 steps of 128": Training(ALL, one_length(SHORT, 300) + FURTHER, FIRST, seeds=1),
 }
 EQUAL_TOKENS = (FIRST, "128 then 1,024", "1,024")  # these are compared by their times too
 
