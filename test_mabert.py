@@ -4447,7 +4447,7 @@ def context(scripts, monkeypatch):
     """results/context.py with short rows."""
     lengths = (32, 64, 128)
     windows = {length: 31 * length // 32 for length in lengths}
-    changes = dict(SHORT=64, LENGTHS=lengths, WINDOWS=windows, CONTEXT=(0, 1, 31))
+    changes = dict(SHORT=64, LONG=128, LENGTHS=lengths, WINDOWS=windows, CONTEXT=(0, 1, 31))
     for name, value in changes.items():
         monkeypatch.setattr(scripts.context, name, value)
     return scripts.context
@@ -4574,6 +4574,16 @@ def test_context_reads_a_book_that_was_not_trained_on(
     error = np.std(by_block, ddof=1) / len(by_block) ** 0.5
     assert change_line.endswith(f"| {change.mean():+.3f} ± {error:.3f} |")
 
+    # and between the seeds, where it differs most
+    differences = []
+    for name, length in itertools.product(("128", "128-and-300-steps-of-1024"), (32, 128)):
+        changes = []
+        for seed in (0, 1):
+            run = torch.load(f"runs/MT-{name}-seed{seed}/book_losses.pt")
+            changes.append((run["stretched", length] - run["stretched", 64]).double().mean().item())
+        differences.append(abs(changes[0] - changes[1]))
+    assert f"differ by {max(differences):.3f} at most" in page.replace("\n", " ")
+
     # the first models alone read with positions that are not stretched
     further = torch.load("runs/MT-128-and-300-steps-of-1024-seed0/book_losses.pt")
     assert {positions for positions, _ in runs[0]} == {"stretched", "repeated", "clamped"}
@@ -4585,7 +4595,8 @@ def test_context_reads_a_book_that_was_not_trained_on(
         cells = [costs[f"MT, {name}, {length}"] for length in (64, 256)]
         cells = [f"{1000 * seconds:.0f} ms, {mebibytes:.0f} MiB" for seconds, mebibytes in cells]
         assert f"| {name} | 64 | 256 |\n| --- | --- | --- |\n| MT | {' | '.join(cells)} |" in page
-    assert "| MT | 2.5 |" in page
+    assert "| MT, minutes | 2.5 |" in page
+    assert f"| MT, rows of 128 | {losses[0]:.3f} |" in page
 
     # again, without a step
     monkeypatch.setattr(train_mlm, "train_step", None)

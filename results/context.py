@@ -89,9 +89,9 @@ TRAININGS = {
     "128 then 1,024": Training(TWO, SCHEDULE, seeds=1),
     "1,024": Training(TWO, one_length(LONG, STEPS), seeds=1),
     "128 + 300 steps of 1,024": Training(ALL, one_length(LONG, 300) + FURTHER, FIRST),
-    "128 + 300 steps of 128": Training(ALL, one_length(SHORT, 300) + FURTHER, FIRST, seeds=1),
+    "128 + 300 steps of 128": Training(("MMT", "MW"), one_length(SHORT, 300) + FURTHER, FIRST),
 }
-EQUAL_TOKENS = (FIRST, "128 then 1,024", "1,024")  # these are compared by their times too
+EQUAL_TOKENS = (FIRST, "128 then 1,024", "1,024")  # these have a table of their own
 
 
 def folder_of(out: str, unit: str, training: str, seed: int) -> Path:
@@ -381,6 +381,17 @@ def change_table(results: Results, book: Book) -> str:
     return bench.table(["rows of", *lengths], body)
 
 
+def seeds_differ_by(results: Results) -> float:
+    """By how much a change of that table differs between two seeds of its line, at most."""
+    differences = []
+    for by_seed in results.values():
+        short = np.array(mean_losses(by_seed, "stretched", SHORT))
+        for length in LENGTHS:
+            changes = np.array(mean_losses(by_seed, "stretched", length)) - short
+            differences.append(np.ptp(changes))
+    return max(differences)
+
+
 # How many tokens of context: from one of these to below the next
 CONTEXT = (0, 4, 8, 16, 32, 62)
 
@@ -423,12 +434,16 @@ def minutes_of(folder: Path) -> float:
     return minutes
 
 
-def minutes_table(folders: Folders) -> str:
-    """The time of the trainings on equally many tokens."""
+def schedule_table(results: Results, folders: Folders) -> str:
+    """What trainings on equally many tokens take and reach: the first seed of each."""
     body = []
     for unit in TWO:
-        minutes = [minutes_of(folders[f"{unit}, {training}"][0]) for training in EQUAL_TOKENS]
-        body.append([unit, *(f"{value:.1f}" for value in minutes)])
+        names = [f"{unit}, {training}" for training in EQUAL_TOKENS]
+        minutes = [minutes_of(folders[name][0]) for name in names]
+        body.append([f"{unit}, minutes", *(f"{value:.1f}" for value in minutes)])
+        for length in (SHORT, LONG):
+            losses = [mean_losses(results[name], "stretched", length)[0] for name in names]
+            body.append([f"{unit}, rows of {length}", *(f"{loss:.3f}" for loss in losses)])
     return bench.table(["trained with rows of", *EQUAL_TOKENS], body)
 
 
@@ -485,12 +500,14 @@ tokens, {STEPS:,} steps of {TOKENS:,} tokens if nothing else is said.
 ## Rows of other lengths
 
 Nats per masked token of the two books. The same {masked:,} of {book.ids.size:,} tokens are masked
-in rows of every length. ± is the standard deviation over seeds; a line without it has one seed.
+in rows of every length. ± is the standard deviation over seeds; a line without it has the first
+seed alone.
 
 {length_table(results, "stretched", LENGTHS)}
 
 The change from rows of {SHORT}; below zero is better. Here ± is the standard error over
-{len(book.ids)} blocks of these books: it says nothing of other seeds or books.
+{len(book.ids)} blocks of these books: it says nothing of other seeds or books. Two seeds of a line
+differ by {seeds_differ_by(results):.3f} at most.
 
 {change_table(results, book)}
 
@@ -511,11 +528,12 @@ there → in a row of {LENGTHS[1]}, where that side has {WINDOWS[LENGTHS[0]]} mo
 
 {context_table(first, book)}
 
-## Minutes
+## Equally many tokens
 
-Of training on one core, from the time of a step, for equally many tokens.
+The minutes of training on one core, from the time of a step, and the losses in rows of {SHORT} and
+{LONG:,}. All are of the first seed.
 
-{minutes_table(folders)}
+{schedule_table(results, folders)}
 
 ## Steps
 
