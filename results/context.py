@@ -89,7 +89,7 @@ TRAININGS = {
     "128 then 1,024": Training(TWO, SCHEDULE, seeds=1),
     "1,024": Training(TWO, one_length(LONG, STEPS), seeds=1),
     "128 + 300 steps of 1,024": Training(ALL, one_length(LONG, 300) + FURTHER, FIRST),
-    "128 + 300 steps of 128": Training(("MMT", "MW"), one_length(SHORT, 300) + FURTHER, FIRST),
+    "128 + 300 steps of 128": Training(("MMT",), one_length(SHORT, 300) + FURTHER, FIRST),
 }
 EQUAL_TOKENS = (FIRST, "128 then 1,024", "1,024")  # these have a table of their own
 
