@@ -6,7 +6,7 @@ whole books that they have not seen, in rows of 64 to 2,048 tokens.
 The same tokens are masked in rows of every length, so a difference is not the sample's: it comes
 from more context, and from positions that are new to the model. Each model and seed is a run of
 `train_mlm.py ... --resume` in a folder of its own in --out. So the same command resumes after it
-was stopped, and refuses runs of another text or of other flags. With two seeds it takes about
+was stopped, and refuses runs of other books or of other flags. With two seeds it takes about
 eleven hours on one core. The page and its figures are in --out too: context.md, context.png and
 context_steps.png.
 """
@@ -58,7 +58,7 @@ class Training(NamedTuple):
 
     units: tuple[str, ...]  # the patterns, each repeated to twelve layers
     flags: str  # of train_mlm.py
-    first: str | None = None  # the training whose models are trained further here
+    begins_from: str | None = None  # the training whose models are trained further here
     seeds: int | None = None  # at most; None: as many as --seeds says
 
 
@@ -70,7 +70,7 @@ def one_length(length: int, steps: int) -> str:
 
 
 ALL = ("T", "MMT", "MW", "H")
-TWO = ("MMT", "T")
+TWO = ("T", "MMT")
 
 # The paper's schedule keeps the number of rows, so the last tenth of its steps has eight times as
 # many tokens a step: 1,588 · 2,048 + 177 · 16,384 are about as many as 3,000 · 2,048
@@ -83,12 +83,13 @@ FURTHER = " --lr 2e-3 --warmup-steps 30 --no-compile"
 # The first training's models read longer rows in all POSITIONS, others stretched
 FIRST = "128"
 LONGEST = "128, 16,000 steps"
+LENGTHENED = "128 + 300 steps of 1,024"
 TRAININGS = {
     FIRST: Training(ALL, one_length(SHORT, STEPS)),
     LONGEST: Training(TWO, one_length(SHORT, 16_000), seeds=1),
     "128 then 1,024": Training(TWO, SCHEDULE, seeds=1),
     "1,024": Training(TWO, one_length(LONG, STEPS), seeds=1),
-    "128 + 300 steps of 1,024": Training(ALL, one_length(LONG, 300) + FURTHER, FIRST),
+    LENGTHENED: Training(ALL, one_length(LONG, 300) + FURTHER, FIRST),
     "128 + 300 steps of 128": Training(("MMT",), one_length(SHORT, 300) + FURTHER, FIRST),
 }
 EQUAL_TOKENS = (FIRST, "128 then 1,024", "1,024")  # these have a table of their own
@@ -134,8 +135,8 @@ def list_runs(args, data: list[str]) -> list[Run]:
         for unit in training.units:
             # a model of its own, or another run's
             model = [*new_model, "--pattern", twelve_layers(unit)]
-            if training.first:
-                model = ["--init", str(folder_of(args.out, unit, training.first, seed))]
+            if training.begins_from:
+                model = ["--init", str(folder_of(args.out, unit, training.begins_from, seed))]
 
             # how it is trained, and where
             flags = [*data, *model, *training.flags.split(), "--seed", str(seed)]
@@ -191,7 +192,7 @@ def mask_books(files: list[str], tokenizer: Tokenizer) -> Book:
     """The books in blocks. What follows the last whole block of each is left out."""
     size = WINDOWS[LENGTHS[-1]]
     blocks = []
-    for file in files:
+    for file in sorted(files):  # so that losses kept earlier are of the same tokens
         text = Path(file).read_text(encoding="utf-8-sig")
         ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids)
         blocks.append(ids[: len(ids) // size * size].reshape(-1, size))
@@ -289,8 +290,8 @@ def measure_cost(folder: Path, length: int, which: str) -> tuple[float, float]:
 
     folder: of a model of the pattern; its weights do not matter
     which: one of PASSES
-    The memory is what comes on top of the model's and its optimizer's, of a process that has done
-    nothing before.
+    The memory is what comes on top of the model's and its optimizer's, of a process that has had
+    one short row before.
     """
     torch.set_num_threads(1)
     model = MaBERTForMaskedLM.from_pretrained(folder)
@@ -330,9 +331,9 @@ def measure_costs(args) -> Costs:
         if not cost:
             folder = folder_of(args.out, unit, FIRST, seed=0)
             cost = bench.measured_alone("cpu", measure_cost, folder, length, which)
-        if not isinstance(cost, str):
-            kept[name] = cost
-            train_mlm.write_atomically(file, json.dumps(kept, indent=1))
+            if not isinstance(cost, str):
+                kept[name] = cost
+                train_mlm.write_atomically(file, json.dumps(kept, indent=1))
         costs[unit, which, length] = cost
     return costs
 
@@ -382,7 +383,7 @@ def change_table(results: Results, book: Book) -> str:
 
 
 def seeds_differ_by(results: Results) -> float:
-    """By how much a change of that table differs between two seeds of its line, at most."""
+    """By how much a change of `change_table` differs between the seeds of its line, at most."""
     differences = []
     for by_seed in results.values():
         short = np.array(mean_losses(by_seed, "stretched", SHORT))
@@ -443,7 +444,7 @@ def schedule_table(results: Results, folders: Folders) -> str:
         body.append([f"{unit}, minutes", *(f"{value:.1f}" for value in minutes)])
         for length in (SHORT, LONG):
             losses = [mean_losses(results[name], "stretched", length)[0] for name in names]
-            body.append([f"{unit}, rows of {length}", *(f"{loss:.3f}" for loss in losses)])
+            body.append([f"{unit}, rows of {length:,}", *(f"{loss:.3f}" for loss in losses)])
     return bench.table(["trained with rows of", *EQUAL_TOKENS], body)
 
 
@@ -489,7 +490,7 @@ def cost_table(costs: Costs, which: str) -> str:
 def context_page(results: Results, folders: Folders, costs: Costs, book: Book) -> str:
     """The page with its tables."""
     masked = int((book.labels != train_mlm.IGNORED).sum())
-    first = {f"{unit}, {FIRST}": results[f"{unit}, {FIRST}"] for unit in TRAININGS[FIRST].units}
+    plain = {f"{unit}, {FIRST}": results[f"{unit}, {FIRST}"] for unit in TRAININGS[FIRST].units}
     longer = LENGTHS[LENGTHS.index(SHORT) + 1 :]
     forward, step = (cost_table(costs, which) for which in PASSES)
 
@@ -506,8 +507,8 @@ seed alone.
 {length_table(results, "stretched", LENGTHS)}
 
 The change from rows of {SHORT}; below zero is better. Here ± is the standard error over
-{len(book.ids)} blocks of these books: it says nothing of other seeds or books. Two seeds of a line
-differ by {seeds_differ_by(results):.3f} at most.
+{len(book.ids)} blocks of these books: it says nothing of other seeds or books. The seeds of a
+line differ by {seeds_differ_by(results):.3f} at most.
 
 {change_table(results, book)}
 
@@ -515,18 +516,18 @@ differ by {seeds_differ_by(results):.3f} at most.
 
 In the tables above they are stretched. Repeated:
 
-{length_table(first, "repeated", longer)}
+{length_table(plain, "repeated", longer)}
 
 Clamped:
 
-{length_table(first, "clamped", longer)}
+{length_table(plain, "clamped", longer)}
 
 ## Context
 
 Tokens with so many tokens of text on their left (or right) in a row of {LENGTHS[0]}, and their loss
 there → in a row of {LENGTHS[1]}, where that side has {WINDOWS[LENGTHS[0]]} more.
 
-{context_table(first, book)}
+{context_table(plain, book)}
 
 ## Equally many tokens
 
@@ -556,7 +557,7 @@ gradients' and its optimizer's.
 def draw_context(file: str, results: Results):
     """A figure of how the loss changes from that in rows of SHORT tokens, after two trainings."""
     panels = {}
-    titles = {FIRST: "trained with rows of 128", "128 + 300 steps of 1,024": "300 more of 1,024"}
+    titles = {FIRST: f"trained with rows of {SHORT}", LENGTHENED: "then 300 steps of 1,024"}
     for training, title in titles.items():
         panels[title] = {}
         for unit in TRAININGS[training].units:
