@@ -189,7 +189,7 @@ class Book(NamedTuple):
 
 
 def mask_books(files: list[str], tokenizer: Tokenizer) -> Book:
-    """The books in blocks. What follows the last whole block of each is left out."""
+    """The books, by name, in blocks. What follows the last whole block of each is left out."""
     size = WINDOWS[LENGTHS[-1]]
     blocks = []
     for file in sorted(files):  # so that losses kept earlier are of the same tokens
